@@ -1,0 +1,213 @@
+"""Every setting of a run, as frozen dataclasses. The docstring under a field is its `--help` text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Defaults are those shared by the released Based models."""
+
+    layer_pattern: str = "cLScc*5 cc"
+    """Mixer of each layer: c gated conv, L Taylor linear attention, S sliding window, A full attention. `cLScc*5 cc` is five times cLScc, then cc."""
+    hidden_size: int = 1024
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 2048
+    """Width of the gated MLP that follows every mixer."""
+    num_heads: int = 16
+    """Heads of every attention mixer. The value head dim is hidden_size / num_heads."""
+    feature_dim: int = 16
+    """Query and key dim of a linear attention head, before the Taylor feature map."""
+    window_left: int = 128
+    """Previous keys that a sliding window query sees beside itself (half of the released `window_size`)."""
+    conv_kernel: int = 3
+    """Taps of the causal short convolution."""
+    conv_expand: int = 4
+    """Width of the conv mixer's input projection, in hidden sizes; half of it is convolved, half is the gate."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_fraction: float = 1.0
+    """Part of each head that is rotated, in window and full attention. Conv and linear attention have no positions."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    vocab_size: int = 50257
+    """Entries of the tokenizer."""
+    vocab_multiple: int = 8
+    """The embedding has vocab_size rows rounded up to this; all of these rows take part in the softmax, as released."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output projection."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections back to the residual use init_std / sqrt(2 layers)."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One prepared corpus in a mixture."""
+
+    path: str = ""
+    """Folder written by `based prep`, with a manifest.json."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the others' weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and how they are cut into sequences."""
+
+    path: str = ""
+    """Folder written by `based prep`, with a manifest.json. Give either this or `sources`."""
+    sources: tuple[SourceConfig, ...] = ()
+    """A weighted mixture of prepared corpora, in a YAML preset."""
+    sequence_length_tokens: int = 2048
+    """Tokens of one training sequence, over all context parallel ranks."""
+    isolate_documents: bool = True
+    """Reset states, windows and convolutions at document starts and do not predict across them. Off reproduces the released recipe."""
+    num_workers: int = 1
+    """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
+    seed: int = 42
+    """Seed of the order of sequences. The order is a pure function of this seed and the step."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks. Data parallel takes what is left of the world size."""
+
+    tensor: int = 1
+    """Tensor parallel ranks."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    virtual_pipeline: int = 1
+    """Model chunks on each stage; above 1 the interleaved schedule runs."""
+    context: int = 1
+    """Ranks that share one sequence, in contiguous slices."""
+    sequence_parallel: bool = True
+    """Shard norms and residuals over the tensor parallel ranks; no effect with tensor=1."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO: 1 shards optimizer state over data x context ranks; 2 adds gradients, 3 parameters (pipeline=1 only)."""
+    zero_bucket_elements: int = 50_000_000
+    """Elements of one gradient reduction or parameter all-gather bucket."""
+    timeout_seconds: int = 600
+    """A collective that takes longer ends the run instead of hanging it."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 8e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    weight_decay_mode: Literal["default", "reference"] = "default"
+    """default: none on norms, biases and embeddings. reference: as released, norms are decayed too."""
+    implementation: Literal["auto", "torch", "fused", "apex"] = "auto"
+    """AdamW to use: auto takes torch's fused one on a GPU and the plain one on a CPU."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warmup, then cosine: the released schedule."""
+
+    warmup_steps: int = 200
+    """Steps from warmup_lr to the peak."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+    decay_steps: int = 0
+    """Steps from the peak to min_lr; 0 means the rest of the run."""
+    min_lr: float = 8e-5
+    """Learning rate at the end of the cosine and after it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The job itself."""
+
+    steps: int = 20_000
+    """Optimizer steps of the whole run."""
+    global_batch_sequences: int = 256
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch_sequences: int = 8
+    """Sequences of one forward and backward pass on one data parallel rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 weights and activations over fp32 master weights, residual, states and gradient sums."""
+    recompute: Literal["none", "mixer", "full"] = "none"
+    """Activations to recompute in backward: none, those of the mixers, or those of whole blocks."""
+    backend: Literal["auto", "reference", "triton"] = "auto"
+    """Kernels of the mixers: auto takes triton on a GPU where it is built, else the PyTorch references."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run: auto takes a GPU if there is one."""
+    seed: int = 1111
+    """Seed of the initial weights."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a non-finite gradient norm (each is skipped) before the run gives up."""
+    stop_file: str = "stop"
+    """A file of this name in the run folder stops the run after the current step, with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on held-out sequences."""
+
+    interval_steps: int = 1000
+    """Steps between validations; 0 turns them off."""
+    sequences: int = 1000
+    """Held-out sequences of one validation (fewer if the split is smaller)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    interval_steps: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; 0 keeps all."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run folder if there is one."""
+    load: str = ""
+    """Start from the weights of this checkpoint (a new run, step 0) when the run folder has none."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is written while training."""
+
+    log_interval_steps: int = 10
+    """Steps between console lines and TensorBoard points."""
+    tensorboard: bool = True
+    """Write TensorBoard logs to the run folder."""
+    peak_flops: float = 0.0
+    """Peak FLOP/s of one device for MFU; 0 looks the device up, and leaves MFU out where it is unknown."""
+    sample_interval_steps: int = 0
+    """Steps between sampled generations; 0 turns them off."""
+    sample_prompts: tuple[str, ...] = ("The", "import ")
+    """Prompts to continue."""
+    sample_tokens: int = 32
+    """Tokens to generate for each prompt."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = "runs/based"
+    """Folder of this run: config, checkpoints, logs. Running again with the same folder resumes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
