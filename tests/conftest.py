@@ -1,11 +1,17 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support.pool import WorkerPool
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +21,18 @@ def shared_dir() -> Path:
     if not (path / "fixtures").is_dir():
         pytest.skip(f"no reference data at {path}: set BASED_SHARED_DIR to the folder with fixtures/ and data/")
     return path
+
+
+@pytest.fixture(scope="session")
+def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
+    """worker_pool(n) is a pool of n gloo ranks, started on first use and shared by all tests; a broken one is replaced."""
+    pools: dict[int, WorkerPool] = {}
+
+    def get(world_size: int) -> WorkerPool:
+        if world_size not in pools or pools[world_size].broken:
+            pools[world_size] = WorkerPool(world_size)
+        return pools[world_size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()

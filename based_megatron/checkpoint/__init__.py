@@ -1,0 +1,31 @@
+"""One checkpoint of a run, whatever the layout that wrote it and the layout that reads it."""
+
+from based_megatron.checkpoint.fragments import Fragment, Rectangle, rectangles
+from based_megatron.checkpoint.full import read_full, write_full
+from based_megatron.checkpoint.load import load_checkpoint, read_state
+from based_megatron.checkpoint.peers import ALONE, Peers, everyone
+from based_megatron.checkpoint.save import save_checkpoint
+from based_megatron.checkpoint.store import find_checkpoint, newest_valid, prune, resolve_checkpoint, verify
+from based_megatron.checkpoint.zero import adam_step, after_load, zero_fragments
+
+__all__ = [
+    "ALONE",
+    "Fragment",
+    "Peers",
+    "Rectangle",
+    "adam_step",
+    "after_load",
+    "everyone",
+    "find_checkpoint",
+    "load_checkpoint",
+    "newest_valid",
+    "prune",
+    "read_full",
+    "read_state",
+    "rectangles",
+    "resolve_checkpoint",
+    "save_checkpoint",
+    "verify",
+    "write_full",
+    "zero_fragments",
+]

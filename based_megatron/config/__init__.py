@@ -1,0 +1,36 @@
+"""Settings: the schema, presets and overrides, and the checks that need no GPU."""
+
+from based_megatron.config.load import from_dict, load_config, parse_config, preset_names, save_config, to_dict
+from based_megatron.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "from_dict",
+    "load_config",
+    "parse_config",
+    "preset_names",
+    "save_config",
+    "to_dict",
+]

@@ -1,0 +1,63 @@
+"""Softmax attention over a sliding window, and over the whole causal past.
+
+Legend: B batch, T local queries, S keys, H heads, V head dim. The first S - T keys come before the first query: the
+halo that a context-parallel rank received, or a decoding cache. Rotary embedding is applied by the caller.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from based_megatron.kernels.backend import implementation
+from based_megatron.kernels.sliding_window import reference
+
+__all__ = ["full_attention", "sliding_window_attention"]
+
+
+def sliding_window_attention(
+    q_BTHV: Tensor,
+    k_BSHV: Tensor,
+    v_BSHV: Tensor,
+    *,
+    window_left: int,
+    key_document_ids_BS: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """Query i attends to keys i + (S - T) - window_left .. i + (S - T): window_left previous keys and its own.
+
+    Args:
+        q_BTHV, k_BSHV, v_BSHV: fp64, fp32 or bf16; S >= T. Scores are scaled by V**-0.5; the softmax is fp32 or wider.
+        window_left: previous keys of a query; half of the released models' `window_size`.
+        key_document_ids_BS: document of each key; the queries' are the last T. A query sees only its own document, and
+            never an id of -1: a key that does not exist, left of the sequence start. None: all exist, one document.
+        backend: a name from `resolve_backend`.
+
+    Returns: o_BTHV in the dtype of q; gradients flow to q, k and v.
+    """
+    _check_shapes(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
+    run = implementation("sliding_window_attention", backend, {"reference": reference.sliding_window_attention})
+    return run(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
+
+
+def full_attention(
+    q_BTHV: Tensor,
+    k_BSHV: Tensor,
+    v_BSHV: Tensor,
+    *,
+    key_document_ids_BS: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """Query i attends to keys 0 .. i + (S - T): the baseline mixer, on PyTorch's own kernels.
+
+    Arguments and documents as in `sliding_window_attention`. Without documents and with S = T no mask is formed, so
+    memory is O(T) where PyTorch has a flash kernel; otherwise a boolean [T, S] mask is.
+    """
+    _check_shapes(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
+    run = implementation("full_attention", backend, {"reference": reference.full_attention})
+    return run(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
+
+
+def _check_shapes(q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> None:
+    S = k_BSHV.shape[1]
+    assert v_BSHV.shape[1] == S >= q_BTHV.shape[1], (q_BTHV.shape, k_BSHV.shape, v_BSHV.shape)
+    assert key_document_ids_BS is None or key_document_ids_BS.shape[1] == S, (key_document_ids_BS.shape, S)

@@ -1,0 +1,59 @@
+"""Whole, unsharded weights out of a checkpoint and into one, in a single process."""
+
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from based_megatron.checkpoint.fragments import Fragment
+from based_megatron.checkpoint.load import MODEL, read_state, stored_shapes
+from based_megatron.checkpoint.peers import ALONE
+from based_megatron.checkpoint.rectangles import stored_name
+from based_megatron.checkpoint.save import save_checkpoint
+from based_megatron.checkpoint.store import FOLDER, resolve_checkpoint
+from based_megatron.config import Config, from_dict, to_dict
+from based_megatron.parallel.sharding import ShardSpec
+
+
+def read_full(path: Path) -> tuple[dict[str, Tensor], Config]:
+    """All weights (fp32, CPU, unsharded, by global name) and the config they were trained with.
+
+    `path` is one checkpoint, or a run folder or its checkpoints folder: the newest valid one is then read, and damaged
+    ones are named on stderr. Raises CheckpointError if there is none.
+    """
+    path = resolve_checkpoint(path, on_skip=lambda line: print(line, file=sys.stderr), peers=ALONE)
+    weights = {
+        name.removeprefix(stored_name(MODEL, "")): torch.empty(shape)
+        for name, shape in stored_shapes(path).items()
+        if name.startswith(stored_name(MODEL, ""))
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(
+            {stored_name(MODEL, name): tensor for name, tensor in weights.items()},
+            storage_reader=dcp.FileSystemReader(path),
+            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
+    return weights, from_dict(read_state(path)["config"], where=str(path))
+
+
+def write_full(path: Path, state_dict: Mapping[str, Tensor], config: Config) -> Path:
+    """Write weights as checkpoint 0 of the run folder `path`, to start training from or to export; returns its folder.
+
+    It has no moments: load_checkpoint reads it with weights_only=True.
+    """
+    fragments = [
+        Fragment(
+            spec=ShardSpec(name, tuple(tensor.shape)),
+            start=0,
+            numel=tensor.numel(),
+            tensors={MODEL: tensor.detach().to("cpu", torch.float32).reshape(-1)},
+        )
+        for name, tensor in state_dict.items()
+    ]
+    return save_checkpoint(path / FOLDER, 0, fragments, {"config": to_dict(config)}, peers=ALONE)

@@ -1,0 +1,100 @@
+"""Reading a checkpoint into live tensors, however it was sharded when written."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from based_megatron.checkpoint.fragments import Fragment
+from based_megatron.checkpoint.peers import Peers, everyone
+from based_megatron.checkpoint.rectangles import FragmentLoadPlanner, stored_name
+from based_megatron.checkpoint.save import FORMAT
+from based_megatron.checkpoint.store import STATE
+from based_megatron.errors import CheckpointError
+
+MODEL = "model"
+
+
+def load_checkpoint(
+    path: Path,
+    fragments: Sequence[Fragment],
+    weights_only: bool = False,
+    peers: Peers | None = None,
+) -> dict[str, Any]:
+    """Fill the fragments of all ranks from the checkpoint `path` (collective); returns the state it was saved with.
+
+    Tensor parallel padding becomes zero. With weights_only the moments become zero too, and the checkpoint needs none.
+    The checkpoint is taken as whole: find it with newest_valid or resolve_checkpoint.
+
+    Raises CheckpointError on every rank, before anything is changed, if names or shapes differ from the checkpoint's.
+    """
+    peers = peers or everyone()
+    kinds = [MODEL] if weights_only else sorted({kind for fragment in fragments for kind in fragment.tensors})
+    try:
+        wanted = set().union(*peers.together(lambda: _check_fragments(path, fragments, kinds)))
+        peers.together(lambda: _check_nothing_left(path, wanted))
+        for fragment in fragments:
+            for tensor in fragment.tensors.values():
+                tensor.zero_()
+        _read_tensors(path, fragments, kinds, peers)
+        return peers.together(lambda: read_state(path))[peers.rank]
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load {path}: {error}") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint; raises CheckpointError if it is of an unknown format."""
+    state = json.loads((path / STATE).read_text())
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored tensors by name (model.NAME, exp_avg.NAME, exp_avg_sq.NAME)."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _check_fragments(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str]) -> set[str]:
+    """Names of the parameters, if the checkpoint has them all in their shapes."""
+    has = read_state(path)["kinds"]
+    if missing := [kind for kind in kinds if kind not in has]:
+        raise CheckpointError(f"it has no {' and '.join(missing)}, only weights: start from it with --checkpoint.load")
+    shapes = stored_shapes(path)
+    for fragment in fragments:
+        name, shape = fragment.spec.name, fragment.spec.shape
+        found = shapes.get(stored_name(MODEL, name))
+        if found is None:
+            raise CheckpointError(f"it has no parameter {name}, which is {shape} in this model: check --model settings")
+        if found != shape:
+            raise CheckpointError(f"{name} is {found} there and {shape} in this model: check --model settings")
+    return {fragment.spec.name for fragment in fragments}
+
+
+def _check_nothing_left(path: Path, wanted: set[str]) -> None:
+    for name, shape in stored_shapes(path).items():
+        kind, _, parameter = name.partition(".")
+        if kind == MODEL and parameter not in wanted:
+            raise CheckpointError(
+                f"it has a parameter {parameter} of {shape}, not in this model: check --model settings"
+            )
+
+
+def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str], peers: Peers) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(
+                {},
+                storage_reader=dcp.FileSystemReader(path),
+                planner=FragmentLoadPlanner(fragments, kinds),
+                process_group=peers.group,
+                no_dist=peers.group is None,
+            )
+    except dcp.CheckpointException as error:
+        raise CheckpointError(peers.first_failure(error)) from error

@@ -1,0 +1,86 @@
+"""The list of a checkpoint's files with their sizes and hashes: what tells a whole checkpoint from a damaged one."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+MANIFEST = "manifest.json"
+_READ_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    name: str
+    size_bytes: int
+    xxh3: str
+
+
+def seal_file(path: Path) -> FileEntry:
+    """Flush a written file to the disk and describe it."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    return FileEntry(path.name, path.stat().st_size, _hash(path))
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file and flush it to the disk."""
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk: files and renames survive a power cut only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, entries: list[FileEntry]) -> None:
+    """Write the manifest; a checkpoint is complete when it has one and its name does not end in .tmp."""
+    files = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
+    write_durably(folder / MANIFEST, json.dumps({"files": files}, indent=1))
+
+
+def read_manifest(folder: Path) -> list[FileEntry]:
+    """Entries of the manifest; raises OSError or ValueError if it cannot be read."""
+    try:
+        return [FileEntry(**entry) for entry in json.loads((folder / MANIFEST).read_text())["files"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} has no list of files ({error!r})") from error
+
+
+def problems(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, one short phrase each; rank r of `size` looks at each size-th file only."""
+    try:
+        entries = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} is unreadable ({error})"]
+    return [problem for entry in entries[rank::size] if (problem := _problem(folder, entry))]
+
+
+def _problem(folder: Path, entry: FileEntry) -> str | None:
+    try:
+        size_bytes = (folder / entry.name).stat().st_size
+        if size_bytes != entry.size_bytes:
+            return f"{entry.name} has {size_bytes} bytes instead of {entry.size_bytes}"
+        found = _hash(folder / entry.name)
+    except OSError as error:
+        return f"{entry.name} cannot be read ({error.strerror})"
+    return None if found == entry.xxh3 else f"{entry.name} has hash {found} instead of {entry.xxh3}"
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

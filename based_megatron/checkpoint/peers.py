@@ -1,0 +1,74 @@
+"""The processes that act together on a checkpoint, and how they agree on failures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from based_megatron.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among those that act together; alone by default, even where torch.distributed runs."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """None if alone. A gloo group keeps this traffic off the devices; NCCL works too."""
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """Run `action` everywhere and return all results by rank, on every rank.
+
+        Raises CheckpointError on all ranks, with one message, if it failed on any: nobody waits for one that gave up.
+        """
+        outcomes: list[Any] = [None] * self.size
+        outcome = self._try(action)
+        if self.group is None:
+            outcomes = [outcome]
+        else:
+            dist.all_gather_object(outcomes, outcome, group=self.group)
+        for _, error in outcomes:
+            if error is not None:
+                raise CheckpointError(error)
+        return [result for result, _ in outcomes]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result on every rank; fails everywhere if it fails there."""
+        return self.together(lambda: action() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def _try(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
+        try:
+            return action(), None
+        except CheckpointError as error:
+            return None, str(error)
+        except Exception as error:
+            return None, self.describe(error, self.rank)
+
+    def describe(self, error: BaseException, rank: int) -> str:
+        """One line about an error, with its rank if there are several."""
+        text = " ".join(str(error).split()) or "no message"
+        text = text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+        return text if self.group is None else f"rank {rank}: {text}"
+
+    def first_failure(self, error: CheckpointException) -> str:
+        """One line about the first failure that torch.distributed.checkpoint collected (it collects interrupts too)."""
+        rank, (cause, _) = next(iter(sorted(error.failures.items())))
+        if not isinstance(cause, Exception):
+            raise cause from error
+        return self.describe(cause, rank)
+
+
+ALONE = Peers()
+
+
+def everyone(group: dist.ProcessGroup | None = None) -> Peers:
+    """All ranks of a group (default: the world), or this process alone where torch.distributed is not running."""
+    if not dist.is_initialized():
+        return ALONE
+    group = group or dist.group.WORLD
+    return Peers(dist.get_rank(group), dist.get_world_size(group), group)

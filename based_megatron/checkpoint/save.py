@@ -1,0 +1,115 @@
+"""Writing a checkpoint: all or nothing, and every rank knows which."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+
+from based_megatron.checkpoint.fragments import Fragment
+from based_megatron.checkpoint.manifest import FileEntry, seal_file, sync_folder, write_durably, write_manifest
+from based_megatron.checkpoint.peers import Peers, everyone
+from based_megatron.checkpoint.rectangles import FragmentSavePlanner
+from based_megatron.checkpoint.store import STATE, step_name
+from based_megatron.errors import CheckpointError
+
+FORMAT = 1
+_LIBRARIES = ("based-megatron", "torch", "megatron-core", "deepspeed")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    fragments: Sequence[Fragment],
+    state: Mapping[str, Any],
+    peers: Peers | None = None,
+) -> Path:
+    """Write `folder`/step-XXXXXXXX from the fragments of all ranks (collective); returns it.
+
+    `state` is JSON: what the caller needs to go on (consumed_tokens, adam_step, config, ...); rank 0's is written. The
+    tensors are read before this returns. `folder` must be the same on all ranks.
+
+    Raises CheckpointError on every rank if any of them fails (full disk, quota, ...): earlier checkpoints are then
+    untouched, and so are the tensors, so that training may go on.
+    """
+    peers = peers or everyone()
+    final = folder / step_name(step)
+    unfinished = final.with_name(final.name + ".tmp")
+    try:
+        peers.on_first(lambda: _make_empty(unfinished))
+        _write_tensors(unfinished, fragments, peers)
+        sealed = peers.together(lambda: [seal_file(path) for path in unfinished.glob(f"__{peers.rank}_*")])
+        kinds = sorted({kind for fragment in fragments for kind in fragment.tensors})
+        document = {
+            "format": FORMAT,
+            "step": step,
+            "kinds": kinds,
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": _versions(),
+            **state,
+        }
+        peers.on_first(lambda: _commit(unfinished, final, [entry for share in sealed for entry in share], document))
+    except CheckpointError as error:
+        if peers.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # what is left is removed by the next save or prune
+        raise CheckpointError(
+            f"step {step} was not saved to {folder}, earlier checkpoints are untouched: {error}"
+        ) from None
+    return final
+
+
+def _make_empty(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _write_tensors(path: Path, fragments: Sequence[Fragment], peers: Peers) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                {},
+                storage_writer=dcp.FileSystemWriter(path, sync_files=False),
+                planner=FragmentSavePlanner(fragments),
+                process_group=peers.group,
+                no_dist=peers.group is None,
+            )
+    except dcp.CheckpointException as error:
+        raise CheckpointError(peers.first_failure(error)) from error
+
+
+def _commit(unfinished: Path, final: Path, sealed: list[FileEntry], document: dict[str, Any]) -> None:
+    """Describe the files, make everything durable, and only then give the folder its name."""
+    for entry in sealed:
+        path = unfinished / entry.name
+        if not path.is_file() or path.stat().st_size != entry.size_bytes:
+            raise CheckpointError(
+                f"rank 0 does not see {path} as written: --run-dir must be on a disk shared by all nodes"
+            )
+    write_durably(unfinished / STATE, json.dumps(document, indent=1))
+    write_manifest(unfinished, [*sealed, seal_file(unfinished / ".metadata"), seal_file(unfinished / STATE)])
+    sync_folder(unfinished)
+    replaced = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(unfinished, final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

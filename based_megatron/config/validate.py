@@ -1,0 +1,162 @@
+"""Every way in which a config and a world size cannot run together, found before any rank starts to work."""
+
+import shutil
+from pathlib import Path
+
+from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from based_megatron.errors import ConfigError
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Data parallel ranks that the world size leaves. Raises ConfigError if the layout does not fit."""
+    layout = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % layout:
+        raise ConfigError(
+            f"world size {world_size} is not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} = {layout}; change parallel.tensor, parallel.pipeline or parallel.context, or the number of ranks"
+        )
+    return world_size // layout
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raise ConfigError, in one line, for the first thing that cannot work with this many ranks."""
+    _check_positive(config)
+    _check_model(config.model)
+    _check_tensor_parallel(config)
+    _check_pipeline(config, data_parallel_size(config.parallel, world_size))
+    _check_sequence(config)
+    _check_zero(config)
+
+
+def _check_positive(config: Config) -> None:
+    train, parallel, data = config.train, config.parallel, config.data
+    for key, value in {
+        "parallel.tensor": parallel.tensor,
+        "parallel.pipeline": parallel.pipeline,
+        "parallel.virtual_pipeline": parallel.virtual_pipeline,
+        "parallel.context": parallel.context,
+        "parallel.timeout_seconds": parallel.timeout_seconds,
+        "train.steps": train.steps,
+        "train.global_batch_sequences": train.global_batch_sequences,
+        "train.micro_batch_sequences": train.micro_batch_sequences,
+        "data.sequence_length_tokens": data.sequence_length_tokens,
+        "monitor.log_interval_steps": config.monitor.log_interval_steps,
+    }.items():
+        if value < 1:
+            raise ConfigError(f"{key} is {value} but must be at least 1; change {key}")
+    if bool(data.path) == bool(data.sources):
+        raise ConfigError(f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path")
+    if config.optimizer.clip_grad_norm < 0:
+        raise ConfigError(f"optimizer.clip_grad_norm is {config.optimizer.clip_grad_norm}; set it to 0 (off) or above")
+    if config.schedule.warmup_steps + config.schedule.decay_steps > train.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps {config.schedule.warmup_steps} + decay_steps {config.schedule.decay_steps} is longer than "
+            f"train.steps {train.steps}; change one of them"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    parse_layer_pattern(model.layer_pattern)
+    if model.hidden_size % model.num_heads:
+        raise ConfigError(
+            f"model.hidden_size {model.hidden_size} is not a multiple of model.num_heads {model.num_heads}; change either"
+        )
+    if model.conv_expand % 2:
+        raise ConfigError(f"model.conv_expand is {model.conv_expand} but half of it is the gate; set model.conv_expand to an even number")
+    if model.window_left < 0 or model.conv_kernel < 1:
+        raise ConfigError(
+            f"model.window_left {model.window_left} must be at least 0 and model.conv_kernel {model.conv_kernel} at least 1"
+        )
+    if not 0 < model.rotary_fraction <= 1:
+        raise ConfigError(f"model.rotary_fraction is {model.rotary_fraction}; set it above 0 and to at most 1")
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    for key, value in {
+        "model.num_heads": model.num_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.hidden_size x conv_expand / 2": model.hidden_size * model.conv_expand // 2,
+    }.items():
+        if value % tensor:
+            raise ConfigError(f"{key} {value} is not a multiple of parallel.tensor {tensor}; change parallel.tensor")
+
+
+def _check_pipeline(config: Config, data_parallel: int) -> None:
+    parallel, train = config.parallel, config.train
+    layers = len(parse_layer_pattern(config.model.layer_pattern))
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    per_step = train.micro_batch_sequences * data_parallel
+    if train.global_batch_sequences % per_step:
+        raise ConfigError(
+            f"train.global_batch_sequences {train.global_batch_sequences} is not a multiple of train.micro_batch_sequences "
+            f"{train.micro_batch_sequences} x data parallel {data_parallel} = {per_step}; change train.global_batch_sequences"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs parallel.pipeline above 1; set parallel.virtual_pipeline=1"
+        )
+    if layers < chunks:
+        raise ConfigError(
+            f"{layers} layers cannot fill parallel.pipeline {parallel.pipeline} x parallel.virtual_pipeline "
+            f"{parallel.virtual_pipeline} = {chunks} chunks; lower parallel.pipeline"
+        )
+    if layers % chunks and parallel.virtual_pipeline > 1:
+        raise ConfigError(
+            f"{layers} layers do not divide into parallel.pipeline {parallel.pipeline} x parallel.virtual_pipeline "
+            f"{parallel.virtual_pipeline} = {chunks} equal chunks; change parallel.virtual_pipeline or model.layer_pattern"
+        )
+    micro_batches = train.global_batch_sequences // per_step
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise ConfigError(
+            f"the interleaved schedule needs a multiple of parallel.pipeline {parallel.pipeline} micro batches, not {micro_batches} "
+            f"(global batch / micro batch / data parallel); change train.global_batch_sequences"
+        )
+
+
+def _check_sequence(config: Config) -> None:
+    length, parallel = config.data.sequence_length_tokens, config.parallel
+    if parallel.context > length:
+        raise ConfigError(
+            f"parallel.context {parallel.context} is more than data.sequence_length_tokens {length}: a rank would have no token; "
+            f"lower parallel.context"
+        )
+    if length % parallel.context:
+        raise ConfigError(
+            f"data.sequence_length_tokens {length} is not a multiple of parallel.context {parallel.context}; change either"
+        )
+    if parallel.sequence_parallel and (length // parallel.context) % parallel.tensor:
+        raise ConfigError(
+            f"the {length // parallel.context} tokens of a context rank are not a multiple of parallel.tensor {parallel.tensor}; "
+            f"set parallel.sequence_parallel=false or change data.sequence_length_tokens"
+        )
+
+
+def _check_zero(config: Config) -> None:
+    stage, pipeline = config.parallel.zero_stage, config.parallel.pipeline
+    if stage == 0:
+        raise ConfigError(
+            "parallel.zero_stage 0 is wrong in bf16 (DeepSpeed updates once with zero gradients); set parallel.zero_stage=1, "
+            "which is the same with one data parallel rank"
+        )
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"parallel.zero_stage is {stage}; set it to 1, 2 or 3")
+    if stage > 1 and pipeline > 1:
+        raise ConfigError(
+            f"parallel.zero_stage {stage} cannot run with parallel.pipeline {pipeline}: gradients are sharded inside each backward, "
+            f"before the pipeline has summed them; set parallel.zero_stage=1 or parallel.pipeline=1"
+        )
+
+
+def check_run_dir(path: Path, needed_bytes: int) -> None:
+    """Raise ConfigError if the run folder cannot be made or has no room for one checkpoint."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run folder {path}: {error.strerror}; change run_dir") from error
+    free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise ConfigError(
+            f"{path} has {free / 2**30:.1f} GiB free but one checkpoint needs {needed_bytes / 2**30:.1f} GiB; change run_dir"
+        )

@@ -1,0 +1,101 @@
+"""The commands `based import` and `based export`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from safetensors.torch import load_file
+from torch import Tensor
+
+from based_megatron.checkpoint.full import read_full, write_full
+from based_megatron.config import Config
+from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.hf_files.configuration_based import BasedConfig
+from based_megatron.convert.huggingface import export_huggingface, from_hf
+from based_megatron.convert.layout import count_parameters
+from based_megatron.convert.released import from_released, to_released
+from based_megatron.errors import CheckpointError
+
+PathArgument = Annotated[Path, tyro.conf.Positional]
+
+
+def main_import(argv: Sequence[str]) -> None:
+    """Run `based import`."""
+    tyro.cli(import_weights, prog="based import", args=list(argv))
+
+
+def main_export(argv: Sequence[str]) -> None:
+    """Run `based export`."""
+    tyro.cli(export_weights, prog="based export", args=list(argv))
+
+
+def import_weights(source: PathArgument, output: Path) -> None:
+    """Make a checkpoint, to continue training from, out of released or exported weights.
+
+    Args:
+        source: Folder in the layout of the released Based models, or a Hugging Face export of ours.
+        output: Run folder to create, with the weights as the checkpoint of step 0.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} exists already: choose another --output, or remove it")
+    weights, model = read_export(source) if is_export(source) else from_released(source)
+    checkpoint = write_full(output, weights, Config(run_dir=str(output), model=model))
+    print(f"{model.layer_pattern}, {count_parameters(model):,} parameters\nwrote {checkpoint}")
+
+
+def export_weights(
+    checkpoint: PathArgument,
+    output: Path,
+    format: Literal["hf", "released"] = "hf",
+    tokenizer: Path | None = None,
+) -> None:
+    """Write the weights of a checkpoint as a model for Hugging Face transformers, or in the released layout.
+
+    Args:
+        checkpoint: A checkpoint, or a run folder: its newest valid checkpoint.
+        output: Folder to create.
+        format: hf is checked after writing, and the results are in its README.md. released is that of the Based authors.
+        tokenizer: Folder of the tokenizer to put into an hf export. Default: the data folder that the model was
+            trained on, where that is still there.
+    """
+    weights, config = read_full(checkpoint)
+    if format == "released":
+        to_released(weights, config.model, output)
+    else:
+        tokenizer = tokenizer or data_folder(config)
+        proof = export_huggingface(weights, config.model, output, tokenizer)
+        print(
+            f"reloaded: {proof.tensors} tensors bit-equal, logits within {proof.reload_difference:.2g}; decoding with the "
+            f"cache within {proof.cache_difference:.2g}, left padding within {proof.padding_difference:.2g}, "
+            f"{proof.generated_tokens} greedy tokens equal"
+        )
+        if tokenizer is None:
+            print("no tokenizer was exported: the data folder of the run is not here; add one with --tokenizer")
+    print(f"wrote {output}")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face export of ours."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == BasedConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_export(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """State dict and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no .safetensors files: give a whole export")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= load_file(file)
+    return from_hf(weights, BasedConfig.from_pretrained(folder))
+
+
+def data_folder(config: Config) -> Path | None:
+    """Where the tokenizer of a run lies, if it is still there: all sources of a mixture have the same one."""
+    paths = [config.data.path, *(source.path for source in config.data.sources)]
+    return next((Path(path) for path in paths if path and (Path(path) / "tokenizer.json").is_file()), None)

@@ -1,0 +1,214 @@
+"""Layers of Based: norm, gated MLP and the four mixers. A mixer continues from its state in the cache and updates it.
+
+Shapes: B batch, T tokens of this call, S tokens with those of the cache, H heads, D hidden size, V value head dim,
+E query and key head dim of a mixer, C channels and K - 1 past inputs of a convolution, R rotated dims,
+P = 1 + E + E (E + 1) / 2 packed Taylor features.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .configuration_based import BasedConfig
+
+LINEAR_CHUNK_TOKENS = 128
+ATTENTION_BLOCK_TOKENS = 512
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of residual, states and normalisers: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _split_heads(x_BTD: Tensor, heads: int) -> Tensor:
+    return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(x_BHTV: Tensor) -> Tensor:
+    return x_BHTV.transpose(1, 2).flatten(-2)
+
+
+class BasedRMSNorm(nn.Module):
+    """Root mean square norm of a float32 residual, in the dtype of the weights."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(wide_dtype(x.dtype))
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(self.weight.dtype)
+
+
+class BasedMLP(nn.Module):
+    """Gated MLP: down(up(x) * silu(gate(x)))."""
+
+    def __init__(self, config: BasedConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x_BTD) * F.silu(self.gate_proj(x_BTD)))
+
+
+class BasedGatedConv(nn.Module):
+    """Gated short convolution: out(silu(conv(u1)) * u2) with [u1, u2] = in(x); the last tap is the present."""
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.channels = config.hidden_size * config.conv_expand // 2
+        self.in_proj = nn.Linear(config.hidden_size, 2 * self.channels)
+        self.conv_weight = nn.Parameter(torch.empty(self.channels, config.conv_kernel))
+        self.out_proj = nn.Linear(self.channels, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
+        u1_BTC, u2_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
+        if mask_BS is not None:  # the projection has a bias: padding must be zeroed after it
+            u1_BTC = u1_BTC * mask_BS[:, -u1_BTC.shape[1] :, None]
+        past = self.conv_weight.shape[1] - 1
+        before_BCK = cache.get_conv_state(self.layer_idx) if cache is not None else None
+        if before_BCK is None:
+            before_BCK = u1_BTC.new_zeros(u1_BTC.shape[0], self.channels, past)
+        u1_BCS = torch.cat([before_BCK, u1_BTC.transpose(1, 2)], dim=-1)
+        if cache is not None and past:
+            cache.update_conv_state(u1_BCS[..., -past:], self.layer_idx)
+        c_BCT = F.conv1d(u1_BCS, self.conv_weight.unsqueeze(1), groups=self.channels)
+        return self.out_proj(F.silu(c_BCT).transpose(1, 2) * u2_BTC)
+
+
+def taylor_features(x: Tensor) -> Tensor:
+    """Packed second order Taylor map [..., E] -> [..., P]: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    half = torch.ones(len(i), dtype=x.dtype, device=x.device)  # an off-diagonal pair stands for both of its orders
+    half = half.masked_fill(i == j, math.sqrt(0.5))
+    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * half], dim=-1)
+
+
+def taylor_attention(
+    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTV: Tensor, valid_BT: Tensor | None, state_BHPV: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention with weights 1 + s + s^2 / 2, s = q . k / sqrt(E), by chunks: memory is linear in T.
+
+    The state is the sum of phi(k) [v, 1]: [B, H, P, V + 1], with the normaliser as the last column. Inputs and state
+    are float32 or float64. Returns the output [B, H, T, V] and the state after the last token.
+    """
+    scale = q_BHTE.shape[-1] ** -0.25
+    q_BHTE, k_BHTE = q_BHTE * scale, k_BHTE * scale
+    v_BHTV = torch.cat([v_BHTV, torch.ones_like(v_BHTV[..., :1])], dim=-1)
+    if valid_BT is not None:  # padding has no weight, in the normaliser neither
+        v_BHTV = v_BHTV * valid_BT[:, None, :, None]
+    outputs = []
+    for q, k, v in zip(*(x.split(LINEAR_CHUNK_TOKENS, dim=2) for x in (q_BHTE, k_BHTE, v_BHTV)), strict=True):
+        s = q @ k.transpose(-1, -2)
+        out = torch.tril(1 + s + 0.5 * s.square()) @ v
+        if state_BHPV is not None:
+            out = out + taylor_features(q) @ state_BHPV
+        outputs.append(out)
+        update = taylor_features(k).transpose(-1, -2) @ v
+        state_BHPV = update if state_BHPV is None else state_BHPV + update
+    y_BHTV = torch.cat(outputs, dim=2)
+    return y_BHTV[..., :-1] / (y_BHTV[..., -1:] + 1e-12), state_BHPV
+
+
+class BasedLinearAttention(nn.Module):
+    """Linear attention with the second order Taylor map of exp. No positions, no norm, no gate."""
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
+        state_BHPV = None
+        if cache is not None:  # Cache.get_recurrent_state always answers None for a layer without a conv state
+            layer: Any = cache.layers[self.layer_idx]
+            state_BHPV = layer.recurrent_states[0] if layer.is_recurrent_states_initialized[0] else None
+        q, k, v = (_split_heads(proj(x_BTD), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            wide = wide_dtype(x_BTD.dtype)
+            valid_BT = None if mask_BS is None else mask_BS[:, -x_BTD.shape[1] :]
+            y_BHTV, state_BHPV = taylor_attention(q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHPV)
+        if cache is not None and state_BHPV is not None:
+            cache.update_recurrent_state(state_BHPV, self.layer_idx)
+        return self.o_proj(_merge_heads(y_BHTV).to(x_BTD.dtype))
+
+
+def rotate(x_BHTE: Tensor, cos_B1TR: Tensor, sin_B1TR: Tensor) -> Tensor:
+    """Rotary positions on the first R dims of each head, in half-split pairs (i, i + R / 2)."""
+    x, rest = x_BHTE.split([cos_B1TR.shape[-1], x_BHTE.shape[-1] - cos_B1TR.shape[-1]], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    turned = x * cos_B1TR + torch.cat([-second, first], dim=-1) * sin_B1TR
+    return torch.cat([turned.to(x_BHTE.dtype), rest], dim=-1)
+
+
+def causal_attention(
+    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask_BS: Tensor | None, window: int | None
+) -> Tensor:
+    """Softmax attention of the last T of S positions to themselves and, with a window, to the window - 1 keys before.
+
+    Queries go by blocks that see only the keys in reach: memory and work are linear in T with a window. A query always
+    sees itself, so that padding rows stay finite.
+    """
+    T, S = q_BHTE.shape[2], k_BHSE.shape[2]
+    if mask_BS is None and (window is None or window >= S):
+        if T == S:
+            return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, is_causal=True)
+        if T == 1:
+            return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE)
+    outputs = []
+    for start in range(S - T, S, ATTENTION_BLOCK_TOKENS):
+        end = min(start + ATTENTION_BLOCK_TOKENS, S)
+        first = 0 if window is None else max(start - window + 1, 0)
+        age = torch.arange(start, end, device=q_BHTE.device)[:, None] - torch.arange(first, end, device=q_BHTE.device)
+        seen = (age >= 0) if window is None else (age >= 0) & (age < window)
+        if mask_BS is not None:
+            seen = seen & mask_BS[:, None, None, first:end] | (age == 0)
+        q, k, v = q_BHTE[:, :, start - S + T : end - S + T], k_BHSE[:, :, first:end], v_BHSE[:, :, first:end]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+    return torch.cat(outputs, dim=2)
+
+
+class BasedAttention(nn.Module):
+    """Softmax attention with rotary positions, over a window of previous keys or over all of them."""
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads = config.num_attention_heads
+        self.window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        q, k, v = (_split_heads(proj(x_BTD), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        if mask_BS is not None:  # the cache of a window holds its last keys only
+            mask_BS = mask_BS[:, -k.shape[2] :]
+        return self.o_proj(_merge_heads(causal_attention(q, k, v, mask_BS, self.window)))
+
+
+MIXERS = {
+    "conv": BasedGatedConv,
+    "linear_attention": BasedLinearAttention,
+    "sliding_attention": BasedAttention,
+    "full_attention": BasedAttention,
+}

@@ -1,0 +1,243 @@
+"""Based: gated short convolutions, Taylor linear attention and sliding window attention (arXiv 2402.18668).
+
+Decoding needs a state of constant size: the last inputs of each convolution, the packed moments of each linear
+attention layer and the last keys and values of each window. Linear attention, its states and the residual stream are
+float32 (or float64) whatever the dtype of the weights.
+
+Shapes: B batch, T tokens of this call, S tokens with those of the cache, D hidden size, R rotated dims of a head.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_based import BasedConfig
+from .mixers_based import MIXERS, BasedGatedConv, BasedMLP, BasedRMSNorm, wide_dtype
+
+
+class BasedCache(DynamicCache):
+    """The cache of transformers for `config.layer_types`, which also knows its length where no layer is attention."""
+
+    is_compileable = False  # the window grows until it is full
+
+    def __init__(self, config: BasedConfig):
+        super().__init__(config=config)
+        self.seen_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that went in, padding included."""
+        return self.seen_tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen_tokens = 0
+
+    def state_bytes(self) -> int:
+        """Bytes of all states."""
+        tensors: list[Tensor | None] = []
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+                tensors += [layer.keys, layer.values]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class BasedBlock(GradientCheckpointingLayer):
+    """Mixer and MLP, each after a norm and each added to a float32 residual."""
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        self.mlp_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = BasedMLP(config)
+
+    def forward(self, residual_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, rotary: tuple) -> Tensor:
+        mixed_BTD = self.mixer(self.mixer_norm(residual_BTD), mask_BS=mask_BS, cache=cache, rotary=rotary)
+        residual_BTD = residual_BTD + mixed_BTD
+        return residual_BTD + self.mlp(self.mlp_norm(residual_BTD))
+
+
+class BasedPreTrainedModel(PreTrainedModel):
+    config: BasedConfig
+    config_class = BasedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BasedBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, BasedRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, BasedGatedConv):
+            bound = module.conv_weight.shape[1] ** -0.5
+            init.uniform_(module.conv_weight, -bound, bound)
+        elif isinstance(module, BasedBlock):  # projections back to the residual; children come before their parents
+            for name, weight in module.named_parameters():
+                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+                    init.normal_(weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+
+class BasedModel(BasedPreTrainedModel):
+    """The model without its output projection."""
+
+    def __init__(self, config: BasedConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(BasedBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, 1, T, R] of the rotary angles, in float32 or float64."""
+        config, device = self.config, positions_BT.device
+        dims = int(config.hidden_size // config.num_attention_heads * config.rotary_fraction)
+        # At position 1e6 an angle in float32 is off by 0.03; mps has no float64.
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        exponents = torch.arange(0, dims, 2, device=device, dtype=precise) / max(dims, 1)
+        angles = positions_BT[:, None, :, None].to(precise) * config.rotary_base**-exponents
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(wide_dtype(dtype)), angles.sin().to(wide_dtype(dtype))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, D] of `input_ids` [B, T], which continue those in `past_key_values`.
+
+        `attention_mask` [B, S] is 0 at padding, which may only be on the left of a row; with a cache it covers the
+        cached tokens too. Positions matter in window and full attention only, and only relative to each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T, _ = x_BTD.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = BasedCache(self.config)
+        if past_key_values is not None and len(past_key_values.layers) != self.config.num_hidden_layers:
+            raise ValueError("past_key_values was not made for this model: use DynamicCache(config=model.config)")
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise ValueError(
+                f"{type(past_key_values).__name__} is not supported: the state of a Based model is small already"
+            )
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        mask_BS = None
+        if attention_mask is not None:
+            if tuple(attention_mask.shape) != (B, past + T):
+                raise ValueError(
+                    f"attention_mask must be [batch, cached + new tokens] = [{B}, {past + T}], "
+                    f"got {list(attention_mask.shape)}"
+                )
+            mask_BS = attention_mask.bool()
+            if position_ids is None:
+                position_ids = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=x_BTD.device)[None]
+        if mask_BS is not None and mask_BS.all():
+            mask_BS = None
+
+        rotary = self._rotary(position_ids, x_BTD.dtype)
+        residual_BTD = x_BTD.to(wide_dtype(x_BTD.dtype))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states: list[Tensor] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(residual_BTD)
+            residual_BTD = layer(residual_BTD, mask_BS, past_key_values, rotary)
+        y_BTD = self.norm(residual_BTD)
+        if isinstance(past_key_values, BasedCache):
+            past_key_values.seen_tokens += T
+        return BaseModelOutputWithPast(
+            last_hidden_state=y_BTD,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states, y_BTD) if output_hidden_states else None,
+        )
+
+
+class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
+    """Based with its output projection, a causal language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: BasedConfig):
+        super().__init__(config)
+        self.model = BasedModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tokenizer_vocab_size < config.vocab_size:
+            self.generation_config.suppress_tokens = list(range(config.tokenizer_vocab_size, config.vocab_size))
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
+        """Called by generate: our cache is the default one."""
+        default = generation_config.cache_implementation in (None, "dynamic")
+        if default and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = BasedCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size]; with `labels` (unshifted, -100 is ignored) the mean next-token loss too.
+
+        `logits_to_keep` keeps the last so many positions (0 keeps all), or those of an index tensor.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+__all__ = ["BasedForCausalLM", "BasedModel", "BasedPreTrainedModel"]

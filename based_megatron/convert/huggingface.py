@@ -1,0 +1,187 @@
+"""Between our unsharded state dict and the Hugging Face model of `hf_files`, in memory and as an export folder."""
+
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.folder import new_folder
+from based_megatron.convert.hf_files.configuration_based import BasedConfig
+from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
+from based_megatron.convert.layout import Entry, embedding_rows, our_shapes, short_pattern, to_other, to_ours
+from based_megatron.convert.model_card import model_card
+from based_megatron.convert.proof import Proof, prove
+from based_megatron.data_prep.tokenizer import load_tokenizer
+from based_megatron.errors import CheckpointError
+
+LAYER_TYPES = {"c": "conv", "L": "linear_attention", "S": "sliding_attention", "A": "full_attention"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_based.BasedConfig",
+    "AutoModel": "modeling_based.BasedModel",
+    "AutoModelForCausalLM": "modeling_based.BasedForCausalLM",
+}
+HF_FILES = ("configuration_based.py", "mixers_based.py", "modeling_based.py")
+
+
+def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], BasedConfig]:
+    """Weights and config of `BasedForCausalLM`, bit-exact. A tied output projection is not repeated.
+
+    Raises CheckpointError if the tensors do not fit the config.
+    """
+    return to_other(state_dict, _table(config)), hf_config(config)
+
+
+def from_hf(hf_state_dict: dict[str, Tensor], hf: BasedConfig) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The inverse of to_hf. Raises CheckpointError if the tensors do not fit the config."""
+    config = model_config(hf)
+    weights = dict(hf_state_dict)
+    if config.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    return to_ours(weights, _table(config)), config
+
+
+def hf_model(state_dict: dict[str, Tensor], config: ModelConfig) -> BasedForCausalLM:
+    """BasedForCausalLM with these weights, in evaluation mode; it shares their memory where it can.
+
+    Raises CheckpointError if the tensors do not fit the config.
+    """
+    weights, hf = to_hf(state_dict, config)
+    with torch.device("meta"):
+        model = BasedForCausalLM(hf)
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def export_huggingface(
+    state_dict: dict[str, Tensor], config: ModelConfig, output: Path, tokenizer: Path | None = None
+) -> Proof:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, and prove it.
+
+    `state_dict` holds float32 tensors, `tokenizer` is a folder written by `based prep` or one with a tokenizer.json or
+    the GPT-2 pair. The folder appears whole or not at all. Returns what was measured, which the model card has too.
+    Raises CheckpointError if the output is in the way, the tensors do not fit, or the export is not equal to its
+    source; DataError for the tokenizer.
+    """
+    other = {str(tensor.dtype) for tensor in state_dict.values()} - {"torch.float32"}
+    if other:
+        raise CheckpointError(
+            f"an export takes float32 weights, not {', '.join(sorted(other))}: convert the checkpoint"
+        )
+    model = hf_model(state_dict, config)
+    with new_folder(output) as folder:
+        if tokenizer is not None:
+            _write_tokenizer(model, tokenizer, folder)
+        model.config.auto_map = AUTO_MAP
+        model.generation_config._from_model_config = False  # it holds suppressed tokens, which a config cannot
+        model.save_pretrained(folder, max_shard_size="5GB")
+        for name in HF_FILES:
+            source = resources.files("based_megatron.convert.hf_files") / name
+            (folder / name).write_bytes(source.read_bytes())
+        for weights in folder.glob(
+            "*.safetensors"
+        ):  # written for the owner only, while the other files follow the umask
+            shutil.copymode(folder / "config.json", weights)
+        proof = prove(folder, model)
+        (folder / "README.md").write_text(model_card(config, proof, has_tokenizer=tokenizer is not None))
+    return proof
+
+
+def _write_tokenizer(model: BasedForCausalLM, tokenizer: Path, folder: Path) -> None:
+    encoder = load_tokenizer(str(tokenizer))
+    if encoder.vocab_size > model.config.tokenizer_vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {tokenizer} has {encoder.vocab_size} entries, the model only "
+            f"{model.config.tokenizer_vocab_size}: give that of the training data with --tokenizer"
+        )
+    encoder.save(folder)
+    settings_file = folder / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text()) | {"pad_token": encoder.eos_token, "padding_side": "left"}
+    settings_file.write_text(json.dumps(settings, indent=2))
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = encoder.eos_id
+
+
+def hf_config(config: ModelConfig) -> BasedConfig:
+    """Our config as that of the Hugging Face model."""
+    letters = parse_layer_pattern(config.layer_pattern)
+    return BasedConfig(
+        architectures=["BasedForCausalLM"],
+        vocab_size=embedding_rows(config),
+        tokenizer_vocab_size=config.vocab_size,
+        vocab_multiple=config.vocab_multiple,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size,
+        num_hidden_layers=len(letters),
+        num_attention_heads=config.num_heads,
+        layer_types=[LAYER_TYPES[letter] for letter in letters],
+        feature_dim=config.feature_dim,
+        sliding_window=config.window_left + 1,
+        conv_kernel=config.conv_kernel,
+        conv_expand=config.conv_expand,
+        rotary_base=config.rotary_base,
+        rotary_fraction=config.rotary_fraction,
+        rms_norm_eps=config.norm_eps,
+        initializer_range=config.init_std,
+        tie_word_embeddings=config.tie_embeddings,
+    )
+
+
+def model_config(hf: BasedConfig) -> ModelConfig:
+    """The inverse of hf_config; the layer pattern comes back in its short form."""
+    letters = {name: letter for letter, name in LAYER_TYPES.items()}
+    return ModelConfig(
+        layer_pattern=short_pattern("".join(letters[name] for name in hf.layer_types)),
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_heads=hf.num_attention_heads,
+        feature_dim=hf.feature_dim,
+        window_left=hf.sliding_window - 1,
+        conv_kernel=hf.conv_kernel,
+        conv_expand=hf.conv_expand,
+        rotary_base=hf.rotary_base,
+        rotary_fraction=hf.rotary_fraction,
+        norm_eps=hf.rms_norm_eps,
+        vocab_size=hf.tokenizer_vocab_size,
+        vocab_multiple=hf.vocab_multiple,
+        tie_embeddings=hf.tie_word_embeddings,
+        init_std=hf.initializer_range,
+    )
+
+
+def _table(config: ModelConfig) -> list[Entry]:
+    """Our tensors and those of BasedForCausalLM."""
+    D, F, E = config.hidden_size, config.ffn_hidden_size, config.num_heads * config.feature_dim
+    top = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "final_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    letters = parse_layer_pattern(config.layer_pattern)
+    table = []
+    for name, shape in our_shapes(config).items():
+        if name in top:
+            table.append(Entry(name, shape, ((top[name], shape),)))
+            continue
+        _, index, local = name.split(".", 2)
+        letter = letters[int(index)]
+        rows = (E, E, D) if letter == "L" else (D, D, D)
+        parts: dict[str, tuple[int, ...]] = {local: shape}
+        if local == "mlp.fc1.weight":
+            parts = {"mlp.up_proj.weight": (F, D), "mlp.gate_proj.weight": (F, D)}
+        elif local == "mlp.fc2.weight":
+            parts = {"mlp.down_proj.weight": shape}
+        elif local == "mixer.qkv.weight":
+            parts = {f"mixer.{x}_proj.weight": (n, D) for x, n in zip("qkv", rows, strict=True)}
+        elif local == "mixer.out_proj.weight" and letter != "c":
+            parts = {"mixer.o_proj.weight": shape}
+        prefix = f"model.layers.{index}"
+        table.append(Entry(name, shape, tuple((f"{prefix}.{part}", part_shape) for part, part_shape in parts.items())))
+    return table

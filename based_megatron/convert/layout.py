@@ -1,0 +1,134 @@
+"""Renaming between our tensors and those of another layout, as one table that is read in both directions.
+
+Our names and shapes are those of the unsharded state dict that a checkpoint stores. Fused projections are stacks of
+rows, so that every conversion is a split, a concatenation and a reshape: bit-exact.
+D hidden size, F MLP width, H heads, E feature dim, C conv channels, K conv taps, V embedding rows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.config.schema import ModelConfig
+from based_megatron.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our tensors and the tensors of the other layout whose rows, stacked, make it."""
+
+    name: str
+    shape: Shape
+    parts: tuple[tuple[str, Shape], ...]
+
+
+def embedding_rows(config: ModelConfig) -> int:
+    """Rows of the embedding: the vocabulary, rounded up."""
+    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+
+
+def our_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor of the unsharded state dict."""
+    D, F = config.hidden_size, config.ffn_hidden_size
+    V = embedding_rows(config)
+    C = config.conv_expand * D // 2
+    E = config.num_heads * config.feature_dim
+    mixers: dict[str, dict[str, Shape]] = {
+        "c": {
+            "in_proj.weight": (2 * C, D),
+            "in_proj.bias": (2 * C,),
+            "conv_weight": (C, config.conv_kernel),
+            "out_proj.weight": (D, C),
+            "out_proj.bias": (D,),
+        },
+        "L": {"qkv.weight": (2 * E + D, D), "out_proj.weight": (D, D)},
+        "S": {"qkv.weight": (3 * D, D), "out_proj.weight": (D, D)},
+        "A": {"qkv.weight": (3 * D, D), "out_proj.weight": (D, D)},
+    }
+    shapes: dict[str, Shape] = {"embedding.weight": (V, D), "final_norm.weight": (D,)}
+    if not config.tie_embeddings:
+        shapes["output.weight"] = (V, D)
+    for i, letter in enumerate(parse_layer_pattern(config.layer_pattern)):
+        layer = f"layers.{i}"
+        shapes |= {f"{layer}.{norm}.weight": (D,) for norm in ("mixer_norm", "mlp_norm")}
+        shapes |= {f"{layer}.mlp.fc1.weight": (2 * F, D), f"{layer}.mlp.fc2.weight": (D, F)}
+        shapes |= {f"{layer}.mixer.{name}": shape for name, shape in mixers[letter].items()}
+    return shapes
+
+
+def to_other(state_dict: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]:
+    """Our tensors in the other layout; those that are only renamed share their memory.
+
+    Raises CheckpointError for missing, unexpected or misshapen tensors.
+    """
+    check_shapes(state_dict, {entry.name: entry.shape for entry in table})
+    other: dict[str, Tensor] = {}
+    for entry in table:
+        pieces = state_dict[entry.name].split([shape[0] for _, shape in entry.parts])
+        for (name, shape), piece in zip(entry.parts, pieces, strict=True):
+            other[name] = piece.reshape(shape) if len(pieces) == 1 else piece.reshape(shape).clone()
+    return other
+
+
+def to_ours(other: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]:
+    """The inverse of to_other, with the same errors."""
+    check_shapes(other, {name: shape for entry in table for name, shape in entry.parts})
+    ours: dict[str, Tensor] = {}
+    for entry in table:
+        pieces = [other[name] for name, _ in entry.parts]
+        ours[entry.name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(entry.shape)
+    return ours
+
+
+def check_shapes(state_dict: dict[str, Tensor], expected: dict[str, Shape]) -> None:
+    """Raise CheckpointError unless the tensors are exactly the expected ones."""
+    missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"weights do not fit the config: {len(missing)} tensors missing{_some(missing)}, "
+            f"{len(unexpected)} unexpected{_some(unexpected)}; check the layer pattern in the config"
+        )
+    for name, shape in expected.items():
+        if tuple(state_dict[name].shape) != shape:
+            raise CheckpointError(
+                f"weights do not fit the config: {name} is {list(state_dict[name].shape)}, expected {list(shape)}"
+            )
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of a model, without building it."""
+    return sum(prod(shape) for shape in our_shapes(config).values())
+
+
+def short_pattern(letters: str) -> str:
+    """A layer pattern for one letter per layer, repeats written once: `cLScccLSccc` -> `cLScc*2 c`."""
+    groups, start = [""], 0
+    while start < len(letters):
+        sizes = range(1, len(letters) - start + 1)
+        covered, size = max(((_covered(letters[start:], size), size) for size in sizes), key=lambda x: (x[0], -x[1]))
+        if covered > size + 4:
+            groups += [f"{letters[start : start + size]}*{covered // size}", ""]
+            start += covered
+        else:
+            groups[-1] += letters[start]
+            start += 1
+    return " ".join(group for group in groups if group)
+
+
+def _covered(letters: str, size: int) -> int:
+    """Letters at the start that repeat the first `size` of them; 0 if they come once only."""
+    count = 1
+    while letters.startswith(letters[:size], size * count):
+        count += 1
+    return size * count if count > 1 else 0
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return f" ({', '.join(names[:most])}{', ...' if len(names) > most else ''})" if names else ""

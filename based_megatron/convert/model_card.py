@@ -1,0 +1,102 @@
+"""README.md of an export: what the model is, how to use it, and what was measured on this very export."""
+
+from collections import Counter
+
+import torch
+import transformers
+
+from based_megatron.config.pattern import MIXERS, parse_layer_pattern
+from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.proof import Proof
+
+TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- based
+- linear-attention
+---
+
+# Based, {parameters:,} parameters
+
+A causal language model of the [Based](https://arxiv.org/abs/2402.18668) architecture, trained with `based_megatron`.
+It decodes with a state of constant size: {state_bytes:,} bytes for a sequence in float32, whatever its length{growth}.
+
+| | |
+|---|---|
+| layers | {layers} ({mixers}), pattern `{pattern}` |
+| hidden size | {hidden_size} |
+| MLP width | {ffn_hidden_size} |
+| heads | {num_heads} |
+| feature dim of linear attention | {feature_dim} |
+| previous keys in a window | {window_left} |
+| vocabulary | {vocab_size} tokens in {rows} embedding rows; the rows above are never generated |
+
+## Use
+
+The modeling files in this folder need torch and transformers 5.17 or newer. {tokenizer}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
+inputs = tokenizer(["The"], return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=64)))
+```
+
+Batches of prompts of different lengths are padded on the left. Right padding is fine for a single forward pass only.
+
+## Checks
+
+Measured on this export when it was written: reloaded with `AutoModelForCausalLM`, on a CPU in float32, with a batch of
+two random sequences of {prompt_tokens} tokens. Differences are the largest over all logits, where the largest logit was
+{scale:.3g}.
+
+| check | result |
+|---|---|
+| weights equal to those of the checkpoint, bit for bit | {tensors} of {tensors} tensors |
+| logits of the reloaded model against the model in memory | {reload_difference:.2g} |
+| prefill in two chunks and single steps against one forward pass | {cache_difference:.2g} |
+| a left-padded row in a batch against the row alone | {padding_difference:.2g} |
+| greedy generation with the cache against without | {generated_tokens} of {generated_tokens} tokens equal |
+
+Versions: torch {torch_version}, transformers {transformers_version}.
+"""
+
+
+def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
+    """The text of README.md."""
+    letters = parse_layer_pattern(config.layer_pattern)
+    mixers = ", ".join(f"{n} {MIXERS[letter].replace('_', ' ')}" for letter, n in Counter(letters).items())
+    return TEMPLATE.format(
+        parameters=proof.parameters,
+        state_bytes=proof.state_bytes,
+        growth=""
+        if "A" not in letters
+        else "; its full attention layers keep all keys and values on top, counted here at "
+        f"{proof.prompt_tokens} tokens",
+        layers=len(letters),
+        mixers=mixers,
+        pattern=config.layer_pattern,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_heads=config.num_heads,
+        feature_dim=config.feature_dim,
+        window_left=config.window_left,
+        vocab_size=config.vocab_size,
+        rows=-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple,
+        tokenizer="The tokenizer is that of the training data."
+        if has_tokenizer
+        else "No tokenizer was exported: use the one that the training data was made with.",
+        prompt_tokens=proof.prompt_tokens,
+        scale=proof.logits_scale,
+        tensors=proof.tensors,
+        reload_difference=proof.reload_difference,
+        cache_difference=proof.cache_difference,
+        padding_difference=proof.padding_difference,
+        generated_tokens=proof.generated_tokens,
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+    )

@@ -1,0 +1,143 @@
+"""The layout of the released Based checkpoints: config.json and pytorch_model.bin (or model.safetensors), both ways.
+
+Weights are read without unpickling code, and the import paths in the config are compared with known ones, never
+imported.
+"""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.folder import new_folder
+from based_megatron.convert.layout import Entry, our_shapes, to_other, to_ours
+from based_megatron.convert.released_config import read_released_config, released_config
+from based_megatron.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+SAFE_NAME = "model.safetensors"
+PICKLE_NAME = "pytorch_model.bin"
+DECAY = "transformer.decay.decay"
+
+
+def from_released(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Read a folder in the released layout as our unsharded float32 state dict and config.
+
+    Raises CheckpointError if a file is missing or holds more than tensors, if the config asks for something that we do
+    not know, and if tensors are missing, unexpected or misshapen.
+    """
+    try:
+        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {folder / CONFIG_NAME}: {error}; give a released checkpoint folder"
+        ) from error
+    weights = _clean(_read_weights(folder))
+    mlp_rows = weights.get("transformer.layers.0.mlp.fc1.weight", torch.empty(0)).shape[0]
+    config = read_released_config(values, mlp_rows)
+    if config.tie_embeddings:
+        alias = weights.pop("lm_head.weight", None)
+        embedding = weights.get("transformer.embeddings.word_embeddings.weight")
+        if alias is not None and embedding is not None and not torch.equal(alias, embedding):
+            raise CheckpointError(
+                f"lm_head.weight of {folder} is not the embedding, although its config has tie_word_embeddings true; "
+                f"set that to false in {CONFIG_NAME}"
+            )
+    return to_ours(weights, _table(config)), config
+
+
+def to_released(state_dict: dict[str, Tensor], config: ModelConfig, output: Path) -> None:
+    """Write config.json and pytorch_model.bin in the released layout, bit-equal.
+
+    Raises CheckpointError if the output is in the way, the tensors do not fit the config, or the released code cannot
+    express the model.
+    """
+    values = released_config(config)
+    weights = to_other(state_dict, _table(config))
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights["transformer.embeddings.word_embeddings.weight"]
+    with new_folder(output) as folder:
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2))
+        torch.save(weights, folder / PICKLE_NAME)
+
+
+def _read_weights(folder: Path) -> dict[str, Any]:
+    safe, pickled = folder / SAFE_NAME, folder / PICKLE_NAME
+    path = safe if safe.is_file() else pickled
+    try:
+        if path is safe:
+            return load_file(safe)
+        weights = torch.load(pickled, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has neither {SAFE_NAME} nor {PICKLE_NAME}: give a released checkpoint folder"
+        ) from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and was not loaded ({' '.join(str(error).split())[:200]}); get the weights "
+            f"from a source that you trust, as {SAFE_NAME}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; copy it again") from error
+    if not isinstance(weights, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(weights).__name__}, not a table of tensors; give a released checkpoint"
+        )
+    return weights
+
+
+def _clean(raw: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors as float32 under their plain names: without the training wrapper's prefix, metrics and unused decay."""
+    weights: dict[str, Tensor] = {}
+    for key, value in raw.items():
+        name = str(key).removeprefix("model.")
+        if "metrics" in name:
+            continue
+        if name == DECAY:
+            logger.warning("%s is left out: the released mixer never used it", DECAY)
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise CheckpointError(f"{key} is not a tensor of weights but {str(value)[:60]}; give a released checkpoint")
+        if name in weights:
+            raise CheckpointError(f"{name} is there twice, with and without the prefix 'model.'; remove one")
+        weights[name] = value.to(torch.float32)
+    return weights
+
+
+def _table(config: ModelConfig) -> list[Entry]:
+    """Our tensors and the released ones."""
+    D, E, C = config.hidden_size, config.num_heads * config.feature_dim, config.conv_expand * config.hidden_size // 2
+    top = {
+        "embedding.weight": "transformer.embeddings.word_embeddings.weight",
+        "final_norm.weight": "transformer.ln_f.weight",
+        "output.weight": "lm_head.weight",
+    }
+    letters = parse_layer_pattern(config.layer_pattern)
+    table = []
+    for name, shape in our_shapes(config).items():
+        if name in top:
+            table.append(Entry(name, shape, ((top[name], shape),)))
+            continue
+        _, index, local = name.split(".", 2)
+        parts: dict[str, tuple[int, ...]] = {local: shape}
+        if local in ("mixer_norm.weight", "mlp_norm.weight"):
+            parts = {"norm1.weight" if local.startswith("mixer") else "norm2.weight": shape}
+        elif local == "mixer.conv_weight":
+            parts = {"mixer.conv.conv.weight": (C, 1, config.conv_kernel)}
+        elif local == "mixer.qkv.weight" and letters[int(index)] == "L":
+            parts = {f"mixer.proj_{x}.weight": (rows, D) for x, rows in zip("qkv", (E, E, D), strict=True)}
+        elif local == "mixer.qkv.weight":
+            parts = {"mixer.Wqkv.weight": shape}
+        prefix = f"transformer.layers.{index}"
+        table.append(Entry(name, shape, tuple((f"{prefix}.{part}", part_shape) for part, part_shape in parts.items())))
+    return table

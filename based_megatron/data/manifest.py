@@ -1,0 +1,208 @@
+"""The table of contents of a prepared corpus: which token blocks lie where, and with which tokenizer they were made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from based_megatron.errors import DataError
+
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Member:
+    """One token block: the webdataset sample `key` of one shard. All offsets are bytes in the tar file."""
+
+    file: str
+    """Shard, relative to the manifest's folder."""
+    key: str
+    """Sample key: the block is `<key>.tokens.npy`, its document ends `<key>.docs.json`, their origins `<key>.origins.json`."""
+    begin: int
+    """First byte of the sample, tar header included."""
+    end: int
+    """Byte after the sample, padding included."""
+    offset: int
+    """First byte of token data, after the npy header."""
+    docs_offset: int
+    """First byte of `<key>.docs.json`."""
+    docs_bytes: int
+    """Length of `<key>.docs.json`."""
+    origins_offset: int
+    """First byte of `<key>.origins.json`."""
+    origins_bytes: int
+    """Length of `<key>.origins.json`."""
+    tokens: int
+    """Tokens of the block."""
+    docs: int
+    """Documents that have tokens in the block."""
+    first_document: int
+    """Number, within the split, of the first of them."""
+    xxh3: str
+    """xxh3_128 of the bytes from begin to end."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the validation part of a corpus."""
+
+    documents: int
+    tokens: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared corpus. `folder` is where it was found; all else is in manifest.json."""
+
+    version: int
+    tokenizer_xxh3: str
+    """xxh3_128 of tokenizer.json."""
+    vocab_size: int
+    """Ids of the tokenizer: the largest is vocab_size - 1."""
+    dtype: str
+    """uint16 or uint32, little endian."""
+    eos_id: int
+    """Last token of every document."""
+    splits: dict[str, Split]
+    """train and validation."""
+    skipped: dict[str, int]
+    """Documents, lines or files of the inputs that were left out, by reason."""
+    fingerprint: str
+    """xxh3_128 of all of the above: two corpora with one fingerprint hold the same tokens in the same order."""
+    folder: Path
+
+    def token_bytes(self, member: Member) -> int:
+        """Bytes of a member's token data."""
+        return member.tokens * np.dtype(self.dtype).itemsize
+
+
+def load_manifest(path: str | Path, check_hashes: bool = False) -> Manifest:
+    """Read and check the manifest of a folder written by `based prep` (the folder, or the manifest.json itself).
+
+    Every shard must be there with its full length; `check_hashes` reads them all (see verify).
+    Raises DataError, in one line.
+    """
+    path = Path(path)
+    path = path / MANIFEST_NAME if path.is_dir() else path
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"no {MANIFEST_NAME} at {path.parent}: set data.path to a folder written by `based prep`") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; write the corpus again with `based prep`") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise DataError(f"{path} has version {version!r}, not {VERSION}: write the corpus again with this `based prep`")
+    if values.get("fingerprint") != fingerprint(values):
+        raise DataError(f"{path} does not match its own fingerprint: it is damaged or edited; write the corpus again with `based prep`")
+    splits = {
+        name: Split(**{**split, "members": tuple(Member(**member) for member in split["members"])})
+        for name, split in values["splits"].items()
+    }
+    manifest = Manifest(**{**values, "splits": splits, "folder": path.parent})
+    _check_sizes(manifest)
+    if check_hashes:
+        verify(manifest)
+    return manifest
+
+
+def fingerprint(values: dict[str, Any]) -> str:
+    """xxh3_128 over the content of a manifest, without its own fingerprint."""
+    content = {key: value for key, value in values.items() if key != "fingerprint"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def make_manifest(**values: Any) -> Manifest:
+    """A Manifest of these fields with its version and fingerprint filled in."""
+    manifest = Manifest(version=VERSION, fingerprint="", **values)
+    return dataclasses.replace(manifest, fingerprint=fingerprint(_to_json(manifest)))
+
+
+def save_manifest(manifest: Manifest) -> None:
+    """Write manifest.json into the manifest's folder, whole or not at all."""
+    temporary = manifest.folder / f"{MANIFEST_NAME}.tmp"
+    with temporary.open("w") as file:
+        json.dump(_to_json(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(manifest.folder / MANIFEST_NAME)
+
+
+def verify(manifest: Manifest) -> None:
+    """Read every byte of every sample, and the tokenizer. Raises DataError for the first that differs from its recorded hash."""
+    check_tokenizer_file(manifest)
+    for split in manifest.splits.values():
+        for member in split.members:
+            path = manifest.folder / member.file
+            if _hash_range(path, member.begin, member.end) != member.xxh3:
+                raise DataError(
+                    f"{path} is damaged: sample {member.key} (bytes {member.begin} to {member.end}) does not match its "
+                    f"recorded hash; write the corpus again with `based prep`"
+                )
+
+
+def check_tokenizer(manifest: Manifest, vocab_size: int) -> None:
+    """Raise DataError unless a model of `vocab_size` entries fits the tokens and tokenizer.json is the one they were made with."""
+    if vocab_size < manifest.vocab_size:
+        raise DataError(
+            f"model.vocab_size {vocab_size} is smaller than the {manifest.vocab_size} entries of the tokenizer of {manifest.folder}; "
+            f"set model.vocab_size to {manifest.vocab_size}"
+        )
+    check_tokenizer_file(manifest)
+
+
+def check_tokenizer_file(manifest: Manifest) -> None:
+    """Raise DataError unless the tokenizer.json beside the manifest has the recorded hash."""
+    path = manifest.folder / TOKENIZER_NAME
+    try:
+        found = xxhash.xxh3_128_hexdigest(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; put back the tokenizer that the corpus was made with") from error
+    if found != manifest.tokenizer_xxh3:
+        raise DataError(
+            f"{path} is not the tokenizer of this corpus: its hash is {found}, the manifest says {manifest.tokenizer_xxh3}; "
+            f"put the right tokenizer.json back or write the corpus again with `based prep`"
+        )
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    values = dataclasses.asdict(manifest)
+    del values["folder"]
+    return json.loads(json.dumps(values))
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    needed_bytes: dict[str, int] = {}
+    for split in manifest.splits.values():
+        for member in split.members:
+            needed_bytes[member.file] = max(needed_bytes.get(member.file, 0), member.end)
+    for file, needed in needed_bytes.items():
+        path = manifest.folder / file
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"shard {path} of the manifest cannot be read: {error.strerror}; restore it or write the corpus again") from error
+        if size < needed:
+            raise DataError(f"shard {path} is truncated: {size} bytes, the manifest needs {needed}; restore it or write the corpus again")
+
+
+def _hash_range(path: Path, begin: int, end: int) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        file.seek(begin)
+        left = end - begin
+        while left and (piece := file.read(min(left, READ_BYTES))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""The config object that Megatron's layers and our mixers share."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from based_megatron.config import ModelConfig, ParallelConfig
+from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.parallel.megatron import TransformerConfig, megatron_settings
+
+
+@dataclass
+class BasedConfig(TransformerConfig):
+    """Megatron's TransformerConfig with the architecture beside it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    backend: str = "reference"
+    """Kernels of the mixers, already resolved."""
+    recompute: Literal["none", "mixer", "full"] = "none"
+    """Activations to recompute in backward."""
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """fp32, as released, whatever the weights are (fp64 under fp64 weights)."""
+        return torch.promote_types(self.params_dtype, torch.float32)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding that take part in the softmax: the vocabulary rounded up to its multiple."""
+        multiple = self.model.vocab_multiple
+        return -(-self.model.vocab_size // multiple) * multiple
+
+
+def based_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    backend: str,
+    recompute: Literal["none", "mixer", "full"],
+) -> BasedConfig:
+    """The shared config of one layout."""
+    settings = megatron_settings(
+        num_layers=len(parse_layer_pattern(model.layer_pattern)),
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_heads=model.num_heads,
+        parallel=parallel,
+        dtype=dtype,
+    )
+    return BasedConfig(**settings, model=model, backend=backend, recompute=recompute)

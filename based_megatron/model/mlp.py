@@ -1,0 +1,24 @@
+"""The gated MLP that follows every mixer."""
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from based_megatron.model.config import BasedConfig
+from based_megatron.parallel.linear import column_linear, row_linear
+from based_megatron.parallel.megatron import MegatronModule
+
+
+class SwiGLU(MegatronModule):
+    """fc2(value * silu(gate)), [value | gate] = fc1(x). The released order: Llama's and Megatron's is the other way round."""
+
+    def __init__(self, config: BasedConfig, group: dist.ProcessGroup) -> None:
+        super().__init__(config)
+        width = config.model.ffn_hidden_size
+        self.fc1 = column_linear(config, (width, width), bias=False, group=group)
+        self.fc2 = row_linear(config, width, bias=False, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, B, D] -> [T, B, D]; T is cut over tensor parallel ranks under Megatron's sequence parallelism."""
+        value, gate = self.fc1(x)[0].chunk(2, dim=-1)
+        return self.fc2(value * functional.silu(gate))[0]

@@ -1,0 +1,112 @@
+"""Linear layers cut over tensor parallel ranks, with fused parts, and the names and places of parameters."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from based_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear, TransformerConfig, VocabParallelEmbedding
+from based_megatron.parallel.sharding import ShardSpec
+
+
+def column_linear(
+    config: TransformerConfig,
+    out_parts: tuple[int, ...],
+    *,
+    bias: bool,
+    group: dist.ProcessGroup,
+    cls: Any = None,
+    allocate: bool = True,
+) -> Any:
+    """Linear from the hidden size to a stack of parts, each cut over the tensor parallel ranks.
+
+    out_parts: rows of each fused part of the unsharded weight. A rank's output is the concatenation of its cuts.
+    allocate: False for a layer that is given its weight in each call.
+    """
+    layer = (cls or ColumnParallelLinear)(
+        config.hidden_size,
+        sum(out_parts),
+        config=config,
+        init_method=_leave_as_is,
+        bias=bias,
+        gather_output=False,
+        skip_bias_add=False,
+        skip_weight_param_allocation=not allocate,
+        tp_group=group,
+    )
+    for parameter in layer.parameters():
+        parameter.parts = out_parts
+    return layer
+
+
+def row_linear(config: TransformerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None) -> Any:
+    """Linear from features cut over the tensor parallel ranks back to the hidden size; the bias is added once, after the sum."""
+    return (cls or RowParallelLinear)(
+        in_features,
+        config.hidden_size,
+        config=config,
+        init_method=_leave_as_is,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=group,
+    )
+
+
+def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGroup) -> VocabParallelEmbedding:
+    """Embedding with its rows cut over the tensor parallel ranks, padded to a multiple of them in memory."""
+    size = dist.get_world_size(group)
+    layer = VocabParallelEmbedding(
+        -(-rows // size) * size,
+        config.hidden_size,
+        init_method=_leave_as_is,
+        reduce_scatter_embeddings=config.sequence_parallel,
+        config=config,
+        tp_group=group,
+    )
+    layer.weight.parts = (rows,)
+    return layer
+
+
+def shard_parameter(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+    """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`, as Megatron's layers mark theirs."""
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim = dim
+    parameter.partition_stride = 1
+    return parameter
+
+
+def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Give every parameter its `shard_spec`: global name, unsharded shape, and which part of it this rank holds."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for name, parameter in model.named_parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            parameter.shard_spec = ShardSpec(name, tuple(parameter.shape), rank=rank, size=size)
+            continue
+        dim = parameter.partition_dim
+        parts = getattr(parameter, "parts", (parameter.shape[dim] * size,))
+        shape = parameter.shape[:dim] + (sum(parts),) + parameter.shape[dim + 1 :]
+        spec = ShardSpec(name, tuple(shape), dim, tuple(parts), rank, size)
+        assert spec.local_shape == tuple(parameter.shape), f"{name}: {spec} does not fit {tuple(parameter.shape)}"
+        parameter.shard_spec = spec
+
+
+def shard_spec(parameter: Tensor) -> ShardSpec:
+    """Where this parameter lies in the unsharded model."""
+    return parameter.shard_spec  # type: ignore[attr-defined,no-any-return]
+
+
+def is_tied_copy(parameter: Tensor) -> bool:
+    """True for the last stage's copy of a tied embedding, which counts once in norms and checkpoints."""
+    return getattr(parameter, "tied_copy", False)
+
+
+def grouped_by(parameters: Iterable[nn.Parameter], attribute: str) -> list[nn.Parameter]:
+    """Parameters that carry a true `attribute`."""
+    return [parameter for parameter in parameters if getattr(parameter, attribute, False)]
+
+
+def _leave_as_is(weight: Tensor) -> Tensor:
+    """Weights are drawn later, from their global names."""
+    return weight

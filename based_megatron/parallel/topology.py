@@ -1,0 +1,129 @@
+"""Process groups of a run. The only file that touches Megatron's global parallel state; others get a Topology value."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from based_megatron.config import ParallelConfig
+from based_megatron.errors import ConfigError
+from based_megatron.launchers.environment import RankInfo
+from based_megatron.parallel.megatron import ProcessGroupCollection, parallel_state
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place on one axis of the layout."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The layout of ranks, in Megatron's order: tensor fastest, then context, data, pipeline."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor: Axis
+    pipeline: Axis
+    context: Axis
+    data: Axis
+    data_context: Axis
+    """Ranks that hold the same parameters: gradients are summed and ZeRO shards over them."""
+    model: Axis
+    """Ranks that together hold one copy of the parameters: the gradient norm is summed over them."""
+    embedding: Axis | None
+    """First and last stage, which share a tied embedding; None with one stage, or on a stage between."""
+    process_groups: ProcessGroupCollection
+    """The same groups in the form that Megatron's layers take."""
+
+    @property
+    def is_logger(self) -> bool:
+        """True on the one rank that prints and writes logs."""
+        return self.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage."""
+        return dist.get_process_group_ranks(self.pipeline.group)[-1]
+
+
+def pick_device(requested: str, local_rank: int) -> torch.device:
+    """The device of this process. Raises ConfigError if a GPU is asked for and missing, or hidden from Megatron-core."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda but torch sees no GPU here; set train.device=cpu or auto")
+    if requested == "cpu" and torch.cuda.is_available():
+        raise ConfigError("train.device is cpu on a machine with a GPU; hide it with CUDA_VISIBLE_DEVICES= or set train.device=auto")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}; start at most that many ranks on a node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def join(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
+    """Connect the ranks: NCCL on GPUs, gloo on CPUs. A collective that outlasts the timeout raises."""
+    # DeepSpeed reads these even where the process group exists already.
+    os.environ.update(
+        RANK=str(info.rank),
+        WORLD_SIZE=str(info.world_size),
+        LOCAL_RANK=str(info.local_rank),
+        MASTER_ADDR=info.master_addr,
+        MASTER_PORT=str(info.master_port),
+    )
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        rank=info.rank,
+        world_size=info.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def build_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
+    """Make the groups of a layout over the joined ranks. Every rank calls it, once for each layout."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, -(-parallel.timeout_seconds // 60)),
+    )
+    pipeline = _axis(parallel_state.get_pipeline_model_parallel_group())
+    on_edge = pipeline.size > 1 and pipeline.rank in (0, pipeline.size - 1)
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=pipeline,
+        context=_axis(parallel_state.get_context_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        data_context=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        model=_axis(parallel_state.get_model_parallel_group()),
+        embedding=_axis(parallel_state.get_embedding_group()) if on_edge else None,
+        process_groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def leave() -> None:
+    """Tear the groups down at the end of a run."""
+    if dist.is_initialized():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(group, dist.get_rank(group), dist.get_world_size(group))

@@ -1,0 +1,189 @@
+"""One optimizer step: micro batches through the model, gradients into DeepSpeed.
+
+Losses and gradients are sums over tokens, divided once by the token count of the whole global batch: masks, packed documents
+and uneven micro batches weigh each token alike.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from based_megatron.data.batch import MicroBatch
+from based_megatron.model.based_model import BasedModel
+from based_megatron.parallel.linear import grouped_by
+from based_megatron.parallel.megatron import get_forward_backward_func
+from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.topology import Topology
+from based_megatron.train.optimizer import gradient
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Summed loss in nats and the tokens it is over, of the whole global batch. Equal on every rank."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.tokens)
+
+
+class Step:
+    """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
+
+    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology) -> None:
+        self.chunks, self.engine, self.topology = chunks, engine, topology
+
+    def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
+        """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`."""
+        raise NotImplementedError
+
+    def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
+        """Forward only."""
+        raise NotImplementedError
+
+    def logits(self, batch: MicroBatch) -> Tensor | None:
+        """This rank's logits [L, B, V] of one micro batch on the last stage, None on others."""
+        raise NotImplementedError
+
+    def update(self) -> float:
+        """Reduce, clip, step; leaves the weights alone if the gradient is not finite. Returns the global norm before clipping."""
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def plan(self, batch: MicroBatch) -> SequencePlan:
+        """The place of this rank's slice in the whole sequences."""
+        length = batch.tokens_BL.shape[1]
+        return SequencePlan.build(batch.document_ids_BS, length, self.topology.context, self.topology.device)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.topology.device, non_blocking=True)
+
+    def global_sum(self, losses: list[Tensor]) -> LossSum:
+        """Sum [loss, tokens] pairs of this rank's micro batches over data and context ranks; the last stage knows them."""
+        pair = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(pair, group=self.topology.data_context.group)
+        dist.broadcast(pair, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
+        return LossSum(float(pair[0]), int(pair[1]))
+
+
+class ScheduledStep(Step):
+    """ZeRO-1: Megatron's pipeline schedules (one stage, 1F1B, interleaved), then one reduction."""
+
+    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology) -> None:
+        super().__init__(chunks, engine, topology)
+        self.schedule = get_forward_backward_func()
+        chunks[0].config.finalize_model_grads_func = self._finalize
+
+    def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
+        return self.global_sum(self._run(micro_batches, _loss_sum, forward_only=False))
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
+        return self.global_sum(self._run(micro_batches, _loss_sum, forward_only=True))
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch) -> Tensor | None:
+        found = self._run([batch], None, forward_only=True)
+        return found[0] if found else None
+
+    def _run(self, micro_batches: list[MicroBatch], loss: Callable[..., Any] | None, forward_only: bool) -> list[Tensor]:
+        batch_size, length = micro_batches[0].tokens_BL.shape
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        return self.schedule(
+            forward_step_func=lambda data, chunk: self._forward(data, chunk, loss),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=length * self.topology.context.size,
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=loss is None,
+        )
+
+    def _forward(self, data: Iterator[MicroBatch], chunk: BasedModel, loss: Callable[..., Any] | None) -> tuple[Tensor, Any]:
+        batch = next(data)
+        if loss is None:
+            return chunk(self.to_device(batch.tokens_BL), self.plan(batch)), lambda output, **_: output
+        output = chunk(self.to_device(batch.tokens_BL), self.plan(batch), self.to_device(batch.labels_BL))
+        return output, lambda output: loss(output, self.to_device(batch.loss_mask_BL))
+
+    def _finalize(self, chunks: list[BasedModel], num_tokens: Tensor | None, *_: Any, **__: Any) -> None:
+        """Megatron's hook after the last backward: what must be summed before DeepSpeed averages over data x context ranks."""
+        assert num_tokens is not None
+        topology = self.topology
+        dist.broadcast(num_tokens, src=topology.last_stage_rank, group=topology.pipeline.group)
+        dist.all_reduce(num_tokens, group=topology.data_context.group)
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        grads = [grad for parameter in parameters if (grad := gradient(parameter)) is not None]
+        torch._foreach_mul_(grads, topology.data_context.size / num_tokens.clamp(min=1).to(grads[0].dtype))
+        _sum_sequence_parallel(grouped_by(parameters, "sequence_parallel"), topology)
+        if topology.embedding is not None and self.chunks[0].config.model.tie_embeddings:
+            tied = self.chunks[-1] if topology.pipeline.rank else self.chunks[0]
+            dist.all_reduce(gradient(tied.embedding.weight), group=topology.embedding.group)
+
+
+class EngineStep(Step):
+    """ZeRO-2 and 3, one stage: DeepSpeed reduces inside each backward, so each loss is scaled beforehand."""
+
+    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology) -> None:
+        super().__init__(chunks, engine, topology)
+        if topology.tensor.size > 1:
+            for parameter in grouped_by(chunks[0].parameters(), "sequence_parallel"):
+                parameter.register_hook(self._sum_over_tensor)
+
+    def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
+        tokens = torch.stack([batch.loss_mask_BL.sum() for batch in micro_batches]).sum().to(self.topology.device)
+        dist.all_reduce(tokens, group=self.topology.data_context.group)
+        scale = self.topology.data_context.size / tokens.clamp(min=1)
+        pairs = []
+        for batch in micro_batches:
+            total, _, pair = self._loss(batch)
+            self.engine.backward(total * scale)
+            pairs.append(pair)
+        return self.global_sum(pairs)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
+        return self.global_sum([self._loss(batch)[2] for batch in micro_batches])
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch) -> Tensor | None:
+        return self.engine(self.to_device(batch.tokens_BL), self.plan(batch))
+
+    def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.engine(self.to_device(batch.tokens_BL), self.plan(batch), self.to_device(batch.labels_BL))
+        return _loss_sum(output, self.to_device(batch.loss_mask_BL))
+
+    def _sum_over_tensor(self, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=self.topology.tensor.group)
+        return grad
+
+
+def build_step(chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int) -> Step:
+    """The step of a layout."""
+    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology)
+
+
+def _loss_sum(loss_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss, tokens, both as one fp64 pair), the form that Megatron's schedules take."""
+    total, tokens = (loss_BL * mask_BL).sum(), mask_BL.sum()
+    return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
+
+
+def _sum_sequence_parallel(parameters: list[Any], topology: Topology) -> None:
+    """Norms and biases outside the tensor parallel regions saw only this rank's tokens."""
+    if topology.tensor.size == 1 or not parameters:
+        return
+    grads = [grad for parameter in parameters if (grad := gradient(parameter)) is not None]
+    flat = _flatten_dense_tensors(grads)
+    dist.all_reduce(flat, group=topology.tensor.group)
+    for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+        grad.copy_(summed)

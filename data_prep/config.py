@@ -1,0 +1,46 @@
+"""Settings of `based prep`. The docstring under a field is its `--help` text."""
+
+from dataclasses import dataclass
+
+import tyro
+
+TEXT_SUFFIXES = (
+    ".txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .scala .js .ts .jsx .tsx .sh .sql .lua .rb .php .pl .r .jl "
+    ".hs .ml .swift .cs .f90 .lean"
+)
+
+
+@dataclass(frozen=True)
+class PrepConfig:
+    """Turn text into tokenized webdataset shards with a manifest, ready for `based train --data.path OUTPUT`."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or a source file) and folders, which are searched for all of these."""
+    output: str
+    """Folder to write: tokenizer.json, train/, validation/ and manifest.json."""
+    tokenizer: str = "train"
+    """`train` for a new byte-level BPE, or a path: an HF tokenizer.json, its folder, or a folder with GPT-2's vocab.json and merges.txt."""
+    vocab_size: int = 8192
+    """Entries of a trained tokenizer, <|endoftext|> included."""
+    train_tokenizer_bytes: int = 256 * 2**20
+    """Text to train the tokenizer on, from the start of the shuffled list of files; less text needs less memory."""
+    eos_token: str = ""
+    """Token that ends every document; by default the one that the tokenizer names, or <|endoftext|>."""
+    text_key: str = "text"
+    """Key of the text in .jsonl lines, and name of its column in .parquet files."""
+    separator: str | None = None
+    """A line that separates the documents of a .txt file ('' is a blank line); by default a file is one document."""
+    suffixes: tuple[str, ...] = tuple(TEXT_SUFFIXES.split())
+    """Endings of plain text files; each file is one document."""
+    validation_fraction: float = 0.01
+    """Part of the documents to hold out. A document's side follows from a hash of its text, so it never changes and copies stay together."""
+    seed: int = 42
+    """Seed of the order of files and documents."""
+    shuffle_tokens: int = 64 * 2**20
+    """Tokens of the buffer that documents are drawn from at random; a smaller corpus is shuffled as a whole."""
+    block_tokens: int = 4 * 2**20
+    """Tokens of one sample of a shard."""
+    shard_blocks: int = 64
+    """Samples of one shard file."""
+    overwrite: bool = False
+    """Replace an output folder of an earlier `based prep`."""

@@ -1,0 +1,167 @@
+"""Writes webdataset shards: tar files whose samples are blocks of tokens, the ends of their documents, and where those came from."""
+
+import io
+import json
+import os
+import random
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from based_megatron.data.manifest import Member, Split
+
+
+class TokenizedDocument(NamedTuple):
+    """Ids with eos at the end, and the document's file and record."""
+
+    tokens: np.ndarray
+    file: str
+    record: int
+
+
+class ShuffleBuffer:
+    """Holds about `limit_tokens` of documents and lets a random one out whenever it is full."""
+
+    def __init__(self, limit_tokens: int, seed: int):
+        self._limit_tokens = limit_tokens
+        self._random = random.Random(seed)
+        self._documents: list[TokenizedDocument] = []
+        self._tokens = 0
+
+    def add(self, document: TokenizedDocument) -> Iterator[TokenizedDocument]:
+        """Take a document in and yield those that have to leave for it."""
+        self._documents.append(document)
+        self._tokens += len(document.tokens)
+        while self._tokens > self._limit_tokens:
+            yield self._pop()
+
+    def drain(self) -> Iterator[TokenizedDocument]:
+        """Yield all that is left, in random order."""
+        while self._documents:
+            yield self._pop()
+
+    def _pop(self) -> TokenizedDocument:
+        chosen = self._random.randrange(len(self._documents))
+        self._documents[chosen], self._documents[-1] = self._documents[-1], self._documents[chosen]
+        document = self._documents.pop()
+        self._tokens -= len(document.tokens)
+        return document
+
+
+class SplitWriter:
+    """Packs documents into blocks of exactly `block_tokens` (the last is shorter) and blocks into shards of one split."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, block_tokens: int, shard_blocks: int):
+        self._folder = folder
+        self._split = split
+        self._block_tokens = block_tokens
+        self._shard_blocks = shard_blocks
+        self._buffer = np.empty(block_tokens, dtype)
+        self._filled = 0
+        self._ends: list[int] = []
+        self._origins: list[tuple[str, int]] = []
+        self._continued = False
+        self._members: list[Member] = []
+        self._shard: _Shard | None = None
+        self.documents = 0
+        self.tokens = 0
+        (folder / split).mkdir()
+
+    def add(self, document: TokenizedDocument) -> None:
+        """Append one document; what does not fit into the block goes on in the next."""
+        self.documents += 1
+        self.tokens += len(document.tokens)
+        written = 0
+        while written < len(document.tokens):
+            taken = min(len(document.tokens) - written, self._block_tokens - self._filled)
+            self._buffer[self._filled : self._filled + taken] = document.tokens[written : written + taken]
+            written += taken
+            self._filled += taken
+            self._ends.append(self._filled)
+            self._origins.append((document.file, document.record))
+            if self._filled == self._block_tokens:
+                self._write_block(continues=written < len(document.tokens))
+
+    def close(self) -> Split:
+        """Write the last block and return the table of contents."""
+        if self._filled:
+            self._write_block(continues=False)
+        if self._shard:
+            self._shard.close()
+        return Split(self.documents, self.tokens, tuple(self._members))
+
+    def _write_block(self, continues: bool) -> None:
+        number = len(self._members)
+        if number % self._shard_blocks == 0:
+            if self._shard:
+                self._shard.close()
+            self._shard = _Shard(self._folder, f"{self._split}/shard-{number // self._shard_blocks:05d}.tar")
+        assert self._shard is not None
+        first_document = self.documents - len(self._ends)
+        docs = {
+            "ends": self._ends,
+            "first_document": first_document,
+            "continued": self._continued,
+            "continues": continues,
+        }
+        member = self._shard.write(f"{number:08d}", self._buffer[: self._filled], docs, self._origins)
+        self._members.append(member)
+        self._filled, self._ends, self._origins, self._continued = 0, [], [], continues
+
+
+class _Shard:
+    """One tar file under a temporary name until it is closed."""
+
+    def __init__(self, folder: Path, name: str):
+        self._name = name
+        self._path = folder / name
+        self._temporary = self._path.with_name(self._path.name + ".tmp")
+        self._file = self._temporary.open("w+b")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+
+    def write(self, key: str, tokens: np.ndarray, docs: dict[str, Any], origins: list[tuple[str, int]]) -> Member:
+        npy = io.BytesIO()
+        np.save(npy, tokens)
+        payloads = [npy.getvalue(), json.dumps(docs).encode(), json.dumps(origins).encode()]
+        begin = self._file.tell()
+        tokens_at, docs_at, origins_at = (
+            self._add(f"{key}.{ending}", payload)
+            for ending, payload in zip(("tokens.npy", "docs.json", "origins.json"), payloads, strict=True)
+        )
+        end = self._file.tell()
+        self._file.seek(begin)
+        digest = xxhash.xxh3_128_hexdigest(self._file.read(end - begin))
+        return Member(
+            file=self._name,
+            key=key,
+            begin=begin,
+            end=end,
+            offset=tokens_at + len(payloads[0]) - tokens.nbytes,
+            docs_offset=docs_at,
+            docs_bytes=len(payloads[1]),
+            origins_offset=origins_at,
+            origins_bytes=len(payloads[2]),
+            tokens=len(tokens),
+            docs=len(docs["ends"]),
+            first_document=docs["first_document"],
+            xxh3=digest,
+        )
+
+    def close(self) -> None:
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.rename(self._path)
+
+    def _add(self, name: str, payload: bytes) -> int:
+        """Append a file to the tar and return the offset of its data, which ends the one header block that a short name has."""
+        info = tarfile.TarInfo(name)
+        info.size = len(payload)
+        start = self._file.tell() + tarfile.BLOCKSIZE
+        self._tar.addfile(info, io.BytesIO(payload))
+        return start

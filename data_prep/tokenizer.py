@@ -1,0 +1,134 @@
+"""Tokenizers: trained here, or read from Hugging Face and GPT-2 files; and text to ids."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from based_megatron.data.manifest import TOKENIZER_NAME
+from based_megatron.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+EOS_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+GPT2_PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
+BYTE_ALPHABET = 256
+PIECE_CHARACTERS = 1 << 17
+# Between a line that ends with text and one that starts with a letter or digit: the usual pre-tokenizers always cut here.
+SAFE_CUT = re.compile(r"(?<=\S\n)(?=[^\W_])")
+
+
+class Encoder:
+    """A tokenizer as the shards need it: no special tokens from text, one eos at the end of each document."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token: str):
+        self._tokenizer = tokenizer
+        self.eos_token = eos_token
+        self.eos_id: int = tokenizer.token_to_id(eos_token)
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = np.dtype("<u2") if self.vocab_size <= np.iinfo(np.uint16).max else np.dtype("<u4")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._json = tokenizer.to_str(pretty=True)
+        # A document that spells out <|endoftext|> must not end in its middle.
+        tokenizer.encode_special_tokens = True
+        self._cuttable = self._ids(["foo;\nbar"]) == self._ids(["foo;\n", "bar"])
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text with eos appended. A long text is encoded in pieces, in parallel and in bounded memory, to the same ids."""
+        pieces = [list(cut(text)) if self._cuttable else [text] for text in texts]
+        encoded = iter(self._tokenizer.encode_batch_fast([piece for part in pieces for piece in part], add_special_tokens=False))
+        return [
+            np.concatenate([*(np.array(next(encoded).ids, self.dtype) for _ in part), np.array([self.eos_id], self.dtype)]) for part in pieces
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and a tokenizer_config.json with which transformers' AutoTokenizer loads the folder."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, "clean_up_tokenization_spaces": False}
+        (folder / TOKENIZER_NAME).write_text(self._json, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def _ids(self, pieces: list[str]) -> list[int]:
+        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return [i for encoding in encodings for i in encoding.ids]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
+    """A byte-level BPE of `vocab_size` entries (or fewer, where the text has no more pairs to merge), <|endoftext|> first."""
+    if vocab_size < BYTE_ALPHABET + 1:
+        raise DataError(f"--vocab-size {vocab_size} has no room for the {BYTE_ALPHABET} bytes and {END_OF_TEXT}: set it to 257 or more")
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)
+    return Encoder(tokenizer, END_OF_TEXT)
+
+
+def load_tokenizer(path: str, eos_token: str = "") -> Encoder:
+    """Read an HF tokenizer.json (the file or its folder) or a GPT-2 vocabulary and merges (their folder or one of the two).
+
+    Raises DataError if nothing of this kind is there or the end-of-document token is unknown.
+    """
+    place = Path(path)
+    folder, file = (place, place / TOKENIZER_NAME) if place.is_dir() else (place.parent, place)
+    pair = _gpt2_pair(folder) if not file.is_file() or file.name in (name for pair in GPT2_PAIRS for name in pair) else None
+    if not pair and not file.is_file():
+        raise DataError(f"no tokenizer at {path}: give `train`, a {TOKENIZER_NAME}, or a folder with it or with vocab.json and merges.txt")
+    try:
+        tokenizer = _gpt2(*pair) if pair else Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise DataError(f"cannot read a tokenizer from {path}: {' '.join(str(error).split())}; give another --tokenizer") from error
+    return Encoder(tokenizer, _eos(tokenizer, folder, eos_token))
+
+
+def cut(text: str) -> Iterator[str]:
+    """Pieces of about PIECE_CHARACTERS that join to the text, cut only where pre-tokenizers cut anyway."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS and (match := SAFE_CUT.search(text, start + PIECE_CHARACTERS)):
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _gpt2_pair(folder: Path) -> tuple[Path, Path] | None:
+    pairs = [(folder / vocabulary, folder / merges) for vocabulary, merges in GPT2_PAIRS]
+    return next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
+
+
+def _gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
+    tokenizer = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return tokenizer
+
+
+def _eos(tokenizer: Tokenizer, folder: Path, eos_token: str) -> str:
+    named = eos_token or _configured_eos(folder)
+    candidates = (named,) if named else EOS_CANDIDATES
+    for token in candidates:
+        if tokenizer.token_to_id(token) is not None:
+            return token
+    raise DataError(f"the tokenizer of {folder} has no {' or '.join(candidates)} to end documents with: set --eos-token")
+
+
+def _configured_eos(folder: Path) -> str:
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or ""
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {folder / 'tokenizer_config.json'}: {error}; repair it or set --eos-token") from error
+    return token["content"] if isinstance(token, dict) else token

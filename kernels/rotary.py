@@ -1,0 +1,43 @@
+"""Rotary position embedding, half-split (NeoX) layout.
+
+Legend: B batch, T sequence, H heads, V head dim, R rotated pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from based_megatron.errors import ConfigError
+
+
+def rotary_tables(
+    positions_T: Tensor, head_dim: int, fraction: float, base: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, R] of the rotation angles at integer positions, with R = int(head_dim * fraction) / 2.
+
+    Angles are computed in fp64: at position 1e6 fp32 ones would be off by 0.03. Leading dims of positions_T are kept.
+    Raises: ConfigError when the rotated part of a head is odd or longer than the head.
+    """
+    rotated = int(head_dim * fraction)
+    if rotated % 2 or not 0 <= rotated <= head_dim:
+        raise ConfigError(
+            f"model.rotary_fraction {fraction} rotates {rotated} of {head_dim} head dims: it must give an even number "
+            "from 0 to the head dim"
+        )
+    exponents_R = torch.arange(0, rotated, 2, dtype=torch.float64, device=positions_T.device) / max(rotated, 1)
+    angles_TR = positions_T.to(torch.float64).unsqueeze(-1) * base**-exponents_R
+    return angles_TR.cos().to(dtype), angles_TR.sin().to(dtype)
+
+
+def apply_rotary(x_BTHV: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate the pairs (x_r, x_{r+R}) of the first 2R dims of each head; the rest passes through.
+
+    The tables are [T, R], or [B, T, R] where rows are at different positions. Computed in the wider of the two dtypes,
+    returned in that of x.
+    """
+    rotated = 2 * cos_TR.shape[-1]
+    cos_T1R, sin_T1R = cos_TR.unsqueeze(-2), sin_TR.unsqueeze(-2)
+    first, second = x_BTHV[..., :rotated].chunk(2, dim=-1)
+    turned = torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1)
+    return torch.cat([turned.to(x_BTHV.dtype), x_BTHV[..., rotated:]], dim=-1)

@@ -1,0 +1,62 @@
+"""Which rank this process is, from the variables that torchrun or SLURM set."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from based_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """This process among all of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+
+
+def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankInfo:
+    """torchrun's variables, else those of an srun step (one task per rank), else a run of one process.
+
+    A shell of salloc and a batch script have some of SLURM's variables too; only srun sets SLURM_STEP_ID, so only its
+    tasks are ranks. A run of one process needs no address: it takes a free port of this machine.
+    Raises ConfigError if only some of a launcher's variables are set, or if they make no sense.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        rank, world_size, local_rank = _integers(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_STEP_ID" in environment:
+        rank, world_size, local_rank = _integers(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return RankInfo(0, 1, 0, "127.0.0.1", _free_port())
+    if not (0 <= rank < world_size and 0 <= local_rank <= rank):
+        raise ConfigError(
+            f"rank {rank} of {world_size} (local rank {local_rank}) is impossible; start ranks with `based launch` or torchrun"
+        )
+    if world_size == 1 and "MASTER_ADDR" not in environment:
+        return RankInfo(0, 1, 0, "127.0.0.1", _free_port())
+    (master_port,) = _integers(environment, "MASTER_PORT")
+    if not environment.get("MASTER_ADDR"):
+        raise ConfigError(f"MASTER_ADDR is not set for {world_size} ranks; start them with `based launch` or torchrun")
+    return RankInfo(rank, world_size, local_rank, environment["MASTER_ADDR"], master_port)
+
+
+def _integers(environment: Mapping[str, str], *names: str) -> list[int]:
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} not set for this rank; start ranks with `based launch` or torchrun")
+    for name in names:
+        if not environment[name].isdecimal():
+            raise ConfigError(
+                f"{name} is {environment[name]!r}, not a number; start ranks with `based launch` or torchrun"
+            )
+    return [int(environment[name]) for name in names]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

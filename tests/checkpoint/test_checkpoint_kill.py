@@ -1,0 +1,66 @@
+"""kill -9 at every write, fsync, rename and delete of a save leaves a checkpoint to resume from."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ckpt_fragments import flat, full_tensors, shard
+
+from based_megatron.checkpoint import load_checkpoint, newest_valid, prune, save_checkpoint
+
+SYSTEM_CALLS = {"write", "flush", "fsync", "open", "rename", "mkdir", "unlink", "rmdir"}
+
+
+def save_and_prune(folder: Path, step: int) -> None:
+    path = save_checkpoint(folder, step, flat(shard(full_tensors(step), 1, 2)), {"consumed_tokens": step})
+    prune(folder, 1, saved=path)
+
+
+def save_killed_at(event: int, folder: Path, step: int) -> bool:
+    """Save in a child that is killed before its event-th file operation; False if it finished before that."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(frame, kind, function):
+            nonlocal seen
+            if kind == "c_call" and function.__name__ in SYSTEM_CALLS:
+                if seen == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen += 1
+
+        sys.setprofile(count)
+        save_and_prune(folder, step)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step again"])
+def test_a_save_killed_anywhere_leaves_a_whole_checkpoint_and_the_next_save_works(tmp_path, step):
+    first = tmp_path / "first"
+    save_and_prune(first, 1)
+    kept, event = [], 0
+    while True:
+        folder = tmp_path / f"killed{event}"
+        shutil.copytree(first, folder)
+        if not save_killed_at(event, folder, step):
+            break
+        path = newest_valid(folder, on_skip=pytest.fail)
+        fragments = shard(None, 1, 1)[0]
+        kept.append(load_checkpoint(path, fragments)["consumed_tokens"])
+        expected = full_tensors(kept[-1])["exp_avg"]["embedding.weight"]
+        assert torch.equal(fragments[0].tensors["exp_avg"].view(13, 6), expected)
+        if event % 10 == 0:
+            save_and_prune(folder, step)
+            assert len(os.listdir(folder)) == 1
+        shutil.rmtree(folder)
+        event += 1
+    assert event > 30, "the kill points were not reached"
+    if step == 2:
+        assert kept == sorted(kept) and {1, 2} == set(kept), "old until the rename, new after it"

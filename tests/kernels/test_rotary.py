@@ -1,0 +1,87 @@
+"""Rotary embedding: the half-split layout, exact angles, relative positions."""
+
+import math
+
+import pytest
+import torch
+
+from based_megatron.errors import ConfigError
+from based_megatron.kernels.rotary import apply_rotary, rotary_tables
+
+
+def test_tables_of_known_frequencies() -> None:
+    cos, sin = rotary_tables(torch.tensor([0, 3]), head_dim=4, fraction=1.0, base=10000.0, dtype=torch.float64)
+    angles = torch.tensor([[0.0, 0.0], [3.0, 0.03]], dtype=torch.float64)
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+
+
+def test_angles_stay_exact_at_large_positions() -> None:
+    position = 1_000_003
+    _, sin = rotary_tables(torch.tensor([position]), head_dim=8, fraction=1.0, base=10000.0)
+    expected = [math.sin(position * 10000.0 ** (-pair / 4)) for pair in range(4)]
+    assert sin.dtype == torch.float32
+    torch.testing.assert_close(sin[0].double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+def test_pairs_are_half_split() -> None:
+    """Dims r and r + R turn together, as complex numbers x_r + i x_{r+R}."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    cos, sin = rotary_tables(torch.arange(5), 8, 1.0, 10000.0, dtype=torch.float64)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[None, :, None]
+    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    torch.testing.assert_close(apply_rotary(x, cos, sin), expected)
+
+
+def test_scores_depend_on_relative_positions_alone() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
+
+    def score(query_position: int, key_position: int) -> torch.Tensor:
+        turned = [
+            apply_rotary(x, *rotary_tables(torch.tensor([position]), 16, 1.0, 10000.0, dtype=torch.float64))
+            for x, position in ((q, query_position), (k, key_position))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(7, 3), score(1007, 1003))
+    assert not torch.isclose(score(7, 3), score(3, 7))
+
+
+@pytest.mark.parametrize(("fraction", "rotated"), [(0.0, 0), (0.25, 4), (0.5, 8)])
+def test_a_fraction_leaves_the_rest_alone(fraction: float, rotated: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 2, 16)
+    turned = apply_rotary(x, *rotary_tables(torch.arange(1, 4), 16, fraction, 10000.0))
+    assert torch.equal(turned[..., rotated:], x[..., rotated:])
+    assert (turned[..., :rotated] != x[..., :rotated]).all()
+
+
+def test_frequencies_of_a_fraction_span_the_rotated_part() -> None:
+    half = rotary_tables(torch.arange(9), 16, 0.5, 10000.0)
+    whole = rotary_tables(torch.arange(9), 8, 1.0, 10000.0)
+    assert torch.equal(half[0], whole[0]) and torch.equal(half[1], whole[1])
+
+
+def test_positions_per_row() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 1, 8)
+    positions = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
+    together = apply_rotary(x, *rotary_tables(positions, 8, 1.0, 10000.0))
+    rows = [apply_rotary(x[i : i + 1], *rotary_tables(positions[i], 8, 1.0, 10000.0)) for i in range(2)]
+    assert torch.equal(together, torch.cat(rows))
+
+
+def test_bf16_is_rounded_once_at_the_end() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 50, 2, 16).to(torch.bfloat16)
+    tables = rotary_tables(torch.arange(50), 16, 1.0, 10000.0)
+    turned = apply_rotary(x, *tables)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, apply_rotary(x.float(), *tables).to(torch.bfloat16))
+
+
+def test_an_odd_rotated_part_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.rotary_fraction 0\.3 rotates 3 of 10"):
+        rotary_tables(torch.arange(2), 10, 0.3, 10000.0)

@@ -1,0 +1,108 @@
+"""Every parallel layout does what the single process does: loss, every gradient, gradient norm, and 20 steps of training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.layouts import Run, build_run, small_config
+from support.oracle import load_oracle, write_oracle
+
+from based_megatron.checkpoint.zero import zero_fragments
+from based_megatron.config import ParallelConfig
+
+STEPS, CLIP, LR = 20, 1.0, 3e-3
+
+LAYOUTS = {
+    "single": (1, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "tp2-without-sequence-parallel": (2, ParallelConfig(tensor=2, sequence_parallel=False)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "pp2-interleaved": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    "tp2-pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
+    "cp2": (2, ParallelConfig(context=2)),
+    "cp4": (4, ParallelConfig(context=4)),
+    "tp2-cp2": (4, ParallelConfig(tensor=2, context=2)),
+    "pp2-cp2": (4, ParallelConfig(pipeline=2, context=2)),
+    "dp2-zero1": (2, ParallelConfig()),
+    "dp2-zero2": (2, ParallelConfig(zero_stage=2)),
+    "dp2-zero3": (2, ParallelConfig(zero_stage=3)),
+    "tp2-dp2-zero1": (4, ParallelConfig(tensor=2)),
+    "tp2-dp2-zero3": (4, ParallelConfig(tensor=2, zero_stage=3)),
+    "cp2-dp2-zero2": (4, ParallelConfig(context=2, zero_stage=2)),
+    "pp2-dp2-zero1": (4, ParallelConfig(pipeline=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
+    """Files of the single process' results, packed and not."""
+    folder = tmp_path_factory.mktemp("oracle")
+    paths = {packed: folder / f"packed-{packed}.pt" for packed in (False, True)}
+    for packed, path in paths.items():
+        worker_pool(1).run(write_oracle, path, packed, STEPS, CLIP, LR)
+    return paths
+
+
+def compare_with_oracle(path: Path, parallel: ParallelConfig, packed: bool, train: dict) -> tuple[list, list, dict]:
+    """On each rank: losses, norms, and for each parameter (largest gradient error, elements compared, elements owned)."""
+    oracle = load_oracle(path)
+    run = build_run(small_config(parallel, clip_grad_norm=CLIP, **train))
+    losses, norms, gradients = [], [], {}
+    for number in range(STEPS):
+        loss, norm = run.train_step(number, packed, LR)
+        losses.append(loss)
+        norms.append(norm)
+        gradients = gradients or gradient_errors(run, oracle["gradients"])
+    return losses, norms, gradients
+
+
+def gradient_errors(run: Run, expected: dict[str, torch.Tensor]) -> dict[str, tuple[float, int]]:
+    """After the first step, Adam's first moment is (1 - beta1) x the reduced, clipped gradient: it has been all the way."""
+    errors: dict[str, tuple[float, int]] = {}
+    for fragment in zero_fragments(run.engine):
+        name = fragment.spec.name
+        worst, owned = errors.get(name, (0.0, 0))
+        for rectangle in fragment.rectangles():
+            found = rectangle.view(fragment.tensors["exp_avg"]) / (1 - run.config.optimizer.beta1)
+            box = tuple(slice(o, o + n) for o, n in zip(rectangle.global_offset, rectangle.shape, strict=True))
+            worst = max(worst, float((found - expected[name][box]).abs().max()))
+            owned += found.numel() * fragment.owned
+        errors[name] = (worst, owned)
+    return errors
+
+
+def check(worker_pool, oracles, world_size: int, parallel: ParallelConfig, packed: bool = True, **train) -> None:
+    oracle = load_oracle(oracles[packed])
+    results = worker_pool(world_size).run(compare_with_oracle, oracles[packed], parallel, packed, train)
+    covered = dict.fromkeys(oracle["gradients"], 0)
+    for losses, norms, gradients in results:
+        assert losses[0] == pytest.approx(oracle["losses"][0], abs=1e-5)
+        assert norms[0] == pytest.approx(oracle["norms"][0], rel=1e-5)
+        for name, (worst, owned) in gradients.items():
+            assert worst < 1e-5 * max(1.0, float(oracle["gradients"][name].abs().max())), name
+            covered[name] += owned
+        assert losses == pytest.approx(oracle["losses"], abs=1e-4)
+        assert norms == pytest.approx(oracle["norms"], rel=1e-3)
+    assert covered == {name: gradient.numel() for name, gradient in oracle["gradients"].items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_the_single_process(worker_pool, oracles, layout):
+    check(worker_pool, oracles, *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp2-cp2", "cp4", "pp2-interleaved"])
+def test_layout_equals_the_single_process_without_documents(worker_pool, oracles, layout):
+    check(worker_pool, oracles, *LAYOUTS[layout], packed=False)
+
+
+@pytest.mark.parametrize(("layout", "recompute"), [("tp2-cp2", "mixer"), ("pp2-cp2", "full"), ("tp2-dp2-zero3", "full")])
+def test_recomputed_activations_change_nothing(worker_pool, oracles, layout, recompute):
+    check(worker_pool, oracles, *LAYOUTS[layout], recompute=recompute)
+
+
+def test_clipping_is_active(oracles):
+    """Else a wrong norm would not show in the curves."""
+    assert min(load_oracle(oracles[True])["norms"]) > 2 * CLIP
+
+

@@ -1,0 +1,107 @@
+"""A small model under any layout, and its gradients and losses gathered back to unsharded tensors."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from based_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from based_megatron.data.batch import MicroBatch
+from based_megatron.model.build import build_model
+from based_megatron.parallel.linear import shard_spec
+from based_megatron.parallel.topology import Topology, build_topology
+from based_megatron.train.optimizer import build_engine, set_learning_rate
+from based_megatron.train.step import Step, build_step
+
+SEQUENCE_TOKENS, GLOBAL_BATCH, VOCAB = 32, 8, 91
+
+
+def small_config(parallel: ParallelConfig = ParallelConfig(), **train: Any) -> Config:
+    """Every mixer twice over, an odd vocabulary (padded under tensor parallelism) and a window longer than a context slice."""
+    return Config(
+        model=ModelConfig(
+            layer_pattern="cLSA cLSc",
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_heads=4,
+            feature_dim=8,
+            window_left=11,
+            vocab_size=VOCAB,
+            vocab_multiple=1,
+            init_std=0.2,
+        ),
+        data=DataConfig(path="unused", sequence_length_tokens=SEQUENCE_TOKENS),
+        parallel=dataclasses.replace(parallel, zero_bucket_elements=10_000),
+        optimizer=OptimizerConfig(clip_grad_norm=train.pop("clip_grad_norm", 0.0)),
+        train=TrainConfig(precision="fp32", global_batch_sequences=GLOBAL_BATCH, micro_batch_sequences=1, **train),
+    )
+
+
+def global_batch(step: int, packed: bool) -> dict[str, Tensor]:
+    """Tokens, labels, an uneven mask and random documents of one optimizer step; the same on every rank."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQUENCE_TOKENS + 1), generator=generator)
+    mask = (torch.rand(GLOBAL_BATCH, SEQUENCE_TOKENS, generator=generator) < 0.7).float()
+    mask[: GLOBAL_BATCH // 2, SEQUENCE_TOKENS // 2 :] = 0
+    starts = torch.rand(GLOBAL_BATCH, SEQUENCE_TOKENS, generator=generator) < 0.1
+    starts[1] = False
+    starts[2, SEQUENCE_TOKENS // 2] = True
+    starts[:, 0] = False
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "mask": mask}
+    return {**batch, "ids": starts.cumsum(1).int()} if packed else batch
+
+
+def local_micro_batches(batch: dict[str, Tensor], topology: Topology, micro_batch: int) -> list[MicroBatch]:
+    """What the loader would give this rank."""
+    per_rank = GLOBAL_BATCH // topology.data.size
+    rows = slice(topology.data.rank * per_rank, (topology.data.rank + 1) * per_rank)
+    length = SEQUENCE_TOKENS // topology.context.size
+    columns = slice(topology.context.rank * length, (topology.context.rank + 1) * length)
+    parts = [batch[key][rows, columns].contiguous().split(micro_batch) for key in ("tokens", "labels", "mask")]
+    ids = batch["ids"][rows].split(micro_batch) if "ids" in batch else [None] * len(parts[0])
+    return [MicroBatch(*part) for part in zip(*parts, ids, strict=True)]
+
+
+@dataclasses.dataclass
+class Run:
+    """One built layout."""
+
+    topology: Topology
+    step: Step
+    engine: Any
+    config: Config
+
+    def train_step(self, number: int, packed: bool, lr: float = 3e-3) -> tuple[float, float]:
+        """(mean loss, gradient norm) of one optimizer step."""
+        set_learning_rate(self.engine, lr)
+        batches = local_micro_batches(global_batch(number, packed), self.topology, self.config.train.micro_batch_sequences)
+        loss = self.step.accumulate(batches)
+        return loss.mean, self.step.update()
+
+
+def build_run(config: Config) -> Run:
+    """Build a layout over the joined ranks."""
+    topology = build_topology(config.parallel, torch.device("cpu"))
+    chunks = build_model(config, topology)
+    engine = build_engine(chunks, config, topology)
+    return Run(topology, build_step(chunks, engine, topology, config.parallel.zero_stage), engine, config)
+
+
+def gather_unsharded(pieces: dict[str, tuple[Any, Tensor]]) -> dict[str, Tensor]:
+    """Unsharded tensors on rank 0 from each rank's {name: (ShardSpec, local tensor)}; an empty dict on others."""
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, pieces)
+    full: dict[str, Tensor] = {}
+    for rank_pieces in everything if dist.get_rank() == 0 else []:
+        for name, (spec, local) in rank_pieces.items():
+            target = full.setdefault(name, torch.full(spec.shape, float("nan"), dtype=local.dtype))
+            for region in spec.regions():
+                region.of_global(target).copy_(region.of_local(local))
+    return full
+
+
+def parameters_of(run: Run) -> dict[str, tuple[Any, Tensor]]:
+    """Local parameters by global name."""
+    return {shard_spec(p).name: (shard_spec(p), p.detach().clone()) for chunk in run.step.chunks for p in chunk.parameters()}

@@ -1,0 +1,99 @@
+"""A pool of gloo ranks that is started once and reused: importing Megatron-core and DeepSpeed costs more than most tests."""
+
+import functools
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+PRELOAD = ["based_megatron.train.optimizer", "based_megatron.train.step", "deepspeed"]
+
+
+class RankFailure(AssertionError):
+    """A function raised on a rank; the text is its traceback."""
+
+
+class WorkerPool:
+    """`world_size` processes joined by gloo. `run` calls a module-level function on each and returns the results in rank order."""
+
+    def __init__(self, world_size: int, timeout_seconds: float = 180.0) -> None:
+        self.world_size, self.timeout_seconds = world_size, timeout_seconds
+        context = _context()
+        port = free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    @property
+    def broken(self) -> bool:
+        """True once a rank has died or hung: the others cannot be used either."""
+        return not self.processes or any(not process.is_alive() for process in self.processes)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call function(*args, **kwargs) on every rank. Raises RankFailure with the first traceback, after a hang too."""
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs))
+        results, failure = [], None
+        for rank, pipe in enumerate(self.pipes):
+            if failure is None and not pipe.poll(self.timeout_seconds):
+                failure = f"rank {rank} gave no answer in {self.timeout_seconds:.0f} s"
+            if failure is None or pipe.poll(1.0):
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, f"rank {rank} died"
+                results.append(value)
+                failure = failure or (None if ok else f"rank {rank}:\n{value}")
+        if failure is not None:
+            self.close()
+            raise RankFailure(failure)
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+
+@functools.cache
+def _context() -> Any:
+    context = mp.get_context("forkserver")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
+    import torch
+
+    from based_megatron.launchers.environment import RankInfo
+    from based_megatron.parallel.topology import join
+
+    torch.set_num_threads(1)
+    join(RankInfo(rank, world_size, rank, "127.0.0.1", port), torch.device("cpu"), timeout_seconds=120)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
