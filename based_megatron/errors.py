@@ -15,3 +15,7 @@ class DataError(BasedError):
 
 class CheckpointError(BasedError):
     """A checkpoint that cannot be written or read."""
+
+
+class TrainingError(BasedError):
+    """A run that cannot go on."""

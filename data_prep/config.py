@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import tyro
 
 TEXT_SUFFIXES = (
-    ".txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .scala .js .ts .jsx .tsx .sh .sql .lua .rb .php .pl .r .jl "
-    ".hs .ml .swift .cs .f90 .lean"
+    ".txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .scala .js .ts .jsx .tsx .sh .sql "
+    ".lua .rb .php .pl .r .jl .hs .ml .swift .cs .f90 .lean"
 )
 
 
@@ -15,11 +15,12 @@ class PrepConfig:
     """Turn text into tokenized webdataset shards with a manifest, ready for `based train --data.path OUTPUT`."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or a source file) and folders, which are searched for all of these."""
+    """Files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, sources), and folders, searched for all of these."""
     output: str
     """Folder to write: tokenizer.json, train/, validation/ and manifest.json."""
     tokenizer: str = "train"
-    """`train` for a new byte-level BPE, or a path: an HF tokenizer.json, its folder, or a folder with GPT-2's vocab.json and merges.txt."""
+    """`train` for a new byte-level BPE, or a path: a Hugging Face tokenizer.json, its folder, or a folder with the
+    vocab.json and merges.txt of GPT-2."""
     vocab_size: int = 8192
     """Entries of a trained tokenizer, <|endoftext|> included."""
     train_tokenizer_bytes: int = 256 * 2**20
@@ -33,7 +34,8 @@ class PrepConfig:
     suffixes: tuple[str, ...] = tuple(TEXT_SUFFIXES.split())
     """Endings of plain text files; each file is one document."""
     validation_fraction: float = 0.01
-    """Part of the documents to hold out. A document's side follows from a hash of its text, so it never changes and copies stay together."""
+    """Part of the documents to hold out. The side of a document follows from a hash of its text: it never changes, and
+    copies stay together."""
     seed: int = 42
     """Seed of the order of files and documents."""
     shuffle_tokens: int = 64 * 2**20

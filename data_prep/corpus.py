@@ -35,7 +35,7 @@ class Document:
 
     text: str
     file: str
-    """Name of the file, relative to the input folder it was found in."""
+    """Name of the file, below the input folder it was found in and with its name."""
     record: int
     """Number of the document in its file: the line of a .jsonl, the row of a .parquet, from 1."""
 
@@ -61,9 +61,9 @@ class Corpus:
     def __init__(self, config: PrepConfig):
         """Find the files. Raises DataError for an input that is missing or of an unknown kind."""
         self._config = config
-        self._files = sorted(find_files(config))
+        self._files = [(name, path, path.stat().st_size) for name, path in sorted(find_files(config))]
         random.Random(config.seed).shuffle(self._files)
-        self.total_bytes = sum(path.stat().st_size for _, path in self._files)
+        self.total_bytes = sum(size for _, _, size in self._files)
         self._finished_bytes = 0
         self._current: BinaryIO | None = None
 
@@ -75,7 +75,7 @@ class Corpus:
     def documents(self, skips: Skips) -> Iterator[Document]:
         """Every readable, non-empty document."""
         self._finished_bytes = 0
-        for name, path in self._files:
+        for name, path, size in self._files:
             try:
                 with path.open("rb") as self._current:
                     for record, text in self._read(name, self._current, skips):
@@ -87,7 +87,7 @@ class Corpus:
                 skips.add("unreadable", name, f"the rest of this file cannot be read: {error}")
             finally:
                 self._current = None
-            self._finished_bytes += path.stat().st_size if path.exists() else 0
+            self._finished_bytes += size
 
     def _read(self, name: str, raw: BinaryIO, skips: Skips) -> Iterator[tuple[int, str]]:
         lower = name.lower()
@@ -118,16 +118,27 @@ def find_files(config: PrepConfig) -> list[tuple[str, Path]]:
         root = Path(entry)
         if root.is_file():
             if not root.name.lower().endswith(known):
-                raise DataError(f"{root} is not of a known kind ({', '.join(known)}): add its ending to --suffixes to read it as plain text")
+                raise DataError(
+                    f"{root} has none of the known endings: add its own to --suffixes to read it as plain text"
+                )
             found.append((root.name, root))
         elif root.is_dir():
-            for folder, subfolders, names in os.walk(root):
+            for folder, subfolders, names in os.walk(root, onerror=_unreadable_folder):
                 subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-                paths = (Path(folder) / name for name in names if not name.startswith(".") and name.lower().endswith(known))
-                found.extend((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
+                paths = (
+                    Path(folder) / name for name in names if not name.startswith(".") and name.lower().endswith(known)
+                )
+                top = Path(root.resolve().name)
+                found.extend(((top / path.relative_to(root)).as_posix(), path) for path in paths if path.is_file())
         else:
             raise DataError(f"input {root} does not exist; give files or folders of text")
     return found
+
+
+def _unreadable_folder(error: OSError) -> None:
+    raise DataError(
+        f"cannot read the folder {error.filename}: {error.strerror}; leave it out or change its permissions"
+    ) from error
 
 
 def _decompressed(lower_name: str, raw: BinaryIO) -> BinaryIO:
@@ -152,7 +163,7 @@ def _jsonl_texts(name: str, lines: BinaryIO, text_key: str, skips: Skips) -> Ite
             skips.add("undecodable", where, str(error))
         except ValueError as error:
             skips.add("malformed", where, f"not JSON: {error}")
-        except (KeyError, TypeError, IndexError, AttributeError):
+        except (KeyError, TypeError, IndexError, AttributeError, RecursionError):
             skips.add("malformed", where, f"no text under {text_key!r} in this line")
         else:
             yield number, text

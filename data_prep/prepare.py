@@ -27,7 +27,7 @@ SPLITS = ("train", "validation")
 def prepare(config: PrepConfig) -> Manifest:
     """Write the prepared corpus to config.output and return its manifest.
 
-    Everything is written to `<output>.tmp`, which takes the output's name when it is complete; a failure leaves no trace of it.
+    Everything is written to `<output>.tmp`, which takes the output's name when it is complete; a failure removes it.
     Raises DataError: no documents, no tokenizer, an output in the way, a full disk.
     """
     _check(config)
@@ -45,7 +45,9 @@ def prepare(config: PrepConfig) -> Manifest:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     except OSError as error:
-        raise DataError(f"cannot write {output}: {error.strerror or error}; make room or change --output (nothing was kept)") from error
+        raise DataError(
+            f"cannot write {output}: {error.strerror or error}; make room or change --output (nothing was kept)"
+        ) from error
     return dataclasses.replace(manifest, folder=output)
 
 
@@ -65,12 +67,16 @@ def _check(config: PrepConfig) -> None:
 def _check_free(output: Path, temporary: Path, overwrite: bool) -> None:
     if temporary.exists():
         if not overwrite:
-            raise DataError(f"{temporary} is in the way, of a `based prep` that runs or was killed: remove it or add --overwrite")
+            raise DataError(
+                f"{temporary} is in the way, of a `based prep` that runs or was killed: remove it or add --overwrite"
+            )
         shutil.rmtree(temporary)
     if output.exists():
         prepared = (output / MANIFEST_NAME).is_file()
         if prepared and not overwrite:
-            raise DataError(f"{output} already holds a prepared corpus: change --output, or add --overwrite to replace it")
+            raise DataError(
+                f"{output} already holds a prepared corpus: change --output, or add --overwrite to replace it"
+            )
         if not prepared and (not output.is_dir() or any(output.iterdir())):
             raise DataError(f"{output} exists and is not a prepared corpus: change --output")
 
@@ -78,7 +84,9 @@ def _check_free(output: Path, temporary: Path, overwrite: bool) -> None:
 def _write(config: PrepConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
     encoder = _tokenizer(config, corpus, progress)
     encoder.save(folder)
-    writers = {name: SplitWriter(folder, name, encoder.dtype, config.block_tokens, config.shard_blocks) for name in SPLITS}
+    writers = {
+        name: SplitWriter(folder, name, encoder.dtype, config.block_tokens, config.shard_blocks) for name in SPLITS
+    }
     buffers = {name: ShuffleBuffer(config.shuffle_tokens, config.seed) for name in SPLITS}
     skips = Skips()
     total_tokens = 0
@@ -126,7 +134,9 @@ def _tokenizer(config: PrepConfig, corpus: Corpus, progress: Progress) -> Encode
     encoder = train_tokenizer(texts(), config.vocab_size)
     progress.remove_task(task)
     if encoder.vocab_size < config.vocab_size:
-        logger.warning("the text gave a tokenizer of only %d entries, not --vocab-size %d", encoder.vocab_size, config.vocab_size)
+        logger.warning(
+            "the text gave a tokenizer of only %d entries, not --vocab-size %d", encoder.vocab_size, config.vocab_size
+        )
     return encoder
 
 
@@ -146,7 +156,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _check_documents(config: PrepConfig, documents: dict[str, int], skips: Skips) -> None:
     if not sum(documents.values()):
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(skips.counts.items())) or "none"
-        raise DataError(f"no documents in {', '.join(config.inputs) or 'the inputs'} (skipped: {skipped}); check the inputs and --text-key")
+        raise DataError(
+            f"no documents in {', '.join(config.inputs) or 'the inputs'} (skipped: {skipped}); "
+            f"check the inputs and --text-key"
+        )
     if not documents["train"]:
         raise DataError(
             f"all {documents['validation']} documents fell into the validation split: lower --validation-fraction "
@@ -154,7 +167,8 @@ def _check_documents(config: PrepConfig, documents: dict[str, int], skips: Skips
         )
     if config.validation_fraction and not documents["validation"]:
         logger.warning(
-            "none of the %d documents fell into the validation split: raise --validation-fraction %g or split the text with --separator",
+            "none of the %d documents fell into the validation split: "
+            "raise --validation-fraction %g or split the text with --separator",
             documents["train"],
             config.validation_fraction,
         )
@@ -188,4 +202,6 @@ class _TokensPerSecond(ProgressColumn):
 
 
 def _progress_bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), _TokensPerSecond(), TimeRemainingColumn())
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), _TokensPerSecond(), TimeRemainingColumn()
+    )

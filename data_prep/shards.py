@@ -1,4 +1,4 @@
-"""Writes webdataset shards: tar files whose samples are blocks of tokens, the ends of their documents, and where those came from."""
+"""Writes webdataset shards: tar files whose samples are token blocks with the ends and origins of their documents."""
 
 import io
 import json
@@ -53,7 +53,7 @@ class ShuffleBuffer:
 
 
 class SplitWriter:
-    """Packs documents into blocks of exactly `block_tokens` (the last is shorter) and blocks into shards of one split."""
+    """Packs the documents of one split into blocks of `block_tokens` (the last is shorter) and blocks into shards."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, block_tokens: int, shard_blocks: int):
         self._folder = folder
@@ -121,7 +121,7 @@ class _Shard:
         self._path = folder / name
         self._temporary = self._path.with_name(self._path.name + ".tmp")
         self._file = self._temporary.open("w+b")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
 
     def write(self, key: str, tokens: np.ndarray, docs: dict[str, Any], origins: list[tuple[str, int]]) -> Member:
         npy = io.BytesIO()
@@ -159,7 +159,7 @@ class _Shard:
         self._temporary.rename(self._path)
 
     def _add(self, name: str, payload: bytes) -> int:
-        """Append a file to the tar and return the offset of its data, which ends the one header block that a short name has."""
+        """Append a file to the tar and return the offset of its data, behind the one header block of a short name."""
         info = tarfile.TarInfo(name)
         info.size = len(payload)
         start = self._file.tell() + tarfile.BLOCKSIZE

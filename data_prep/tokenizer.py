@@ -16,8 +16,10 @@ EOS_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 GPT2_PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
 BYTE_ALPHABET = 256
 PIECE_CHARACTERS = 1 << 17
-# Between a line that ends with text and one that starts with a letter or digit: the usual pre-tokenizers always cut here.
-SAFE_CUT = re.compile(r"(?<=\S\n)(?=[^\W_])")
+PIECES_AT_A_TIME = 512
+# Before a single space with a letter behind it: the usual pre-tokenizers cut here. CUT_PROBE tells the unusual ones.
+SAFE_CUT = re.compile(r"(?<=\S)(?= [^\W\d_])")
+CUT_PROBE = "It is one of the best, in the end; and it has to be (as of 1999) at the top."
 
 
 class Encoder:
@@ -26,7 +28,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, eos_token: str):
         self._tokenizer = tokenizer
         self.eos_token = eos_token
-        self.eos_id: int = tokenizer.token_to_id(eos_token)
+        self.eos_id = tokenizer.get_vocab(with_added_tokens=True)[eos_token]
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = np.dtype("<u2") if self.vocab_size <= np.iinfo(np.uint16).max else np.dtype("<u4")
         tokenizer.no_truncation()
@@ -34,31 +36,46 @@ class Encoder:
         self._json = tokenizer.to_str(pretty=True)
         # A document that spells out <|endoftext|> must not end in its middle.
         tokenizer.encode_special_tokens = True
-        self._cuttable = self._ids(["foo;\nbar"]) == self._ids(["foo;\n", "bar"])
+        whole, *parts = self._ids([CUT_PROBE, *SAFE_CUT.split(CUT_PROBE)])
+        self._cuttable = np.array_equal(whole, np.concatenate(parts))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text with eos appended. A long text is encoded in pieces, in parallel and in bounded memory, to the same ids."""
+        """Ids of each text with eos appended.
+
+        A long text is encoded in pieces, in parallel and in bounded memory, to the same ids.
+        """
         pieces = [list(cut(text)) if self._cuttable else [text] for text in texts]
-        encoded = iter(self._tokenizer.encode_batch_fast([piece for part in pieces for piece in part], add_special_tokens=False))
-        return [
-            np.concatenate([*(np.array(next(encoded).ids, self.dtype) for _ in part), np.array([self.eos_id], self.dtype)]) for part in pieces
-        ]
+        ids = iter(self._ids([piece for part in pieces for piece in part]))
+        eos = np.array([self.eos_id], self.dtype)
+        return [np.concatenate([*(next(ids) for _ in part), eos]) for part in pieces]
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and a tokenizer_config.json with which transformers' AutoTokenizer loads the folder."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, "clean_up_tokenization_spaces": False}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos_token,
+            "clean_up_tokenization_spaces": False,
+        }
         (folder / TOKENIZER_NAME).write_text(self._json, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
-    def _ids(self, pieces: list[str]) -> list[int]:
-        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        return [i for encoding in encodings for i in encoding.ids]
+    def _ids(self, pieces: list[str]) -> list[np.ndarray]:
+        ids: list[np.ndarray] = []
+        # An encoding holds some hundred bytes a token: only so many of them at a time.
+        for start in range(0, len(pieces), PIECES_AT_A_TIME):
+            batch = pieces[start : start + PIECES_AT_A_TIME]
+            encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            ids.extend(np.array(encoding.ids, self.dtype) for encoding in encodings)
+        return ids
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
-    """A byte-level BPE of `vocab_size` entries (or fewer, where the text has no more pairs to merge), <|endoftext|> first."""
+    """A byte-level BPE of `vocab_size` entries, or fewer where the text has no more pairs; <|endoftext|> is 0."""
     if vocab_size < BYTE_ALPHABET + 1:
-        raise DataError(f"--vocab-size {vocab_size} has no room for the {BYTE_ALPHABET} bytes and {END_OF_TEXT}: set it to 257 or more")
+        raise DataError(
+            f"--vocab-size {vocab_size} has no room for the {BYTE_ALPHABET} bytes and {END_OF_TEXT}: "
+            f"set it to {BYTE_ALPHABET + 1} or more"
+        )
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -71,19 +88,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
 
 
 def load_tokenizer(path: str, eos_token: str = "") -> Encoder:
-    """Read an HF tokenizer.json (the file or its folder) or a GPT-2 vocabulary and merges (their folder or one of the two).
+    """Read an HF tokenizer.json (the file or its folder) or the GPT-2 pair (the folder or one of the two).
 
     Raises DataError if nothing of this kind is there or the end-of-document token is unknown.
     """
     place = Path(path)
     folder, file = (place, place / TOKENIZER_NAME) if place.is_dir() else (place.parent, place)
-    pair = _gpt2_pair(folder) if not file.is_file() or file.name in (name for pair in GPT2_PAIRS for name in pair) else None
+    pair = (
+        _gpt2_pair(folder)
+        if not file.is_file() or file.name in (name for pair in GPT2_PAIRS for name in pair)
+        else None
+    )
     if not pair and not file.is_file():
-        raise DataError(f"no tokenizer at {path}: give `train`, a {TOKENIZER_NAME}, or a folder with it or with vocab.json and merges.txt")
+        raise DataError(
+            f"no tokenizer at {path}: give `train`, a {TOKENIZER_NAME}, "
+            f"or a folder with it or with vocab.json and merges.txt"
+        )
     try:
         tokenizer = _gpt2(*pair) if pair else Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises a bare Exception
-        raise DataError(f"cannot read a tokenizer from {path}: {' '.join(str(error).split())}; give another --tokenizer") from error
+        raise DataError(
+            f"cannot read a tokenizer from {path}: {' '.join(str(error).split())}; give another --tokenizer"
+        ) from error
     return Encoder(tokenizer, _eos(tokenizer, folder, eos_token))
 
 
@@ -121,7 +147,9 @@ def _eos(tokenizer: Tokenizer, folder: Path, eos_token: str) -> str:
     for token in candidates:
         if tokenizer.token_to_id(token) is not None:
             return token
-    raise DataError(f"the tokenizer of {folder} has no {' or '.join(candidates)} to end documents with: set --eos-token")
+    raise DataError(
+        f"the tokenizer of {folder} has no {' or '.join(candidates)} to end documents with: set --eos-token"
+    )
 
 
 def _configured_eos(folder: Path) -> str:
@@ -130,5 +158,7 @@ def _configured_eos(folder: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {folder / 'tokenizer_config.json'}: {error}; repair it or set --eos-token") from error
+        raise DataError(
+            f"cannot read {folder / 'tokenizer_config.json'}: {error}; repair it or set --eos-token"
+        ) from error
     return token["content"] if isinstance(token, dict) else token

@@ -15,9 +15,9 @@ Options = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `local OPTIONS -- train ...` or `slurm OPTIONS -- train ...`; what follows -- is a `based` command. Returns the exit code.
+    """Run `local OPTIONS -- train ...` or `slurm OPTIONS -- train ...`; what follows -- is a `based` command.
 
-    Raises ConfigError if there is no command, or if it cannot be launched.
+    Returns the exit code. Raises ConfigError if there is no command, or if it cannot be launched.
     """
     argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)

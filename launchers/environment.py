@@ -34,13 +34,13 @@ def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankIn
         return RankInfo(0, 1, 0, "127.0.0.1", _free_port())
     if not (0 <= rank < world_size and 0 <= local_rank <= rank):
         raise ConfigError(
-            f"rank {rank} of {world_size} (local rank {local_rank}) is impossible; start ranks with `based launch` or torchrun"
+            f"rank {rank} of {world_size} (local rank {local_rank}) is impossible; start ranks with `based launch`"
         )
     if world_size == 1 and "MASTER_ADDR" not in environment:
         return RankInfo(0, 1, 0, "127.0.0.1", _free_port())
     (master_port,) = _integers(environment, "MASTER_PORT")
     if not environment.get("MASTER_ADDR"):
-        raise ConfigError(f"MASTER_ADDR is not set for {world_size} ranks; start them with `based launch` or torchrun")
+        raise ConfigError(f"MASTER_ADDR is not set for {world_size} ranks; start them with `based launch`")
     return RankInfo(rank, world_size, local_rank, environment["MASTER_ADDR"], master_port)
 
 
@@ -50,9 +50,7 @@ def _integers(environment: Mapping[str, str], *names: str) -> list[int]:
         raise ConfigError(f"{' and '.join(missing)} not set for this rank; start ranks with `based launch` or torchrun")
     for name in names:
         if not environment[name].isdecimal():
-            raise ConfigError(
-                f"{name} is {environment[name]!r}, not a number; start ranks with `based launch` or torchrun"
-            )
+            raise ConfigError(f"{name} is {environment[name]!r}, not a number; start ranks with `based launch`")
     return [int(environment[name]) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""A run as a SLURM job that survives time limits, preemption, lost nodes and hangs, and gives up when it makes no progress."""
+"""A run as a SLURM job that survives time limits, preemption, lost nodes and hangs, and gives up without progress."""
 
 import hashlib
 import os
@@ -34,9 +34,9 @@ class SlurmOptions:
     time: str = "24:00:00"
     """Time limit of one job, in a form that sbatch takes. The run goes on in the next."""
     stop_seconds: int = 600
-    """How long before the time limit the run is asked to save: more than a step, a validation and a checkpoint together."""
+    """How long before the time limit the run is asked to save: more than a step, a validation and a checkpoint take."""
     hang_seconds: int = 1800
-    """Start again if no step ends for so long: more than start-up, compilation, a validation and a checkpoint together."""
+    """Start again if no step ends for so long: more than start-up, compilation, a validation and a checkpoint take."""
     max_failures: int = 3
     """Give up after so many failures in a row without a newer checkpoint."""
     partition: str = ""
@@ -76,17 +76,18 @@ def launch_slurm(options: SlurmOptions, command: Sequence[str]) -> int:
         print(script, end="")
         return 0
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "there is no sbatch on this machine; submit from a login node, or look at the script with --dry-run"
-        )
+        raise ConfigError("there is no sbatch here; submit from a login node, or look at the script with --dry-run")
     run_dir = Path(config.run_dir).absolute()
     check_run_dir(run_dir, needed_bytes=0)
     path = run_dir / SCRIPT_NAME
     path.write_text(script)
     _sbatch("--test-only", str(path))
+    # Whoever submits a finished run again has given it more steps.
+    (run_dir / "done").unlink(missing_ok=True)
     job = _sbatch("--parsable", str(path)).strip().split(";")[0]
+    print(f"job {job}, log {run_dir}/slurm-{job}.log")
     print(
-        f"job {job}; log {run_dir}/slurm-{job}.log; to stop for good: scancel {job}, or touch {run_dir / config.train.stop_file}"
+        f"to stop the run: touch {shlex.quote(str(run_dir / config.train.stop_file))} (saves first), or scancel {job}"
     )
     return 0
 
@@ -106,12 +107,13 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
             raise ConfigError(f"{key} is {value} but must be at least 1")
     if options.hang_seconds <= config.parallel.timeout_seconds:
         raise ConfigError(
-            f"--hang-seconds {options.hang_seconds} must be above parallel.timeout_seconds {config.parallel.timeout_seconds}: "
-            f"a collective that fails by itself tells more; raise --hang-seconds"
+            f"--hang-seconds {options.hang_seconds} must be above parallel.timeout_seconds "
+            f"{config.parallel.timeout_seconds}: a collective that fails by itself tells more; raise --hang-seconds"
         )
     if options.stop_seconds >= _seconds(options.time):
         raise ConfigError(
-            f"--stop-seconds {options.stop_seconds} is not below the time limit, --time {options.time}; the run would stop at once"
+            f"--stop-seconds {options.stop_seconds} is not below the limit --time {options.time}: the run would stop "
+            f"at once; change either"
         )
     validate(config, options.nodes * tasks_per_node)
     run_dir = Path(config.run_dir).absolute()

@@ -1,6 +1,5 @@
 """`based ckpt`: look at the checkpoints of a run."""
 
-import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from math import prod
@@ -12,7 +11,7 @@ import tyro
 from based_megatron.checkpoint.load import MODEL, read_state, stored_shapes
 from based_megatron.checkpoint.manifest import read_manifest
 from based_megatron.checkpoint.peers import ALONE
-from based_megatron.checkpoint.store import FOLDER, list_checkpoints, resolve_checkpoint, step_of, verify
+from based_megatron.checkpoint.store import FOLDER, list_checkpoints, step_of, verify
 from based_megatron.errors import CheckpointError
 
 PathArgument = Annotated[Path, tyro.conf.Positional]
@@ -27,8 +26,12 @@ def main(argv: Sequence[str]) -> int:
 def ls(run: PathArgument) -> int:
     """List the checkpoints of a run folder, newest first."""
     for path in _listed(run):
-        size_bytes = sum(entry.size_bytes for entry in read_manifest(path))
-        state = read_state(path)
+        try:
+            size_bytes = sum(entry.size_bytes for entry in read_manifest(path))
+            state = read_state(path)
+        except (OSError, ValueError, CheckpointError) as error:
+            print(f"step {step_of(path):>9,}  damaged: {error}")
+            continue
         saved_at = datetime.fromisoformat(state["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M")
         kind = "weights only" if state["kinds"] == [MODEL] else "training"
         print(f"step {step_of(path):>9,}  {size_bytes / 1e9:9.3f} GB  {saved_at}  {kind:12}  {path}")
@@ -37,12 +40,13 @@ def ls(run: PathArgument) -> int:
 
 def inspect(path: PathArgument, tensors: bool = False) -> int:
     """Show the state of a checkpoint (a run folder means its newest), and with --tensors every parameter."""
-    path = resolve_checkpoint(path, on_skip=_warn, peers=ALONE)
+    path = _listed(path)[0]
+    state = read_state(path)
     shapes = {
         name.removeprefix(f"{MODEL}."): shape for name, shape in stored_shapes(path).items() if name.startswith(MODEL)
     }
     print(f"{path}\nparameters: {sum(map(prod, shapes.values())):,} in {len(shapes)} tensors")
-    _print_nested(read_state(path))
+    _print_nested(state)
     if tensors:
         for name, shape in shapes.items():
             print(f"{name:60} {' x '.join(map(str, shape))}")
@@ -75,7 +79,3 @@ def _print_nested(values: dict, indent: str = "") -> None:
             _print_nested(value, indent + "  ")
         else:
             print(f"{indent}{key}: {value}")
-
-
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -47,8 +47,11 @@ def load_checkpoint(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint; raises CheckpointError if it is of an unknown format."""
-    state = json.loads((path / STATE).read_text())
+    """The state.json of a checkpoint; raises CheckpointError if it is unreadable or of an unknown format."""
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / STATE} is unreadable ({error}): see `based ckpt verify`") from error
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
     return state

@@ -125,9 +125,7 @@ def _stage3_place(engine: Any, parameter: Any) -> tuple[int, int, int, int] | No
 
 @torch.no_grad()
 def _masters_to_partitions(optimizer: Any) -> None:
-    """The end of a stage 3 step: release gathered weights, copy masters to partitions, gather the small ones again."""
+    """Release gathered weights and copy masters to partitions; the next forward gathers them again."""
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if optimizer.persistent_parameters:
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

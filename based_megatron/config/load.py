@@ -42,8 +42,12 @@ def parse_config(argv: Sequence[str], prog: str = "based train") -> Config:
             break
     if name is None and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"no config given: add --config with a YAML file or one of {', '.join(preset_names())}")
-    description = f"Start from --config NAME (a YAML file, or one of: {', '.join(preset_names())}); every field can be set here."
-    return tyro.cli(Config, prog=prog, description=description, args=argv, default=load_config(name) if name else Config())
+    description = (
+        f"Start from --config NAME (a YAML file, or one of: {', '.join(preset_names())}); every field can be set here."
+    )
+    return tyro.cli(
+        Config, prog=prog, description=description, args=argv, default=load_config(name) if name else Config()
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

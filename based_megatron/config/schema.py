@@ -11,7 +11,8 @@ class ModelConfig:
     """The architecture. Defaults are those shared by the released Based models."""
 
     layer_pattern: str = "cLScc*5 cc"
-    """Mixer of each layer: c gated conv, L Taylor linear attention, S sliding window, A full attention. `cLScc*5 cc` is five times cLScc, then cc."""
+    """Mixer of each layer: c gated conv, L Taylor linear attention, S sliding window, A full attention.
+    `cLScc*5 cc` is five times cLScc, then cc."""
     hidden_size: int = 1024
     """Width of the residual stream."""
     ffn_hidden_size: int = 2048
@@ -68,6 +69,8 @@ class DataConfig:
     """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
     seed: int = 42
     """Seed of the order of sequences. The order is a pure function of this seed and the step."""
+    allow_changed: bool = False
+    """Resume although the prepared data, its order or the sequence length differ from the checkpoint's."""
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,11 @@ def _check_positive(config: Config) -> None:
         if value < 1:
             raise ConfigError(f"{key} is {value} but must be at least 1; change {key}")
     if bool(data.path) == bool(data.sources):
-        raise ConfigError(f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path")
+        raise ConfigError(
+            f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path"
+        )
     if config.optimizer.clip_grad_norm < 0:
         raise ConfigError(f"optimizer.clip_grad_norm is {config.optimizer.clip_grad_norm}; set it to 0 (off) or above")
-    if config.schedule.warmup_steps + config.schedule.decay_steps > train.steps:
-        raise ConfigError(
-            f"schedule.warmup_steps {config.schedule.warmup_steps} + decay_steps {config.schedule.decay_steps} is longer than "
-            f"train.steps {train.steps}; change one of them"
-        )
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -63,7 +60,9 @@ def _check_model(model: ModelConfig) -> None:
             f"model.hidden_size {model.hidden_size} is not a multiple of model.num_heads {model.num_heads}; change either"
         )
     if model.conv_expand % 2:
-        raise ConfigError(f"model.conv_expand is {model.conv_expand} but half of it is the gate; set model.conv_expand to an even number")
+        raise ConfigError(
+            f"model.conv_expand is {model.conv_expand} but half of it is the gate; set model.conv_expand to an even number"
+        )
     if model.window_left < 0 or model.conv_kernel < 1:
         raise ConfigError(
             f"model.window_left {model.window_left} must be at least 0 and model.conv_kernel {model.conv_kernel} at least 1"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from based_megatron.convert.layout import count_parameters
 from based_megatron.convert.released import from_released, to_released
 from based_megatron.errors import CheckpointError
 
-PathArgument = Annotated[Path, tyro.conf.Positional]
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
 
 
 def main_import(argv: Sequence[str]) -> None:
@@ -31,7 +33,7 @@ def main_export(argv: Sequence[str]) -> None:
     tyro.cli(export_weights, prog="based export", args=list(argv))
 
 
-def import_weights(source: PathArgument, output: Path) -> None:
+def import_weights(source: Source, output: Path) -> None:
     """Make a checkpoint, to continue training from, out of released or exported weights.
 
     Args:
@@ -46,7 +48,7 @@ def import_weights(source: PathArgument, output: Path) -> None:
 
 
 def export_weights(
-    checkpoint: PathArgument,
+    checkpoint: Checkpoint,
     output: Path,
     format: Literal["hf", "released"] = "hf",
     tokenizer: Path | None = None,
@@ -56,7 +58,7 @@ def export_weights(
     Args:
         checkpoint: A checkpoint, or a run folder: its newest valid checkpoint.
         output: Folder to create.
-        format: hf is checked after writing, and the results are in its README.md. released is that of the Based authors.
+        format: hf is checked after writing, with the results in its README.md; released is that of the Based authors.
         tokenizer: Folder of the tokenizer to put into an hf export. Default: the data folder that the model was
             trained on, where that is still there.
     """
@@ -67,8 +69,8 @@ def export_weights(
         tokenizer = tokenizer or data_folder(config)
         proof = export_huggingface(weights, config.model, output, tokenizer)
         print(
-            f"reloaded: {proof.tensors} tensors bit-equal, logits within {proof.reload_difference:.2g}; decoding with the "
-            f"cache within {proof.cache_difference:.2g}, left padding within {proof.padding_difference:.2g}, "
+            f"reloaded: {proof.tensors} tensors bit-equal, logits within {proof.reload_difference:.2g}; decoding with "
+            f"the cache within {proof.cache_difference:.2g}, left padding within {proof.padding_difference:.2g}, "
             f"{proof.generated_tokens} greedy tokens equal"
         )
         if tokenizer is None:
@@ -86,13 +88,14 @@ def is_export(folder: Path) -> bool:
 
 def read_export(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
     """State dict and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no .safetensors files: give a whole export")
     weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= load_file(file)
-    return from_hf(weights, BasedConfig.from_pretrained(folder))
+    try:
+        for file in folder.glob("*.safetensors"):
+            weights |= load_file(file)
+        config = BasedConfig.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the export {folder}: {' '.join(str(error).split())[:200]}") from error
+    return from_hf(weights, config)
 
 
 def data_folder(config: Config) -> Path | None:

@@ -17,6 +17,7 @@ from based_megatron.config.schema import ModelConfig
 from based_megatron.errors import CheckpointError
 
 Shape = tuple[int, ...]
+SHORTEST_REPEAT = 6
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def short_pattern(letters: str) -> str:
-    """A layer pattern for one letter per layer, repeats written once: `cLScccLSccc` -> `cLScc*2 c`."""
+    """A layer pattern for one letter per layer, long repeats written once: `cLScccLSccc` -> `cLScc*2 c`."""
     groups, start = [""], 0
     while start < len(letters):
         sizes = range(1, len(letters) - start + 1)
         covered, size = max(((_covered(letters[start:], size), size) for size in sizes), key=lambda x: (x[0], -x[1]))
-        if covered > size + 4:
+        if covered >= SHORTEST_REPEAT:
             groups += [f"{letters[start : start + size]}*{covered // size}", ""]
             start += covered
         else:

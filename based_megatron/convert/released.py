@@ -84,8 +84,8 @@ def _read_weights(folder: Path) -> dict[str, Any]:
         ) from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors and was not loaded ({' '.join(str(error).split())[:200]}); get the weights "
-            f"from a source that you trust, as {SAFE_NAME}"
+            f"{path} holds more than tensors and was not loaded ({' '.join(str(error).split())[:200]}); "
+            f"get the weights as {SAFE_NAME}, from a source that you trust"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; copy it again") from error

@@ -27,7 +27,8 @@ class Member:
     file: str
     """Shard, relative to the manifest's folder."""
     key: str
-    """Sample key: the block is `<key>.tokens.npy`, its document ends `<key>.docs.json`, their origins `<key>.origins.json`."""
+    """Sample key: `<key>.tokens.npy` is the block, `<key>.docs.json` has the ends of its documents, and
+    `<key>.origins.json` the input files they come from."""
     begin: int
     """First byte of the sample, tar header included."""
     end: int
@@ -98,14 +99,19 @@ def load_manifest(path: str | Path, check_hashes: bool = False) -> Manifest:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"no {MANIFEST_NAME} at {path.parent}: set data.path to a folder written by `based prep`") from None
+        raise DataError(
+            f"no {MANIFEST_NAME} at {path.parent}: set data.path to a folder written by `based prep`"
+        ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}; write the corpus again with `based prep`") from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         raise DataError(f"{path} has version {version!r}, not {VERSION}: write the corpus again with this `based prep`")
     if values.get("fingerprint") != fingerprint(values):
-        raise DataError(f"{path} does not match its own fingerprint: it is damaged or edited; write the corpus again with `based prep`")
+        raise DataError(
+            f"{path} does not match its own fingerprint: it is damaged or edited; "
+            f"write the corpus again with `based prep`"
+        )
     splits = {
         name: Split(**{**split, "members": tuple(Member(**member) for member in split["members"])})
         for name, split in values["splits"].items()
@@ -140,7 +146,10 @@ def save_manifest(manifest: Manifest) -> None:
 
 
 def verify(manifest: Manifest) -> None:
-    """Read every byte of every sample, and the tokenizer. Raises DataError for the first that differs from its recorded hash."""
+    """Read every byte of every sample, and the tokenizer.
+
+    Raises DataError for the first that differs from its recorded hash.
+    """
     check_tokenizer_file(manifest)
     for split in manifest.splits.values():
         for member in split.members:
@@ -153,11 +162,11 @@ def verify(manifest: Manifest) -> None:
 
 
 def check_tokenizer(manifest: Manifest, vocab_size: int) -> None:
-    """Raise DataError unless a model of `vocab_size` entries fits the tokens and tokenizer.json is the one they were made with."""
+    """Raise DataError unless a model of `vocab_size` entries fits, and tokenizer.json is the one of these tokens."""
     if vocab_size < manifest.vocab_size:
         raise DataError(
-            f"model.vocab_size {vocab_size} is smaller than the {manifest.vocab_size} entries of the tokenizer of {manifest.folder}; "
-            f"set model.vocab_size to {manifest.vocab_size}"
+            f"model.vocab_size {vocab_size} is smaller than the {manifest.vocab_size} entries of the tokenizer of "
+            f"{manifest.folder}; set model.vocab_size to {manifest.vocab_size}"
         )
     check_tokenizer_file(manifest)
 
@@ -168,11 +177,13 @@ def check_tokenizer_file(manifest: Manifest) -> None:
     try:
         found = xxhash.xxh3_128_hexdigest(path.read_bytes())
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; put back the tokenizer that the corpus was made with") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; put back the tokenizer that the corpus was made with"
+        ) from error
     if found != manifest.tokenizer_xxh3:
         raise DataError(
-            f"{path} is not the tokenizer of this corpus: its hash is {found}, the manifest says {manifest.tokenizer_xxh3}; "
-            f"put the right tokenizer.json back or write the corpus again with `based prep`"
+            f"{path} is not the tokenizer of this corpus: its hash is {found}, the manifest says "
+            f"{manifest.tokenizer_xxh3}; put the right tokenizer.json back or write the corpus again with `based prep`"
         )
 
 
@@ -192,9 +203,14 @@ def _check_sizes(manifest: Manifest) -> None:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"shard {path} of the manifest cannot be read: {error.strerror}; restore it or write the corpus again") from error
+            raise DataError(
+                f"shard {path} of the manifest cannot be read: {error.strerror}; restore it or write the corpus again"
+            ) from error
         if size < needed:
-            raise DataError(f"shard {path} is truncated: {size} bytes, the manifest needs {needed}; restore it or write the corpus again")
+            raise DataError(
+                f"shard {path} is truncated: {size} bytes, the manifest needs {needed}; "
+                f"restore it or write the corpus again"
+            )
 
 
 def _hash_range(path: Path, begin: int, end: int) -> str:

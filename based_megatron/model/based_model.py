@@ -16,7 +16,12 @@ from based_megatron.model.config import BasedConfig
 from based_megatron.model.mixers import MIXERS, MixerInputs
 from based_megatron.model.norm import RMSNorm
 from based_megatron.parallel.linear import column_linear, vocab_embedding
-from based_megatron.parallel.megatron import MegatronModule, ModelType, make_viewless_tensor, vocab_parallel_cross_entropy
+from based_megatron.parallel.megatron import (
+    MegatronModule,
+    ModelType,
+    make_viewless_tensor,
+    vocab_parallel_cross_entropy,
+)
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.stages import Stage
 

@@ -1,30 +1,27 @@
-"""events.jsonl: what happened in a run, one JSON object a line. Written by appending only, so a crash costs at most its last line."""
+"""events.jsonl: what happened in a run, one JSON object a line. Append only: a crash costs at most the last line."""
 
 import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 FILE_NAME = "events.jsonl"
 
 
-def open_for_append(path: Path) -> IO[str]:
-    """Open an events file to add lines. A last line that a crash has cut is ended first, so that the next one is whole."""
-    stream = open(path, "a", encoding="utf-8")
-    if stream.tell():
-        with open(path, "rb") as tail:
-            tail.seek(-1, os.SEEK_END)
-            if tail.read(1) != b"\n":
-                stream.write("\n")
-    return stream
+def append_event(path: Path, event: dict[str, Any]) -> None:
+    """Add one line to the file. If a crash has cut the last line, it is ended first, so that the new one is whole.
 
-
-def write_event(stream: IO[str], event: dict[str, Any]) -> None:
-    """Append one event and flush it. Infinities and nan, which JSON lacks, become the strings that float() reads."""
-    stream.write(json.dumps(_legal(event), allow_nan=False, default=str) + "\n")
-    stream.flush()
+    Infinities and nan, which JSON lacks, become strings that float() reads; what else JSON lacks becomes its str().
+    """
+    line = json.dumps(_legal(event), allow_nan=False, default=str).encode() + b"\n"
+    with open(path, "ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                line = b"\n" + line
+        stream.write(line)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

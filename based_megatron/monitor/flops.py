@@ -1,12 +1,14 @@
 """Parameters, and the floating point operations of training, from a ModelConfig alone.
 
-Counted are the operations that the model needs, whatever kernel runs them: a multiply-add is 2, backward is twice forward,
-recomputed activations are not counted again, and elementwise work (norms, gates, rotary, softmax) is left out. Per token:
+Counted are the operations that the model needs, whatever kernel runs them: a multiply-add is 2, backward is twice
+forward, recomputed activations are not counted again, and elementwise work (norms, gates, rotary, softmax) is left out.
+Per token:
 
 - every weight of a linear layer, the output projection included, costs 2 forward: 6N in training;
 - a gated conv, 2 for each tap and channel;
-- Taylor linear attention, in its recurrent form with the unpacked features of Based (1 + F + F^2 a head): adding phi(k) v
-  to the state and reading phi(q) from it cost 2 each for every state element, the normaliser being one more column;
+- Taylor linear attention, in its recurrent form with the unpacked features of Based (1 + F + F^2 a head): adding
+  phi(k) v to the state and reading phi(q) from it cost 2 each for every state element, the normaliser being one more
+  column (a kernel that packs the symmetric features, or works in chunks, does less or more than this);
 - attention, 4 for each channel and visible key; the number of keys is averaged over the positions of a sequence, window
   and causal mask applied, as if a sequence were one document.
 """
@@ -34,7 +36,10 @@ _PEAK_BF16_TERAFLOPS_OF_BOARD = {("H100", "PCIE"): 756.0, ("H100", "NVL"): 835.0
 
 
 def parameter_breakdown(model: ModelConfig) -> dict[str, int]:
-    """Parameters by part: embedding, each kind of mixer, mlp, norms (and output, if not tied). Padding of tensor parallelism is not counted."""
+    """Parameters by part: embedding, each kind of mixer, mlp, norms, and output if not tied.
+
+    The embedding has its rounded rows; padding that tensor parallelism adds is not counted.
+    """
     layers = parse_layer_pattern(model.layer_pattern)
     d = model.hidden_size
     vocabulary_rows = -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
@@ -67,7 +72,7 @@ def training_flops_per_token(model: ModelConfig, sequence_length_tokens: int) ->
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s that the maker gives for a device (torch.cuda.get_device_name), or None if it is not known here."""
+    """Dense bf16 FLOP/s of a device by torch.cuda.get_device_name, as its maker gives them; None if not known here."""
     words = re.split(r"[^A-Z0-9]+", device_name.upper())
     if "MIG" in words:
         return None

@@ -7,7 +7,7 @@ GIB = 2**30
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """On a GPU the memory that torch has allocated, now and at most so far; on a CPU the resident set of the process."""
+    """On a GPU what torch has allocated, now and at most so far; on a CPU the resident set of the process."""
     if device.type == "cuda":
         return {
             "allocated_gib": torch.cuda.memory_allocated(device) / GIB,

@@ -6,7 +6,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from based_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear, TransformerConfig, VocabParallelEmbedding
+from based_megatron.parallel.megatron import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TransformerConfig,
+    VocabParallelEmbedding,
+)
 from based_megatron.parallel.sharding import ShardSpec
 
 
@@ -40,7 +45,9 @@ def column_linear(
     return layer
 
 
-def row_linear(config: TransformerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None) -> Any:
+def row_linear(
+    config: TransformerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None
+) -> Any:
     """Linear from features cut over the tensor parallel ranks back to the hidden size; the bias is added once, after the sum."""
     return (cls or RowParallelLinear)(
         in_features,
@@ -69,7 +76,7 @@ def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGro
     return layer
 
 
-def shard_parameter(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+def shard_parameter(parameter: Any, dim: int) -> nn.Parameter:
     """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`, as Megatron's layers mark theirs."""
     parameter.tensor_model_parallel = True
     parameter.partition_dim = dim
@@ -80,13 +87,14 @@ def shard_parameter(parameter: nn.Parameter, dim: int) -> nn.Parameter:
 def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Give every parameter its `shard_spec`: global name, unsharded shape, and which part of it this rank holds."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    for name, parameter in model.named_parameters():
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters()
+    for name, parameter in parameters:
         if not getattr(parameter, "tensor_model_parallel", False):
             parameter.shard_spec = ShardSpec(name, tuple(parameter.shape), rank=rank, size=size)
             continue
         dim = parameter.partition_dim
         parts = getattr(parameter, "parts", (parameter.shape[dim] * size,))
-        shape = parameter.shape[:dim] + (sum(parts),) + parameter.shape[dim + 1 :]
+        shape = (*parameter.shape[:dim], sum(parts), *parameter.shape[dim + 1 :])
         spec = ShardSpec(name, tuple(shape), dim, tuple(parts), rank, size)
         assert spec.local_shape == tuple(parameter.shape), f"{name}: {spec} does not fit {tuple(parameter.shape)}"
         parameter.shard_spec = spec

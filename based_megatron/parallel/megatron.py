@@ -13,6 +13,9 @@ from packaging.version import Version
 
 from based_megatron.config import ParallelConfig
 
+# It warns of every optional package that is missing, on every rank.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core
@@ -77,7 +80,13 @@ if not torch.cuda.is_available():
 
 
 def megatron_settings(
-    *, num_layers: int, hidden_size: int, ffn_hidden_size: int, num_heads: int, parallel: ParallelConfig, dtype: torch.dtype
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_heads: int,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig: what its layers and schedules need to know of the model and the layout.
 
@@ -87,7 +96,9 @@ def megatron_settings(
     # Batched messages of two chunks between the same two ranks arrive swapped (Megatron-LM issue 1450): the interleaved
     # schedule always sends them one by one. Before 0.17 its outputs were freed while still being sent (Megatron-LM pull 4047);
     # gloo reads the tensor later than NCCL and loses that race on every version.
-    frees_too_early = interleaved and (Version(megatron.core.__version__) < Version("0.17") or not torch.cuda.is_available())
+    frees_too_early = interleaved and (
+        Version(megatron.core.__version__) < Version("0.17") or not torch.cuda.is_available()
+    )
     return dict(
         num_layers=num_layers,
         hidden_size=hidden_size,

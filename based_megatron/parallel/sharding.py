@@ -51,7 +51,7 @@ class ShardSpec:
         if self.partition_dim is None:
             return self.shape
         rows = sum(-(-part // self.size) for part in self.parts)
-        return self.shape[: self.partition_dim] + (rows,) + self.shape[self.partition_dim + 1 :]
+        return (*self.shape[: self.partition_dim], rows, *self.shape[self.partition_dim + 1 :])
 
     def regions(self) -> list[Region]:
         """The boxes that this rank holds, in order of their local offset."""
@@ -67,7 +67,7 @@ class ShardSpec:
                     Region(
                         local_offset=_at(dim, local_start, len(self.shape)),
                         global_offset=_at(dim, global_start + first, len(self.shape)),
-                        shape=self.shape[:dim] + (last - first,) + self.shape[dim + 1 :],
+                        shape=(*self.shape[:dim], last - first, *self.shape[dim + 1 :]),
                     )
                 )
             local_start, global_start = local_start + rows, global_start + part

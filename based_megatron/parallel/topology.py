@@ -1,6 +1,7 @@
 """Process groups of a run. The only file that touches Megatron's global parallel state; others get a Topology value."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -58,7 +59,9 @@ def pick_device(requested: str, local_rank: int) -> torch.device:
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device is cuda but torch sees no GPU here; set train.device=cpu or auto")
     if requested == "cpu" and torch.cuda.is_available():
-        raise ConfigError("train.device is cpu on a machine with a GPU; hide it with CUDA_VISIBLE_DEVICES= or set train.device=auto")
+        raise ConfigError(
+            "train.device is cpu on a machine with a GPU; hide it with CUDA_VISIBLE_DEVICES= or set train.device=auto"
+        )
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -71,6 +74,8 @@ def pick_device(requested: str, local_rank: int) -> torch.device:
 
 def join(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
     """Connect the ranks: NCCL on GPUs, gloo on CPUs. A collective that outlasts the timeout raises."""
+    # Newer torch renamed collectives that Megatron-core and DeepSpeed call by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # DeepSpeed reads these even where the process group exists already.
     os.environ.update(
         RANK=str(info.rank),

@@ -42,7 +42,8 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[dict
 
     default: no decay on norms, biases and the embedding. reference: as released, where norms are decayed.
     """
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in module.parameters():
         (decayed if _decays(shard_spec(parameter).name, optimizer.weight_decay_mode) else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -104,7 +105,9 @@ def _adamw(groups: list[dict[str, Any]], optimizer: OptimizerConfig, device: tor
     try:
         from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ConfigError(f"optimizer.implementation is apex but NVIDIA apex cannot be imported ({error}); set it to auto") from error
+        raise ConfigError(
+            f"optimizer.implementation is apex but NVIDIA apex cannot be imported ({error}); set it to auto"
+        ) from error
     return FusedAdam(groups, adam_w_mode=True, **settings)
 
 

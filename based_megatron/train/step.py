@@ -67,7 +67,9 @@ class Step:
 
     def global_sum(self, losses: list[Tensor]) -> LossSum:
         """Sum [loss, tokens] pairs of this rank's micro batches over data and context ranks; the last stage knows them."""
-        pair = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+        pair = (
+            torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+        )
         dist.all_reduce(pair, group=self.topology.data_context.group)
         dist.broadcast(pair, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
         return LossSum(float(pair[0]), int(pair[1]))
@@ -93,7 +95,9 @@ class ScheduledStep(Step):
         found = self._run([batch], None, forward_only=True)
         return found[0] if found else None
 
-    def _run(self, micro_batches: list[MicroBatch], loss: Callable[..., Any] | None, forward_only: bool) -> list[Tensor]:
+    def _run(
+        self, micro_batches: list[MicroBatch], loss: Callable[..., Any] | None, forward_only: bool
+    ) -> list[Tensor]:
         batch_size, length = micro_batches[0].tokens_BL.shape
         iterators = [iter(micro_batches) for _ in self.chunks]
         return self.schedule(
@@ -107,7 +111,9 @@ class ScheduledStep(Step):
             collect_non_loss_data=loss is None,
         )
 
-    def _forward(self, data: Iterator[MicroBatch], chunk: BasedModel, loss: Callable[..., Any] | None) -> tuple[Tensor, Any]:
+    def _forward(
+        self, data: Iterator[MicroBatch], chunk: BasedModel, loss: Callable[..., Any] | None
+    ) -> tuple[Tensor, Any]:
         batch = next(data)
         if loss is None:
             return chunk(self.to_device(batch.tokens_BL), self.plan(batch)), lambda output, **_: output

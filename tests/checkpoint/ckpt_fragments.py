@@ -2,15 +2,23 @@
 
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from based_megatron.checkpoint import Fragment
+from based_megatron.checkpoint import Fragment, save_checkpoint
+from based_megatron.config import Config, ModelConfig, to_dict
 from based_megatron.parallel.sharding import ShardSpec
 
+CONFIG = Config(model=ModelConfig(hidden_size=6))
 KINDS = ("model", "exp_avg", "exp_avg_sq")
-SHAPES = {"embedding.weight": (13, 6), "layers.0.mlp.fc1.weight": (10, 6), "layers.0.mlp.fc2.weight": (6, 5), "norm": (6,)}
+SHAPES = {
+    "embedding.weight": (13, 6),
+    "layers.0.mlp.fc1.weight": (10, 6),
+    "layers.0.mlp.fc2.weight": (6, 5),
+    "norm": (7,),
+}
 CUTS = {  # partition dim and parts: fc1 is a fused pair, 13 rows and parts of 5 leave padding at 2 ranks
     "embedding.weight": (0, (13,)),
     "layers.0.mlp.fc1.weight": (0, (5, 5)),
@@ -55,3 +63,9 @@ def shard(
 def flat(ranks: list[list[Fragment]]) -> list[Fragment]:
     """The fragments of all ranks, as if one rank held them."""
     return [fragment for rank in ranks for fragment in rank]
+
+
+def save(folder: Path, step: int) -> Path:
+    """A checkpoint of the values that belong to a step, as one process that holds the fragments of four ranks."""
+    state = {"consumed_tokens": step * 10, "config": to_dict(CONFIG)}
+    return save_checkpoint(folder, step, flat(shard(full_tensors(step), 2, 2)), state)

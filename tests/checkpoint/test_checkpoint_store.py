@@ -7,30 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from ckpt_fragments import SHAPES, flat, full_tensors, shard
+from ckpt_fragments import CONFIG, flat, full_tensors, save, shard
 
 from based_megatron.checkpoint import (
+    Fragment,
     find_checkpoint,
     load_checkpoint,
     newest_valid,
     prune,
-    read_full,
     resolve_checkpoint,
     save_checkpoint,
-    verify,
-    write_full,
 )
-from based_megatron.checkpoint.cli import main
 from based_megatron.checkpoint.store import list_checkpoints
-from based_megatron.config import Config, ModelConfig, to_dict
+from based_megatron.config import from_dict
 from based_megatron.errors import CheckpointError
-
-CONFIG = Config(model=ModelConfig(hidden_size=6))
-
-
-def save(folder: Path, step: int) -> Path:
-    state = {"consumed_tokens": step * 10, "config": to_dict(CONFIG)}
-    return save_checkpoint(folder, step, flat(shard(full_tensors(step), 2, 2)), state)
+from based_megatron.parallel.sharding import ShardSpec
 
 
 def refuse(line: str) -> None:
@@ -48,10 +39,24 @@ def test_any_tiling_loads_into_any_other_bit_for_bit_and_padding_becomes_zero(tm
             assert all(torch.equal(a.tensors[kind], b.tensors[kind]) for kind in a.tensors), a.spec.name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fragments_on_a_gpu_come_back_bit_for_bit(tmp_path):
+    full = full_tensors(0)
+    saved, got = (
+        [Fragment(f.spec, f.start, f.numel, {k: t.cuda() for k, t in f.tensors.items()}, f.owned) for f in fragments]
+        for fragments in (flat(shard(full, 2, 3)), flat(shard(None, 1, 1)))
+    )
+    load_checkpoint(save_checkpoint(tmp_path, 3, saved, {}), got)
+    assert all(
+        torch.equal(f.tensors[kind].cpu().view(f.spec.shape), full[kind][f.spec.name]) for f in got for kind in full
+    )
+
+
 def test_copies_are_loaded_but_never_written(tmp_path):
     full, other = full_tensors(0), full_tensors(1)
     original, copy = shard(full, 1, 1)[0], shard(other, 1, 1)[0]
-    copy = [type(f)(f.spec, f.start, f.numel, f.tensors, owned=False) for f in copy]
+    copy = [Fragment(f.spec, f.start, f.numel, f.tensors, owned=False) for f in copy]
     path = save_checkpoint(tmp_path, 1, [*copy, *original], {})
     load_checkpoint(path, copy)
     assert all(torch.equal(f.tensors["model"].view(f.spec.shape), full["model"][f.spec.name]) for f in copy)
@@ -62,15 +67,17 @@ def test_state_comes_back_with_step_versions_and_kinds(tmp_path):
     assert (state["step"], state["consumed_tokens"]) == (12, 120)
     assert state["kinds"] == ["exp_avg", "exp_avg_sq", "model"]
     assert state["versions"]["torch"] == torch.__version__
-    assert state["config"] == to_dict(CONFIG)
+    assert from_dict(state["config"]) == CONFIG
 
 
 def test_a_parameter_of_another_shape_is_named_with_both_shapes_and_nothing_is_loaded(tmp_path):
     path = save(tmp_path, 1)
     fragments = flat(shard(None, 1, 1))
-    wider = type(fragments[1].spec)("layers.0.mlp.fc1.weight", (12, 6))
-    fragments[1] = type(fragments[1])(wider, 0, 72, {kind: torch.full((72,), 7.0) for kind in fragments[1].tensors})
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.fc1\.weight is \(10, 6\) there and \(12, 6\)") as caught:
+    wider = ShardSpec("layers.0.mlp.fc1.weight", (12, 6))
+    fragments[1] = Fragment(wider, 0, 72, {kind: torch.full((72,), 7.0) for kind in fragments[1].tensors})
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.mlp\.fc1\.weight is \(10, 6\) there and \(12, 6\)"
+    ) as caught:
         load_checkpoint(path, fragments)
     assert "\n" not in str(caught.value)
     assert all((tensor == 7).all() for fragment in fragments for tensor in fragment.tensors.values())
@@ -79,13 +86,13 @@ def test_a_parameter_of_another_shape_is_named_with_both_shapes_and_nothing_is_l
 def test_a_parameter_that_the_checkpoint_lacks_is_named(tmp_path):
     fragments = flat(shard(full_tensors(0), 1, 1))
     path = save_checkpoint(tmp_path, 1, fragments[:-1], {})
-    with pytest.raises(CheckpointError, match=r"no parameter norm, which is \(6,\)"):
+    with pytest.raises(CheckpointError, match=r"no parameter norm, which is \(7,\)"):
         load_checkpoint(path, fragments)
 
 
 def test_a_parameter_that_the_model_lacks_is_named(tmp_path):
     path = save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"has a parameter norm of \(6,\), not in this model"):
+    with pytest.raises(CheckpointError, match=r"has a parameter norm of \(7,\), not in this model"):
         load_checkpoint(path, flat(shard(None, 1, 1))[:-1])
 
 
@@ -195,42 +202,37 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_and_no_remains(tm
     save_checkpoint(tmp_path, 2, fragments, {})  # and it works once there is room
 
 
+def test_everything_is_flushed_to_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename to {Path(b).name}"), rename(a, b)))
+    path = save(tmp_path, 3)
+    named = events.index("rename to step-00000003")
+    assert set(os.listdir(path)) <= set(events[events.index("rename to .metadata") : named])
+    assert events[named - 1] == "step-00000003.tmp"
+    assert events[named + 1 :] == [tmp_path.name]
+
+
+def test_a_checkpoint_half_deleted_by_prune_is_not_taken_for_one(tmp_path, monkeypatch):
+    old, new = save(tmp_path, 1), save(tmp_path, 2)
+
+    def interrupted(path):
+        (path / "state.json").unlink()
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr("shutil.rmtree", interrupted)
+    with pytest.raises(CheckpointError, match="cannot delete an old checkpoint: stale file handle"):
+        prune(tmp_path, 1, saved=new)
+    assert list_checkpoints(tmp_path) == [new]
+    assert not old.exists()
+
+
 def test_stale_remains_of_the_same_step_do_not_end_up_in_a_checkpoint(tmp_path):
     stale = tmp_path / "step-00000003.tmp"
     stale.mkdir()
     (stale / "__0_7.distcp").write_text("left by a killed run")
     assert not (save(tmp_path, 3) / "__0_7.distcp").exists()
-
-
-def test_read_full_gives_unsharded_weights_and_config_from_run_checkpoints_or_step_folder(tmp_path):
-    path = save(tmp_path / "checkpoints", 4)
-    save(tmp_path / "checkpoints", 3)
-    for place in (tmp_path, tmp_path / "checkpoints", path):
-        weights, config = read_full(place)
-        assert weights.keys() == SHAPES.keys()
-        assert all(torch.equal(weights[name], value) for name, value in full_tensors(4)["model"].items())
-        assert config == CONFIG
-
-
-def test_read_full_without_a_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}"):
-        read_full(tmp_path)
-
-
-def test_write_full_is_checkpoint_zero_of_a_run_and_loads_as_weights_only(tmp_path):
-    weights = full_tensors(0)["model"]
-    transposed = {name: value.T.contiguous().T if value.ndim == 2 else value for name, value in weights.items()}
-    path = write_full(tmp_path, transposed, CONFIG)
-    assert path == tmp_path / "checkpoints" / "step-00000000"
-    assert all(torch.equal(value, weights[name]) for name, value in read_full(tmp_path)[0].items())
-    fragments = shard(None, 1, 1)[0]
-    with pytest.raises(CheckpointError, match="no exp_avg and exp_avg_sq, only weights"):
-        load_checkpoint(path, fragments)
-    state = load_checkpoint(path, fragments, weights_only=True)
-    assert state["step"] == 0
-    for fragment in fragments:
-        assert torch.equal(fragment.tensors["model"].view(fragment.spec.shape), weights[fragment.spec.name])
-        assert not fragment.tensors["exp_avg"].any() and not fragment.tensors["exp_avg_sq"].any()
 
 
 def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path):
@@ -239,29 +241,3 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path):
     (path / "state.json").write_text(json.dumps({**state, "format": 2}))
     with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
         load_checkpoint(path, flat(shard(None, 1, 1)))
-
-
-def test_ckpt_ls_lists_newest_first(tmp_path, capsys):
-    for step in (10, 2000):
-        save(tmp_path / "checkpoints", step)
-    assert main(["ls", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert ["2,000" in lines[0], "10" in lines[1], len(lines)] == [True, True, 2]
-
-
-def test_ckpt_inspect_shows_state_and_parameters(tmp_path, capsys):
-    save(tmp_path / "checkpoints", 10)
-    assert main(["inspect", str(tmp_path), "--tensors"]) == 0
-    out = capsys.readouterr().out
-    assert "parameters: 174 in 4 tensors" in out
-    assert "consumed_tokens: 100" in out and "13 x 6" in out
-
-
-def test_ckpt_verify_names_the_damaged_file_and_fails(tmp_path, capsys):
-    good, bad = save(tmp_path, 1), save(tmp_path, 2)
-    assert main(["verify", str(tmp_path)]) == 0
-    (bad / "state.json").write_text("{}")
-    assert main(["verify", str(bad)]) == 1
-    assert main(["verify", str(good)]) == 0
-    assert "state.json has 2 bytes" in capsys.readouterr().out
-    assert verify(good) == []

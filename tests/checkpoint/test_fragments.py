@@ -1,5 +1,6 @@
 """The rectangles of all fragments tile the unsharded tensor, for every layout."""
 
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -28,7 +29,7 @@ def cuts(draw, numel: int) -> list[tuple[int, int]]:
     """Flat ranges (start, numel) that cover a local parameter, cut anywhere."""
     inner = draw(st.lists(st.integers(0, numel), max_size=4))
     edges = [0, *sorted(inner), numel]
-    return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b - a) for a, b in pairwise(edges)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,6 +79,8 @@ def test_a_range_of_one_whole_tensor_is_one_rectangle():
 
 
 def test_a_fragment_of_padding_only_has_no_rectangles():
-    last = ShardSpec("weight", (5, 2), 0, (5,), rank=3, size=4)  # 2 rows a rank: ranks 0..2 hold 5, rank 3 holds padding
+    last = ShardSpec(
+        "weight", (5, 2), 0, (5,), rank=3, size=4
+    )  # 2 rows a rank: ranks 0..2 hold 5, rank 3 holds padding
     assert last.local_shape == (2, 2)
     assert rectangles(last, 0, 4) == []

@@ -159,3 +159,10 @@ def test_window_memory_is_linear() -> None:
     with LargestTensor() as largest:
         sliding_window_attention(q, k, v, window_left=window_left).sum().backward()
     assert largest.elements <= tokens * 2 * window_left
+
+
+def test_a_window_longer_than_the_sequence_costs_no_more_than_the_sequence() -> None:
+    q, k, v = make_inputs(1, 20, heads=1)
+    with LargestTensor() as largest:
+        sliding_window_attention(q, k, v, window_left=1_000_000).sum().backward()
+    assert largest.elements <= 20 * 40

@@ -81,7 +81,7 @@ def test_autocast_does_not_reach_the_sums() -> None:
 
 def test_no_tensor_grows_with_the_square_or_with_the_features() -> None:
     """Forward and backward: the largest tensor is an input, a state or one chunk, never T x T and never T x R."""
-    tokens, heads, width = 1024, 1, 16
+    tokens, heads, width = 2048, 1, 16
     q, k, v = make_inputs(tokens, torch.float32, heads, width, width)
     with LargestTensor() as largest:
         output, state = taylor_attention(q, k, v, return_final_state=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layouts import Run, build_run, small_config
-from support.oracle import load_oracle, write_oracle
 
 from based_megatron.checkpoint.zero import zero_fragments
 from based_megatron.config import ParallelConfig
+from support.layouts import Run, build_run, small_config
+from support.oracle import load_oracle, write_oracle
 
 STEPS, CLIP, LR = 20, 1.0, 3e-3
 
@@ -63,7 +63,7 @@ def gradient_errors(run: Run, expected: dict[str, torch.Tensor]) -> dict[str, tu
         name = fragment.spec.name
         worst, owned = errors.get(name, (0.0, 0))
         for rectangle in fragment.rectangles():
-            found = rectangle.view(fragment.tensors["exp_avg"]) / (1 - run.config.optimizer.beta1)
+            found = rectangle.view(fragment.tensors["exp_avg"]).cpu() / (1 - run.config.optimizer.beta1)
             box = tuple(slice(o, o + n) for o, n in zip(rectangle.global_offset, rectangle.shape, strict=True))
             worst = max(worst, float((found - expected[name][box]).abs().max()))
             owned += found.numel() * fragment.owned
@@ -96,7 +96,9 @@ def test_layout_equals_the_single_process_without_documents(worker_pool, oracles
     check(worker_pool, oracles, *LAYOUTS[layout], packed=False)
 
 
-@pytest.mark.parametrize(("layout", "recompute"), [("tp2-cp2", "mixer"), ("pp2-cp2", "full"), ("tp2-dp2-zero3", "full")])
+@pytest.mark.parametrize(
+    ("layout", "recompute"), [("tp2-cp2", "mixer"), ("pp2-cp2", "full"), ("tp2-dp2-zero3", "full")]
+)
 def test_recomputed_activations_change_nothing(worker_pool, oracles, layout, recompute):
     check(worker_pool, oracles, *LAYOUTS[layout], recompute=recompute)
 
@@ -104,5 +106,3 @@ def test_recomputed_activations_change_nothing(worker_pool, oracles, layout, rec
 def test_clipping_is_active(oracles):
     """Else a wrong norm would not show in the curves."""
     assert min(load_oracle(oracles[True])["norms"]) > 2 * CLIP
-
-

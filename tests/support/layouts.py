@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.pool import rank_device
 from torch import Tensor
 
 from based_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -18,7 +19,7 @@ from based_megatron.train.step import Step, build_step
 SEQUENCE_TOKENS, GLOBAL_BATCH, VOCAB = 32, 8, 91
 
 
-def small_config(parallel: ParallelConfig = ParallelConfig(), **train: Any) -> Config:
+def small_config(parallel: ParallelConfig | None = None, **train: Any) -> Config:
     """Every mixer twice over, an odd vocabulary (padded under tensor parallelism) and a window longer than a context slice."""
     return Config(
         model=ModelConfig(
@@ -33,7 +34,7 @@ def small_config(parallel: ParallelConfig = ParallelConfig(), **train: Any) -> C
             init_std=0.2,
         ),
         data=DataConfig(path="unused", sequence_length_tokens=SEQUENCE_TOKENS),
-        parallel=dataclasses.replace(parallel, zero_bucket_elements=10_000),
+        parallel=dataclasses.replace(parallel or ParallelConfig(), zero_bucket_elements=10_000),
         optimizer=OptimizerConfig(clip_grad_norm=train.pop("clip_grad_norm", 0.0)),
         train=TrainConfig(precision="fp32", global_batch_sequences=GLOBAL_BATCH, micro_batch_sequences=1, **train),
     )
@@ -76,14 +77,16 @@ class Run:
     def train_step(self, number: int, packed: bool, lr: float = 3e-3) -> tuple[float, float]:
         """(mean loss, gradient norm) of one optimizer step."""
         set_learning_rate(self.engine, lr)
-        batches = local_micro_batches(global_batch(number, packed), self.topology, self.config.train.micro_batch_sequences)
+        batches = local_micro_batches(
+            global_batch(number, packed), self.topology, self.config.train.micro_batch_sequences
+        )
         loss = self.step.accumulate(batches)
         return loss.mean, self.step.update()
 
 
 def build_run(config: Config) -> Run:
     """Build a layout over the joined ranks."""
-    topology = build_topology(config.parallel, torch.device("cpu"))
+    topology = build_topology(config.parallel, rank_device(dist.get_rank()))
     chunks = build_model(config, topology)
     engine = build_engine(chunks, config, topology)
     return Run(topology, build_step(chunks, engine, topology, config.parallel.zero_stage), engine, config)
@@ -104,4 +107,6 @@ def gather_unsharded(pieces: dict[str, tuple[Any, Tensor]]) -> dict[str, Tensor]
 
 def parameters_of(run: Run) -> dict[str, tuple[Any, Tensor]]:
     """Local parameters by global name."""
-    return {shard_spec(p).name: (shard_spec(p), p.detach().clone()) for chunk in run.step.chunks for p in chunk.parameters()}
+    return {
+        shard_spec(p).name: (shard_spec(p), p.detach().clone()) for chunk in run.step.chunks for p in chunk.parameters()
+    }

@@ -4,31 +4,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.layouts import global_batch, small_config
 
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.optimizer import parameter_groups
+from support.layouts import global_batch, small_config
+from support.pool import rank_device
 
 
 def write_oracle(path: Path, packed: bool, steps: int, clip: float, lr: float) -> None:
     """Losses, gradient norms and the first step's clipped gradients by name. Runs on a pool of one rank."""
     config = small_config()
-    topology = build_topology(config.parallel, torch.device("cpu"))
+    topology = build_topology(config.parallel, rank_device(0))
     model = build_model(config, topology)[0]
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), lr=lr, betas=(0.9, 0.95))
     losses, norms, gradients = [], [], {}
     for number in range(steps):
-        batch = global_batch(number, packed)
+        batch = {key: value.to(topology.device) for key, value in global_batch(number, packed).items()}
         plan = SequencePlan.build(batch.get("ids"), batch["tokens"].shape[1], topology.context, topology.device)
         loss = (model(batch["tokens"], plan, batch["labels"]) * batch["mask"]).sum() / batch["mask"].sum()
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
         losses.append(float(loss))
-        gradients = gradients or {shard_spec(p).name: p.grad.clone() for p in model.parameters()}
+        gradients = gradients or {shard_spec(p).name: p.grad.detach().cpu().clone() for p in model.parameters()}
         optimizer.step()
     torch.save({"losses": losses, "norms": norms, "gradients": gradients}, path)
 

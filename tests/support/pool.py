@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 PRELOAD = ["based_megatron.train.optimizer", "based_megatron.train.step", "deepspeed"]
 
 
@@ -16,7 +18,7 @@ class RankFailure(AssertionError):
 
 
 class WorkerPool:
-    """`world_size` processes joined by gloo. `run` calls a module-level function on each and returns the results in rank order."""
+    """`world_size` processes joined by gloo (NCCL on GPUs). `run` calls a module-level function on each and returns the results in rank order."""
 
     def __init__(self, world_size: int, timeout_seconds: float = 180.0) -> None:
         self.world_size, self.timeout_seconds = world_size, timeout_seconds
@@ -66,11 +68,20 @@ class WorkerPool:
 
 @functools.cache
 def _context() -> Any:
-    context = mp.get_context("forkserver")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cuda":
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
+
+
+def rank_device(rank: int) -> torch.device:
+    """The CPU, or a GPU for each rank where BASED_TEST_DEVICE=cuda."""
+    if os.environ.get("BASED_TEST_DEVICE", "cpu") != "cuda":
+        return torch.device("cpu")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def free_port() -> int:
@@ -81,13 +92,11 @@ def free_port() -> int:
 
 
 def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
-    import torch
-
     from based_megatron.launchers.environment import RankInfo
     from based_megatron.parallel.topology import join
 
     torch.set_num_threads(1)
-    join(RankInfo(rank, world_size, rank, "127.0.0.1", port), torch.device("cpu"), timeout_seconds=120)
+    join(RankInfo(rank, world_size, rank, "127.0.0.1", port), rank_device(rank), timeout_seconds=120)
     while True:
         try:
             function, args, kwargs = pipe.recv()

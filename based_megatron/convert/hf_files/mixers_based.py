@@ -32,6 +32,10 @@ def _merge_heads(x_BHTV: Tensor) -> Tensor:
     return x_BHTV.transpose(1, 2).flatten(-2)
 
 
+class BasedOutput(nn.Linear):
+    """A projection back to the residual: its initial weights are smaller."""
+
+
 class BasedRMSNorm(nn.Module):
     """Root mean square norm of a float32 residual, in the dtype of the weights."""
 
@@ -53,7 +57,7 @@ class BasedMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = BasedOutput(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(self.up_proj(x_BTD) * F.silu(self.gate_proj(x_BTD)))
@@ -68,7 +72,7 @@ class BasedGatedConv(nn.Module):
         self.channels = config.hidden_size * config.conv_expand // 2
         self.in_proj = nn.Linear(config.hidden_size, 2 * self.channels)
         self.conv_weight = nn.Parameter(torch.empty(self.channels, config.conv_kernel))
-        self.out_proj = nn.Linear(self.channels, config.hidden_size)
+        self.out_proj = BasedOutput(self.channels, config.hidden_size)
 
     def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
         u1_BTC, u2_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
@@ -129,7 +133,7 @@ class BasedLinearAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = BasedOutput(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
         state_BHPV = None
@@ -192,7 +196,7 @@ class BasedAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = BasedOutput(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, rotary: tuple[Tensor, Tensor]

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_based import BasedConfig
-from .mixers_based import MIXERS, BasedGatedConv, BasedMLP, BasedRMSNorm, wide_dtype
+from .mixers_based import MIXERS, BasedGatedConv, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
 
 
 class BasedCache(DynamicCache):
@@ -79,7 +79,8 @@ class BasedPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=std)
+            layers = self.config.num_hidden_layers
+            init.normal_(module.weight, std=std / math.sqrt(2 * layers) if isinstance(module, BasedOutput) else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, BasedRMSNorm):
@@ -87,10 +88,6 @@ class BasedPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BasedGatedConv):
             bound = module.conv_weight.shape[1] ** -0.5
             init.uniform_(module.conv_weight, -bound, bound)
-        elif isinstance(module, BasedBlock):  # projections back to the residual; children come before their parents
-            for name, weight in module.named_parameters():
-                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-                    init.normal_(weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
 
 class BasedModel(BasedPreTrainedModel):

@@ -54,9 +54,8 @@ class ConsoleLogger(MetricsLogger):
 
     def on_event(self, trainer: Trainer, name: str, fields: dict) -> None:
         if trainer.topology.is_logger:
-            self._print(
-                " ".join([f"step {trainer.step} {name}", *(f"{key}={_short(value)}" for key, value in fields.items())])
-            )
+            shown = " ".join(f"{key}={_short(value)}" for key, value in fields.items())
+            self._print(f"step {trainer.step} {name} {shown}")
 
     def on_end(self, trainer: Trainer) -> None:
         self._stop_progress()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from based_megatron.monitor.events import FILE_NAME, open_for_append, write_event
+from based_megatron.monitor.events import FILE_NAME, append_event
 from based_megatron.monitor.flops import parameter_count
 from based_megatron.monitor.throughput import Throughput
 from based_megatron.train.callbacks.base import StepReport
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 class EventLog(MetricsLogger):
     """One JSON object a line: time (seconds since 1970), step, event, and what belongs to the event."""
 
-    _stream: IO[str] | None = None
-
     def start(self, trainer: Trainer) -> None:
-        self._stream = open_for_append(trainer.run_dir / FILE_NAME)
         self._write(
             trainer,
             "resume" if trainer.step else "start",
@@ -51,18 +48,12 @@ class EventLog(MetricsLogger):
 
     def on_end(self, trainer: Trainer) -> None:
         self._write(trainer, "end", tokens_seen=trainer.tokens_seen)
-        self._close()
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
         self._write(trainer, "error", type=type(error).__name__, message=str(error))
-        self._close()
 
-    def _write(self, trainer: Trainer, event: str, **fields: Any) -> None:
-        """No stream: this rank does not log, or the run failed before it started."""
-        if self._stream is not None:
-            write_event(self._stream, {"time": time.time(), "step": trainer.step, "event": event} | fields)
-
-    def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+    @staticmethod
+    def _write(trainer: Trainer, event: str, **fields: Any) -> None:
+        if trainer.topology.is_logger:
+            record = {"time": time.time(), "step": trainer.step, "event": event} | fields
+            append_event(trainer.run_dir / FILE_NAME, record)

@@ -1,0 +1,52 @@
+# make setup | demo | test | lint. A fresh machine needs Python >= 3.11, make and a package index.
+PYTHON ?= python3
+VENV ?= .venv
+# The build of torch for this machine; without CUDA any CPU build does.
+TORCH ?= torch==2.13.0
+DEMO_DIR ?= runs/demo
+DEMO_STEPS ?= 200
+BIN := $(VENV)/bin
+BASED := $(BIN)/based
+
+.PHONY: setup demo test test-gpu lint format clean
+
+setup: $(VENV)/.installed
+
+# DS_BUILD_OPS=0: DeepSpeed's own kernels are not compiled; those in use are built on first use on a GPU.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+# The main job on real text: corpus -> tokenizer and shards -> pretraining on 4 ranks (TP 2 x PP 2) -> Hugging Face -> text.
+demo: setup
+	rm -rf $(DEMO_DIR)
+	$(BIN)/python -m based_megatron.data_prep.stdlib_corpus $(DEMO_DIR)/stdlib.jsonl
+	$(BASED) prep $(DEMO_DIR)/stdlib.jsonl --output $(DEMO_DIR)/data --vocab-size 4096 --validation-fraction 0.03
+	$(BASED) launch local --nproc 4 -- train --config tiny --run-dir $(DEMO_DIR)/run --data.path $(DEMO_DIR)/data \
+	  --train.steps $(DEMO_STEPS) --parallel.tensor 2 --parallel.pipeline 2
+	$(BASED) export $(DEMO_DIR)/run --output $(DEMO_DIR)/hf
+	$(BASED) generate $(DEMO_DIR)/hf --prompt "import os" --max-new-tokens 64
+	@echo
+	@echo "TensorBoard logs:  $(DEMO_DIR)/run/tensorboard   (look: $(BIN)/tensorboard --logdir $(DEMO_DIR)/run/tensorboard)"
+	@echo "Checkpoint:        $$(ls -d $(DEMO_DIR)/run/checkpoints/step-* | tail -n 1)"
+	@echo "Hugging Face:      $(DEMO_DIR)/hf"
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

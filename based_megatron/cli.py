@@ -1,0 +1,58 @@
+"""The one command: `based SUBCOMMAND ...`."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from based_megatron import __version__
+from based_megatron.errors import BasedError
+
+# Each entry: what it does, and module:function taking the remaining arguments. Imported only when used: torch takes seconds.
+COMMANDS = {
+    "prep": ("tokenize text, JSON lines, parquet or source files into shards", "based_megatron.data_prep.cli:main"),
+    "train": ("pretrain; every rank runs this", "based_megatron.train.train:main"),
+    "launch": ("start the ranks of a command, here or on SLURM", "based_megatron.launchers.cli:main"),
+    "generate": ("continue a prompt with a trained model", "based_megatron.inference.cli:main"),
+    "export": ("write a checkpoint in Hugging Face format, and prove it", "based_megatron.convert.cli:main_export"),
+    "import": ("read a released or exported model into a checkpoint", "based_megatron.convert.cli:main_import"),
+    "ckpt": ("list, inspect and verify checkpoints", "based_megatron.checkpoint.cli:main"),
+    "data": ("list the documents of a training step, verify shards", "based_megatron.data.cli:main"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code. A user's error is one line on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"based: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return int(_function(argv[0])(argv[1:]) or 0)
+    except BasedError as error:
+        _print_error(error)
+        return 2
+
+
+def usage() -> str:
+    """What `based --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
+    return "usage: based COMMAND ...\n\ncommands (each has --help):\n" + "\n".join(lines)
+
+
+def _function(command: str) -> Callable[[list[str]], int | None]:
+    module, _, name = COMMANDS[command][1].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _print_error(error: BasedError) -> None:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", ""))
+    where = f" rank {rank}" if rank not in ("", "0") else ""
+    print(f"based{where}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -1,0 +1,119 @@
+"""From a step to the micro batches of one rank.
+
+    step --global batch--> numbers --mixture, permutation--> (source, sequence) --memory map--> tokens, labels, masks
+
+Every arrow is a pure function, so there is no state to save: a run resumes exactly at any step, with any number of data
+parallel ranks, context parallel ranks and reader threads.
+
+B sequences, S tokens of a whole sequence, L tokens of this context parallel slice.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from based_megatron.config.schema import DataConfig
+from based_megatron.data.batch import MicroBatch, slice_bounds
+from based_megatron.data.manifest import check_tokenizer
+from based_megatron.data.reader import SequenceReader
+from based_megatron.data.sources import Sources
+from based_megatron.errors import ConfigError
+
+
+class Loader:
+    """The training and validation batches of one rank."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        vocab_size: int,
+        global_batch_sequences: int,
+        micro_batch_sequences: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        cp_rank: int = 0,
+        cp_size: int = 1,
+    ):
+        """Open and check the corpora. Raises DataError or ConfigError."""
+        if global_batch_sequences % (micro_batch_sequences * dp_size):
+            raise ConfigError(
+                f"train.global_batch_sequences {global_batch_sequences} is not a multiple of "
+                f"train.micro_batch_sequences {micro_batch_sequences} x data parallel {dp_size}; "
+                f"change train.global_batch_sequences"
+            )
+        self._sources = Sources(data)
+        for manifest in self._sources.manifests:
+            check_tokenizer(manifest, vocab_size)
+        self.fingerprint = self._sources.fingerprint
+        self._isolate_documents = data.isolate_documents
+        self._global_batch_sequences = global_batch_sequences
+        self._micro_batch_sequences = micro_batch_sequences
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._slice = slice(*slice_bounds(data.sequence_length_tokens, cp_rank, cp_size))
+        self._steps_ahead = data.num_workers
+        self._pool = ThreadPoolExecutor(data.num_workers, "loader") if data.num_workers else None
+        self._pending: dict[int, Future[list[MicroBatch]]] = {}
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Micro batches of this rank at a step, counted from 0.
+
+        Steps may be asked for in any order; the next ones are read ahead. An error while reading ahead is raised by the
+        call for its step.
+        """
+        if self._pool is None:
+            return self._read_step(step)
+        wanted = range(step, step + self._steps_ahead + 1)
+        for other in self._pending.keys() - set(wanted):
+            self._pending.pop(other).cancel()
+        for ahead in wanted:
+            if ahead not in self._pending:
+                self._pending[ahead] = self._pool.submit(self._read_step, ahead)
+        return self._pending.pop(step).result()
+
+    def validation_batches(self, sequences: int) -> Iterator[MicroBatch]:
+        """Up to `sequences` held-out sequences over all ranks, the same at every call and as many batches on each rank.
+
+        Sequences that fill the last batches up have a loss mask of zeros. Raises DataError if no sequence is held out.
+        """
+        chosen = self._sources.validation_sequences(sequences)
+        per_round = self._micro_batch_sequences * self._dp_size
+        rounds = -(-len(chosen) // per_round)
+        padded = chosen + [chosen[-1]] * (rounds * per_round - len(chosen))
+        mine = np.arange(len(padded)).reshape(rounds, self._dp_size, self._micro_batch_sequences)[:, self._dp_rank]
+        return (
+            self._micro_batch(
+                self._sources.validation, [padded[i] for i in row], counted=int((row < len(chosen)).sum())
+            )
+            for row in mine
+        )
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pending.clear()
+
+    def _read_step(self, step: int) -> list[MicroBatch]:
+        numbers = step * self._global_batch_sequences + np.arange(self._global_batch_sequences, dtype=np.int64)
+        mine = numbers.reshape(-1, self._dp_size, self._micro_batch_sequences)[:, self._dp_rank]
+        return [self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row)) for row in mine]
+
+    def _micro_batch(self, readers: list[SequenceReader], chosen: list[tuple[int, int]], counted: int) -> MicroBatch:
+        """Micro batch of these (source, sequence); only the first `counted` ones have a loss."""
+        windows = np.stack([readers[source].tokens(sequence) for source, sequence in chosen]).astype(np.int64)
+        mask_BS = np.ones((len(chosen), windows.shape[1] - 1), np.float32)
+        document_ids_BS = None
+        if self._isolate_documents:
+            ids = np.stack([readers[source].document_ids(sequence) for source, sequence in chosen])
+            # The label at a document's eos is the first token of the next document.
+            mask_BS[ids[:, 1:] != ids[:, :-1]] = 0
+            document_ids_BS = torch.from_numpy(ids[:, :-1].copy())
+        mask_BS[counted:] = 0
+        return MicroBatch(
+            tokens_BL=torch.from_numpy(windows[:, :-1][:, self._slice].copy()),
+            labels_BL=torch.from_numpy(windows[:, 1:][:, self._slice].copy()),
+            loss_mask_BL=torch.from_numpy(mask_BS[:, self._slice].copy()),
+            document_ids_BS=document_ids_BS,
+        )

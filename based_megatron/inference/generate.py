@@ -1,0 +1,135 @@
+"""Continue prompts with an export or a checkpoint; decoding has a state of constant size."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from based_megatron.checkpoint.full import read_full
+from based_megatron.convert.cli import data_folder, is_export, read_export
+from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
+from based_megatron.convert.huggingface import hf_model
+from based_megatron.data_prep.tokenizer import load_tokenizer
+from based_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate at most; an end-of-document token ends a text before."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 means all."""
+    top_p: float = 1.0
+    """Sample from the fewest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Continuations of a batch of prompts."""
+
+    texts: tuple[str, ...]
+    """Continuations, without the prompts."""
+    new_tokens: int
+    """Tokens generated, over all rows."""
+    seconds: float
+    """Wall time, prefill included."""
+    state_bytes: int
+    """State of one sequence at the end."""
+
+
+def load_model(path: Path, device: str = "cpu") -> tuple[BasedForCausalLM, Path | None]:
+    """The float32 model of a Hugging Face export (none of its code runs), a checkpoint, or a run's newest checkpoint.
+
+    Returns the folder of its tokenizer too, None if that is not known. Raises CheckpointError, and ConfigError for a
+    device that is not there.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"there is no GPU for --device {device}: set --device cpu")
+    if is_export(path):
+        weights, model_config = read_export(path)
+        tokenizer = path if (path / "tokenizer.json").is_file() else None
+    else:
+        weights, config = read_full(path)
+        model_config, tokenizer = config.model, data_folder(config)
+    model = hf_model(weights, model_config)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def text_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a prepared data folder, an export, a tokenizer.json or the GPT-2 pair. Raises DataError."""
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads one of these forms only
+        load_tokenizer(str(path)).save(Path(folder))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def generate(
+    model: BasedForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: Sampling
+) -> Generation:
+    """Continue all prompts in one left-padded batch.
+
+    Raises ConfigError for an empty prompt, a tokenizer that the model has no rows for, or impossible sampling values.
+    """
+    _check(model, tokenizer, prompts, sampling)
+    device = model.device
+    batch = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
+    choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        choice |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        start = time.perf_counter()
+        output: Any = model.generate(  # type: ignore[misc]
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            **choice,
+        )
+        new_ids = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
+        seconds = time.perf_counter() - start
+    rows = [_until(row.tolist(), tokenizer.eos_token_id) for row in new_ids]
+    return Generation(
+        texts=tuple(str(tokenizer.decode(row)) for row in rows),
+        new_tokens=sum(len(row) for row in rows),
+        seconds=seconds,
+        state_bytes=output.past_key_values.state_bytes() // len(prompts),
+    )
+
+
+def _until(ids: list[int], eos: int) -> list[int]:
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def _check(model: BasedForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: Sampling) -> None:
+    if not prompts or not all(prompts):
+        raise ConfigError("a prompt is empty: give --prompt some text to continue")
+    if len(tokenizer) > model.config.tokenizer_vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} entries, the model {model.config.tokenizer_vocab_size}: "
+            f"set --tokenizer to that of the training data"
+        )
+    limits = {
+        "--max-new-tokens": sampling.max_new_tokens >= 1,
+        "--temperature": sampling.temperature >= 0,
+        "--top-k": sampling.top_k >= 0,
+        "--top-p": 0 < sampling.top_p <= 1,
+    }
+    for flag, fits in limits.items():
+        if not fits:
+            value = getattr(sampling, flag.strip("-").replace("-", "_"))
+            raise ConfigError(f"{flag} {value} is out of range: see based generate --help")

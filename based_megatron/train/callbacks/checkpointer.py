@@ -1,0 +1,96 @@
+"""Saves, prunes and restores checkpoints of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from based_megatron.checkpoint.load import load_checkpoint
+from based_megatron.checkpoint.peers import Peers, everyone
+from based_megatron.checkpoint.save import save_checkpoint
+from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint
+from based_megatron.checkpoint.zero import adam_step, after_load, zero_fragments
+from based_megatron.config import Config, to_dict
+from based_megatron.errors import CheckpointError, ConfigError
+from based_megatron.train.callbacks.base import Callback, StepReport
+
+if TYPE_CHECKING:
+    from based_megatron.train.trainer import Trainer
+
+
+class Checkpointer(Callback):
+    """Saves at every interval, at a stop and at the end. A failed save is told and training goes on; the last one must work."""
+
+    def __init__(self, engine: Any, config: Config, data_fingerprint: str) -> None:
+        self._engine, self._config, self._data_fingerprint = engine, config, data_fingerprint
+        self._folder = Path(config.run_dir) / FOLDER
+        # Files and objects travel over gloo, so that NCCL's queues hold training alone.
+        self._peers: Peers = everyone(dist.new_group(backend="gloo"))
+        self._saved_step = -1
+        self._warnings: list[str] = []
+
+    def restore(self) -> tuple[int, int]:
+        """(steps done, tokens seen) of the newest valid checkpoint, now loaded; (0, 0) for a new run. Collective."""
+        settings = self._config.checkpoint
+        found = newest_valid(self._folder, self._warnings.append, self._peers) if settings.resume else None
+        if found is not None:
+            state = self._load(found, weights_only=False)
+            self._check_data(found, state)
+            self._saved_step = state["step"]
+            return state["step"], state["tokens_seen"]
+        if settings.load:
+            self._load(resolve_checkpoint(Path(settings.load), self._warnings.append, self._peers), weights_only=True)
+        return 0, 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        for line in self._warnings:
+            trainer.record("warning", message=line)
+
+    def post_step(self, trainer: Trainer, report: StepReport) -> None:
+        interval_steps = self._config.checkpoint.interval_steps
+        if interval_steps and report.step % interval_steps == 0:
+            try:
+                self._save(trainer)
+            except CheckpointError as error:
+                trainer.record("warning", message=str(error))
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.step != self._saved_step:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        state = {
+            "tokens_seen": trainer.tokens_seen,
+            "adam_step": adam_step(self._engine),
+            "data_fingerprint": self._data_fingerprint,
+            "world_size": trainer.topology.world_size,
+            "config": to_dict(self._config),
+        }
+        path = save_checkpoint(self._folder, trainer.step, zero_fragments(self._engine), state, self._peers)
+        self._saved_step = trainer.step
+        if self._peers.rank == 0:
+            prune(self._folder, self._config.checkpoint.keep_last, saved=path)
+        trainer.record("checkpoint", path=str(path))
+
+    def _load(self, path: Path, weights_only: bool) -> dict[str, Any]:
+        fragments = zero_fragments(self._engine)
+        state = load_checkpoint(path, fragments, weights_only=weights_only, peers=self._peers)
+        after_load(self._engine, adam_step=0 if weights_only else state["adam_step"])
+        return state
+
+    def _check_data(self, path: Path, state: dict[str, Any]) -> None:
+        """The order of sequences is a pure function of data and step: it must still be the same one."""
+        saved = state["config"]["train"]["global_batch_sequences"]
+        now = self._config.train.global_batch_sequences
+        if saved != now:
+            raise ConfigError(
+                f"{path} was trained with train.global_batch_sequences {saved}, now {now}: step {state['step']} would name other sequences; "
+                f"restore the old value or start a new run_dir with checkpoint.load"
+            )
+        if state["data_fingerprint"] != self._data_fingerprint and not self._config.data.allow_changed:
+            raise ConfigError(
+                f"the data is not that of {path} (fingerprint {self._data_fingerprint}, then {state['data_fingerprint']}): "
+                f"sequences would repeat or be missed; restore data.path, data.seed and data.sequence_length_tokens, or set data.allow_changed=true"
+            )

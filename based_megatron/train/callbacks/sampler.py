@@ -1,0 +1,64 @@
+"""Continues a few prompts while training, on whatever layout the run has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from based_megatron.data.batch import MicroBatch
+from based_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
+from based_megatron.train.callbacks.base import Callback, StepReport
+
+if TYPE_CHECKING:
+    from based_megatron.train.trainer import Trainer
+
+
+class Sampler(Callback):
+    """Greedy continuations, by whole forward passes through the training model: slow, and the same code as training."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def post_step(self, trainer: Trainer, report: StepReport) -> None:
+        if report.step % trainer.config.monitor.sample_interval_steps:
+            return
+        for prompt in trainer.config.monitor.sample_prompts:
+            trainer.record("sample", prompt=prompt, text=self._continue(trainer, prompt))
+
+    def _continue(self, trainer: Trainer, prompt: str) -> str:
+        monitor, length = trainer.config.monitor, trainer.config.data.sequence_length_tokens
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids[: length - 1] or [0]
+        first = len(ids)
+        while len(ids) < min(length, first + monitor.sample_tokens):
+            ids.append(next_token(trainer, ids))
+        return self._tokenizer.decode(ids[first:])
+
+
+def next_token(trainer: Trainer, ids: list[int]) -> int:
+    """The likeliest token after `ids`; equal on every rank (collective)."""
+    config, topology = trainer.config, trainer.topology
+    logits_LBV = trainer.step_runner.logits(_batch(ids, trainer))
+    found = torch.zeros(1, dtype=torch.int64, device=topology.device)
+    length = config.data.sequence_length_tokens // topology.context.size
+    if logits_LBV is not None:
+        position = (len(ids) - 1) % length
+        logits_V: Tensor = gather_from_tensor_model_parallel_region(logits_LBV[position, :1].contiguous())[0]
+        owner = (len(ids) - 1) // length == topology.context.rank
+        if owner and topology.data.rank == 0 and topology.tensor.rank == 0:
+            found += logits_V[: config.model.vocab_size].argmax()
+    dist.all_reduce(found)
+    return int(found)
+
+
+def _batch(ids: list[int], trainer: Trainer) -> MicroBatch:
+    """The prompt in the shape of a training micro batch; what follows it cannot be seen from its last token."""
+    config, context = trainer.config, trainer.topology.context
+    tokens_BS = torch.zeros(config.train.micro_batch_sequences, config.data.sequence_length_tokens, dtype=torch.int64)
+    tokens_BS[:, : len(ids)] = torch.tensor(ids)
+    tokens_BL = tokens_BS.chunk(context.size, dim=1)[context.rank].contiguous()
+    documents = torch.zeros_like(tokens_BS, dtype=torch.int32) if config.data.isolate_documents else None
+    return MicroBatch(tokens_BL, tokens_BL, torch.zeros_like(tokens_BL, dtype=torch.float32), documents)

@@ -1,0 +1,34 @@
+"""Loss on held-out sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from based_megatron.data.batch import MicroBatch
+from based_megatron.train.callbacks.base import Callback, StepReport
+
+if TYPE_CHECKING:
+    from based_megatron.train.trainer import Trainer
+
+
+class Validator(Callback):
+    """Runs the same held-out micro batches at every interval and at the end of the run."""
+
+    def __init__(self, batches: Sequence[MicroBatch], pipeline_size: int) -> None:
+        self._batches = fill_up(batches, pipeline_size)
+
+    def post_step(self, trainer: Trainer, report: StepReport) -> None:
+        interval_steps = trainer.config.validation.interval_steps
+        if report.step % interval_steps == 0 or report.step == trainer.config.train.steps:
+            trainer.validated(trainer.step_runner.evaluate(self._batches).mean)
+
+
+def fill_up(batches: Sequence[MicroBatch], multiple: int) -> list[MicroBatch]:
+    """Repeat the last micro batch with an empty loss mask up to a multiple, which the interleaved schedule needs."""
+    missing = -len(batches) % multiple
+    empty = replace(batches[-1], loss_mask_BL=torch.zeros_like(batches[-1].loss_mask_BL))
+    return [*batches, *[empty] * missing]

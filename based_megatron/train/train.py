@@ -1,0 +1,102 @@
+"""`based train`: config -> topology -> model -> optimizer -> data -> checkpoint -> loop."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from based_megatron.config import Config, parse_config, save_config
+from based_megatron.config.validate import check_run_dir, validate
+from based_megatron.data.loader import Loader
+from based_megatron.data.manifest import TOKENIZER_NAME, check_tokenizer
+from based_megatron.data.sources import Sources
+from based_megatron.launchers.environment import rank_from_environment
+from based_megatron.model.build import build_model
+from based_megatron.monitor.flops import parameter_count
+from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
+from based_megatron.train.callbacks.base import Callback
+from based_megatron.train.callbacks.checkpointer import Checkpointer
+from based_megatron.train.callbacks.console import ConsoleLogger
+from based_megatron.train.callbacks.events import EventLog
+from based_megatron.train.callbacks.heartbeat import Heartbeat
+from based_megatron.train.callbacks.sampler import Sampler
+from based_megatron.train.callbacks.tensorboard import TensorBoardLogger
+from based_megatron.train.callbacks.validator import Validator
+from based_megatron.train.optimizer import build_engine
+from based_megatron.train.step import build_step
+from based_megatron.train.stop import StopVote
+from based_megatron.train.trainer import Trainer
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line and train on this rank."""
+    train(parse_config(argv))
+
+
+def train(config: Config) -> None:
+    """Train on this rank, in step with all others, from the newest checkpoint of the run folder to the end or a stop.
+
+    Raises BasedError, before any work is done, for what the user can fix.
+    """
+    run_dir = Path(config.run_dir)
+    stop = StopVote(run_dir / config.train.stop_file)
+    rank = rank_from_environment()
+    validate(config, rank.world_size)
+    sources = Sources(config.data)
+    for manifest in sources.manifests:
+        check_tokenizer(manifest, config.model.vocab_size)
+    check_run_dir(run_dir, CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model))
+
+    device = pick_device(config.train.device, rank.local_rank)
+    join(rank, device, config.parallel.timeout_seconds)
+    topology = build_topology(config.parallel, device)
+    if topology.is_logger:
+        save_config(config, run_dir / "config.yaml")
+
+    chunks = build_model(config, topology)
+    engine = build_engine(chunks, config, topology)
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage)
+
+    loader = build_loader(config, topology)
+    checkpointer = Checkpointer(engine, config, loader.fingerprint)
+    start = checkpointer.restore()
+
+    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config)]
+    try:
+        done = Trainer(config, topology, step, loader, callbacks, stop, start).fit()
+    finally:
+        loader.close()
+    if done and topology.is_logger:
+        (run_dir / "done").touch()
+    leave()
+
+
+def build_loader(config: Config, topology: Topology) -> Loader:
+    """This rank's view of the prepared data."""
+    return Loader(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        global_batch_sequences=config.train.global_batch_sequences,
+        micro_batch_sequences=config.train.micro_batch_sequences,
+        dp_rank=topology.data.rank,
+        dp_size=topology.data.size,
+        cp_rank=topology.context.rank,
+        cp_size=topology.context.size,
+    )
+
+
+def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
+    """Validation and samples, where the config asks for them."""
+    jobs: list[Callback] = []
+    if config.validation.interval_steps:
+        jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
+    if config.monitor.sample_interval_steps:
+        jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))
+    return jobs
+
+
+def loggers(config: Config) -> list[Callback]:
+    """What is written while training."""
+    return [ConsoleLogger(), EventLog(), Heartbeat(), *([TensorBoardLogger()] if config.monitor.tensorboard else [])]

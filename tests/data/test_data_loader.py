@@ -1,0 +1,282 @@
+"""The loader: what a rank gets at a step, for every layout."""
+
+import itertools
+import json
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_corpora import EOS, VOCAB_SIZE, numbered_documents, random_lengths, write_corpus
+
+from based_megatron.config.schema import DataConfig, SourceConfig
+from based_megatron.data.batch import MicroBatch, slice_bounds
+from based_megatron.data.loader import Loader
+from based_megatron.data.manifest import fingerprint, load_manifest
+from based_megatron.data.reader import SequenceReader
+from based_megatron.errors import ConfigError, DataError
+
+S = 16
+GLOBAL_BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Two corpora with tokens 1.. and 50000.., blocks of 512 tokens that cut documents."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for name, first, count in (("a", 1, 120), ("b", 50_000, 60)):
+        train = numbered_documents(random_lengths(count, 40), first)
+        validation = numbered_documents(random_lengths(8, 40, seed=1), first + 20_000)
+        write_corpus(folder / name, train, validation, block_tokens=512)
+    return folder
+
+
+def data_config(folder, **changes) -> DataConfig:
+    sources = (SourceConfig(str(folder / "a"), 3.0), SourceConfig(str(folder / "b"), 1.0))
+    return DataConfig(**{"sources": sources, "sequence_length_tokens": S, "num_workers": 0, "seed": 7, **changes})
+
+
+def loader(folder, micro=1, dp=(0, 1), cp=(0, 1), global_batch=GLOBAL_BATCH, **changes) -> Loader:
+    return Loader(data_config(folder, **changes), VOCAB_SIZE, global_batch, micro, *dp, *cp)
+
+
+def fields(batch: MicroBatch) -> list[list]:
+    tensors = (batch.tokens_BL, batch.labels_BL, batch.loss_mask_BL, batch.document_ids_BS)
+    return [tensor.tolist() for tensor in tensors if tensor is not None]
+
+
+def rows(batches: list[MicroBatch]) -> Counter:
+    """Every sequence of these batches with all that belongs to it."""
+    return Counter(str(row) for batch in batches for row in zip(*fields(batch), strict=True))
+
+
+def test_shapes_and_dtypes(corpora):
+    batches = loader(corpora, micro=3, dp=(1, 2), cp=(1, 3)).micro_batches(0)
+    assert len(batches) == GLOBAL_BATCH // 6
+    batch = batches[0]
+    assert batch.tokens_BL.shape == batch.labels_BL.shape == batch.loss_mask_BL.shape == (3, 5)
+    assert batch.tokens_BL.dtype == batch.labels_BL.dtype == torch.int64 and batch.loss_mask_BL.dtype == torch.float32
+    assert batch.document_ids_BS.shape == (3, S) and batch.document_ids_BS.dtype == torch.int32
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    dp=st.sampled_from([1, 2, 3, 4]), micro=st.sampled_from([1, 2]), step=st.integers(0, 10**6), cp=st.integers(1, 3)
+)
+def test_ranks_together_hold_the_batch_of_one_rank(corpora, dp, micro, step, cp):
+    whole = rows(loader(corpora).micro_batches(step))
+    parts: Counter = Counter()
+    for dp_rank in range(dp):
+        slices = [loader(corpora, micro, (dp_rank, dp), (rank, cp)).micro_batches(step) for rank in range(cp)]
+        for of_each_slice in zip(*slices, strict=True):
+            joined = [
+                torch.cat([getattr(batch, name) for batch in of_each_slice], 1)
+                for name in ("tokens_BL", "labels_BL", "loss_mask_BL")
+            ]
+            parts += rows([MicroBatch(*joined, of_each_slice[0].document_ids_BS)])
+    assert parts == whole
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    workers=st.integers(0, 3),
+    resumed_workers=st.integers(0, 3),
+    stop=st.integers(0, 6),
+    resumed_dp=st.sampled_from([1, 2, 4]),
+)
+def test_resuming_equals_not_stopping(corpora, workers, resumed_workers, stop, resumed_dp):
+    reference = [rows(loader(corpora).micro_batches(step)) for step in range(8)]
+    before = loader(corpora, num_workers=workers)
+    seen = [rows(before.micro_batches(step)) for step in range(stop)]
+    before.close()
+    after = [loader(corpora, 1, (rank, resumed_dp), num_workers=resumed_workers) for rank in range(resumed_dp)]
+    for step in range(stop, 8):
+        seen.append(sum((rows(rank.micro_batches(step)) for rank in after), Counter()))
+    for rank in after:
+        rank.close()
+    assert seen == reference
+
+
+def test_workers_do_not_change_the_order_of_micro_batches(corpora):
+    ahead = loader(corpora, micro=2, num_workers=3)
+    plain = loader(corpora, micro=2)
+    for step in (0, 1, 2, 3, 9, 4, 5):
+        assert list(map(fields, ahead.micro_batches(step))) == list(map(fields, plain.micro_batches(step)))
+    ahead.close()
+
+
+def test_labels_are_the_next_tokens_of_the_stream(corpora):
+    documents = numbered_documents(random_lengths(120, 40), 1) + numbered_documents(random_lengths(60, 40), 50_000)
+    stream = np.concatenate(documents)
+    follower = dict(zip(stream[:-1].tolist(), stream[1:].tolist(), strict=True))
+    for step in range(5):
+        for batch in loader(corpora, micro=4).micro_batches(step):
+            tokens, labels = batch.tokens_BL, batch.labels_BL
+            assert torch.equal(tokens[:, 1:], labels[:, :-1])
+            inner = tokens != EOS
+            assert labels[inner].tolist() == [follower[token] for token in tokens[inner].tolist()]
+
+
+def test_loss_mask_is_off_exactly_where_a_document_ends(corpora):
+    batches = [batch for step in range(5) for batch in loader(corpora, micro=4).micro_batches(step)]
+    tokens = torch.cat([batch.tokens_BL for batch in batches])
+    mask = torch.cat([batch.loss_mask_BL for batch in batches])
+    assert (tokens == EOS).any() and torch.equal(mask == 0, tokens == EOS)
+
+
+def test_document_ids_count_the_ends_so_far(corpora):
+    for batch in loader(corpora, micro=24).micro_batches(3):
+        ends = (batch.tokens_BL == EOS).int()
+        assert torch.equal(batch.document_ids_BS.long(), ends.cumsum(1) - ends)
+
+
+def test_documents_can_be_left_unisolated(corpora):
+    for batch in loader(corpora, micro=24, isolate_documents=False).micro_batches(3):
+        assert batch.document_ids_BS is None and (batch.loss_mask_BL == 1).all()
+
+
+def test_an_epoch_holds_every_sequence_once(corpora):
+    data = data_config(corpora, sources=(), path=str(corpora / "a"))
+    reader = SequenceReader(load_manifest(corpora / "a"), "train", S)
+    one_epoch = Loader(data, VOCAB_SIZE, len(reader), 1).micro_batches(2)
+    expected = Counter(str(reader.tokens(i)[:-1].tolist()) for i in range(len(reader)))
+    assert Counter(str(batch.tokens_BL[0].tolist()) for batch in one_epoch) == expected
+
+
+def test_windows_cover_all_but_the_tail_of_each_member(corpora):
+    manifest = load_manifest(corpora / "a")
+    reader = SequenceReader(manifest, "train", S)
+    members = manifest.splits["train"].members
+    assert len(members) > 3 and len({member.file for member in members}) > 1
+    assert len(reader) == sum((member.tokens - 1) // S for member in members)
+    stream = np.concatenate(numbered_documents(random_lengths(120, 40), 1))
+    blocks = [stream[start : start + 512] for start in range(0, len(stream), 512)]
+    windows = [block[i * S : i * S + S + 1] for block in blocks for i in range((len(block) - 1) // S)]
+    assert [reader.tokens(i).tolist() for i in range(len(reader))] == [window.tolist() for window in windows]
+
+
+def test_mixture_gives_the_weights(corpora):
+    batches = [batch for step in range(20) for batch in loader(corpora, micro=24).micro_batches(step)]
+    tokens = torch.cat([batch.tokens_BL for batch in batches])
+    from_b = (tokens.max(1).values >= 50_000).sum().item()
+    assert from_b == 20 * GLOBAL_BATCH // 4
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 8}, {"sequence_length_tokens": 8}, {"sources": "swapped weights"}, {"sources": "one"}]
+)
+def test_fingerprint_tells_data_apart(corpora, change):
+    a, b = str(corpora / "a"), str(corpora / "b")
+    if change.get("sources") == "swapped weights":
+        change = {"sources": (SourceConfig(a, 1.0), SourceConfig(b, 3.0))}
+    elif change.get("sources") == "one":
+        change = {"sources": (SourceConfig(a, 3.0),)}
+    assert loader(corpora).fingerprint == loader(corpora, num_workers=1, dp=(1, 2)).fingerprint
+    assert loader(corpora, **change).fingerprint != loader(corpora).fingerprint
+
+
+@pytest.mark.parametrize(("dp", "micro", "sequences"), [(1, 1, 5), (2, 3, 7), (4, 2, 9)])
+def test_validation_is_the_same_set_for_every_layout(corpora, dp, micro, sequences):
+    def counted(batches):
+        kept = [(row, mask) for b in batches for row, mask in zip(b.tokens_BL.tolist(), b.loss_mask_BL, strict=True)]
+        return Counter(str(row) for row, mask in kept if mask.any())
+
+    reference = counted(loader(corpora).validation_batches(sequences))
+    ranks = [list(loader(corpora, micro, (rank, dp)).validation_batches(sequences)) for rank in range(dp)]
+    assert {len(batches) for batches in ranks} == {-(-sequences // (dp * micro))}
+    assert sum((counted(batches) for batches in ranks), Counter()) == reference
+    assert sum(reference.values()) == sequences
+    assert all(batch.tokens_BL.shape == (micro, S) for batches in ranks for batch in batches)
+
+
+def test_validation_uses_held_out_documents_only(corpora):
+    tokens = torch.cat([batch.tokens_BL for batch in loader(corpora).validation_batches(10)])
+    words = tokens[tokens != EOS]
+    assert (((words > 20_000) & (words < 50_000)) | (words >= 70_000)).all()
+
+
+def test_validation_takes_what_there_is(corpora):
+    sizes = [len(SequenceReader(load_manifest(corpora / name), "validation", S)) for name in "ab"]
+    assert len(list(loader(corpora).validation_batches(10**6))) == sum(sizes)
+
+
+def test_validation_that_holds_no_sequence_names_the_keys(corpora):
+    with pytest.raises(DataError, match=r"data\.sequence_length_tokens 400: set validation\.interval_steps"):
+        loader(corpora, sequence_length_tokens=400).validation_batches(10)
+
+
+def test_training_split_that_holds_no_sequence_names_the_key(corpora):
+    with pytest.raises(DataError, match=r"data\.sequence_length_tokens 512"):
+        loader(corpora, sequence_length_tokens=512)
+
+
+def test_vocabulary_that_is_too_small_names_the_key(corpora):
+    with pytest.raises(DataError, match=r"model\.vocab_size 1000 .*131072"):
+        Loader(data_config(corpora), 1000, 4, 1)
+
+
+def test_batch_that_does_not_divide_names_the_keys(corpora):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_sequences 24 .*train\.micro_batch_sequences 5"):
+        loader(corpora, micro=5)
+
+
+def test_sources_of_different_tokenizers_are_refused(corpora, tmp_path):
+    write_corpus(tmp_path / "c", numbered_documents([100]))
+    path = tmp_path / "c" / "manifest.json"
+    values = json.loads(path.read_text()) | {"tokenizer_xxh3": "0" * 32}
+    path.write_text(json.dumps({**values, "fingerprint": fingerprint(values)}))
+    sources = (SourceConfig(str(corpora / "a")), SourceConfig(str(tmp_path / "c")))
+    with pytest.raises(DataError, match="different tokenizers"):
+        loader(corpora, sources=sources)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.timeout(30)
+def test_damage_found_while_reading_ahead_is_raised_not_swallowed(tmp_path, workers):
+    manifest = write_corpus(tmp_path / "c", numbered_documents([1000]))
+    member = manifest.splits["train"].members[0]
+    with (tmp_path / "c" / member.file).open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"\xff" * member.tokens * 4)
+    damaged = loader(tmp_path, sources=(), path=str(tmp_path / "c"), num_workers=workers)
+    for step in (0, 1, 2):
+        with pytest.raises(DataError, match="damaged: sample 00000000 has token 4294967295"):
+            damaged.micro_batches(step)
+    damaged.close()
+
+
+@pytest.mark.timeout(30)
+def test_one_worker_reads_the_next_step_before_it_is_asked_for(corpora, monkeypatch):
+    read, next_step_read = [], threading.Event()
+    original = SequenceReader.tokens
+
+    def watched(reader, sequence):
+        read.append(sequence)
+        if len(read) > GLOBAL_BATCH:
+            next_step_read.set()
+        return original(reader, sequence)
+
+    monkeypatch.setattr(SequenceReader, "tokens", watched)
+    ahead = loader(corpora, num_workers=1)
+    ahead.micro_batches(0)
+    assert next_step_read.wait(20)
+    ahead.close()
+
+
+def test_close_ends_the_threads(corpora):
+    ahead = loader(corpora, num_workers=2)
+    ahead.micro_batches(0)
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+@given(length=st.integers(0, 1000), size=st.integers(1, 50))
+def test_slices_are_contiguous_and_even(length, size):
+    bounds = [slice_bounds(length, rank, size) for rank in range(size)]
+    assert bounds[0][0] == 0 and bounds[-1][1] == length
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
+    lengths = [end - start for start, end in bounds]
+    assert lengths == sorted(lengths, reverse=True) and max(lengths) - min(lengths) <= 1

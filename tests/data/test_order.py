@@ -1,0 +1,64 @@
+"""The shuffled order of a source."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from based_megatron.data.order import Permutation, shuffled
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 5000), key=st.text(max_size=8))
+def test_permutation_is_a_bijection(size, key):
+    assert np.array_equal(np.sort(Permutation(size, key)(np.arange(size))), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 4095, 4096, 4097])
+def test_permutation_is_a_bijection_around_powers_of_two(size):
+    assert np.array_equal(np.sort(Permutation(size, "key")(np.arange(size))), np.arange(size))
+
+
+def test_permutation_of_a_trillion_needs_no_index():
+    size = 10**12
+    images = Permutation(size, "key")(np.arange(0, size, size // 1000))
+    assert len(np.unique(images)) == len(images) and images.min() >= 0 and images.max() < size
+    # Uniform: the mean of 1000 draws is within five standard errors of the middle.
+    assert abs(images.mean() / size - 0.5) < 5 * 0.2887 / 1000**0.5
+
+
+def test_neighbours_land_far_apart():
+    images = Permutation(100_000, "key")(np.arange(100_000))
+    steps = np.abs(np.diff(images)) / 100_000
+    assert abs(steps.mean() - 1 / 3) < 0.01  # the mean distance of two uniform draws
+
+
+def test_position_alone_decides():
+    permutation = Permutation(1000, "key")
+    assert permutation(np.array([7, 800, 7])).tolist() == [permutation(np.array([i]))[0] for i in (7, 800, 7)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 300), epoch=st.integers(0, 10**6), seed=st.integers(0, 2**31))
+def test_every_epoch_holds_every_sequence_once(size, epoch, seed):
+    numbers = np.arange(epoch * size, (epoch + 1) * size)
+    assert np.array_equal(np.sort(shuffled(numbers, size, seed, "source")), np.arange(size))
+
+
+def test_epochs_seeds_and_sources_differ():
+    numbers = np.arange(100)
+    base = shuffled(numbers, 100, 1, "a").tolist()
+    assert shuffled(numbers + 100, 100, 1, "a").tolist() != base
+    assert shuffled(numbers, 100, 2, "a").tolist() != base
+    assert shuffled(numbers, 100, 1, "b").tolist() != base
+
+
+def test_a_window_over_an_epoch_boundary_equals_its_parts():
+    both = shuffled(np.arange(90, 110), 100, 1, "a")
+    parts = [shuffled(np.arange(90, 100), 100, 1, "a"), shuffled(np.arange(100, 110), 100, 1, "a")]
+    assert np.array_equal(both, np.concatenate(parts))
+
+
+def test_order_does_not_change_between_versions():
+    # A run of an older version must resume on the same data; change these only together with the manifest's version.
+    assert shuffled(np.arange(8), 10, 42, "source").tolist() == [6, 5, 8, 2, 7, 9, 4, 0]

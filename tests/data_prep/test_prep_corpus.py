@@ -1,0 +1,179 @@
+"""Reading documents: every format, and everything that can be wrong with one."""
+
+import gzip
+import json
+import logging
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from based_megatron.data_prep.config import PrepConfig
+from based_megatron.data_prep.corpus import WARNINGS_PER_REASON, Corpus, Skips, find_files
+from based_megatron.errors import DataError
+
+
+def read(*inputs, **options):
+    """({(file, record): text}, skip counts) of the inputs."""
+    config = PrepConfig(inputs=tuple(map(str, inputs)), output="unused", **options)
+    skips = Skips()
+    documents = {(document.file, document.record): document.text for document in Corpus(config).documents(skips)}
+    return documents, dict(skips.counts)
+
+
+def jsonl(*texts) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\r\n\r\ntwo é\n".encode())
+    assert read(tmp_path / "a.txt") == ({("a.txt", 1): "one\r\n\r\ntwo é\n"}, {})
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert read(tmp_path / "a.txt")[0] == {("a.txt", 1): "one"}
+
+
+@pytest.mark.parametrize(
+    ("separator", "content"),
+    [("", "\n\na\nb\n\n \nc"), ("<|endoftext|>", "a\nb\n<|endoftext|>\nc")],
+)
+def test_a_separator_line_cuts_a_text_file(tmp_path, separator, content):
+    (tmp_path / "a.txt").write_text(content)
+    assert read(tmp_path / "a.txt", separator=separator)[0] == {("a.txt", 1): "a\nb\n", ("a.txt", 2): "c"}
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_jsonl(tmp_path, ending):
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(compress(jsonl("one", "two\nlines") + b"\n") + compress(jsonl("three")))
+    name = path.name
+    assert read(path) == ({(name, 1): "one", (name, 2): "two\nlines", (name, 4): "three"}, {})
+
+
+def test_parquet_of_several_row_groups(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"id": [1, 2, 3], "body": ["one", None, "three"]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    documents, skipped = read(path, text_key="body")
+    assert documents == {("a.parquet", 1): "one", ("a.parquet", 3): "three"} and skipped == {"malformed": 1}
+
+
+def test_parquet_without_the_column_names_the_flag(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'text', only body: set --text-key"):
+        read(tmp_path / "a.parquet")
+
+
+def test_undecodable_parquet_row_leaves_the_others(tmp_path):
+    data = pyarrow.array([b"one", b"\xff", b"three"], pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(3, data.buffers()[1], data.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    documents, skipped = read(tmp_path / "a.parquet")
+    assert list(documents.values()) == ["one", "three"] and skipped == {"undecodable": 1}
+
+
+def test_a_folder_is_searched_for_all_kinds_but_hidden_ones(tmp_path):
+    root = tmp_path / "root"
+    for name in ("a.txt", "deep/b.py", "deep/c.jsonl", "d.exe", ".git/e.txt", "deep/.f.txt", "G.TXT"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jsonl("x") if name.endswith("jsonl") else b"x")
+    assert {file for file, _ in read(root)[0]} == {"root/a.txt", "root/deep/b.py", "root/deep/c.jsonl", "root/G.TXT"}
+
+
+def test_suffixes_can_be_added(tmp_path):
+    (tmp_path / "a.exe").write_text("x")
+    with pytest.raises(DataError, match="--suffixes"):
+        read(tmp_path / "a.exe")
+    assert read(tmp_path / "a.exe", suffixes=(".exe",))[0] == {("a.exe", 1): "x"}
+
+
+def test_a_missing_input(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        read(tmp_path / "nowhere")
+
+
+def test_undecodable_files_and_parts_are_skipped_with_a_warning(tmp_path, caplog):
+    (tmp_path / "bad.txt").write_bytes(b"ok\n\nb\xffd\n\nfine")
+    (tmp_path / "bad.py").write_bytes(b"# caf\xe9")
+    with caplog.at_level(logging.WARNING):
+        documents, skipped = read(tmp_path / "bad.txt", tmp_path / "bad.py", separator="")
+    assert list(documents.values()) == ["ok\n", "fine"] and skipped == {"undecodable": 2}
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "skipped bad.py:1 (undecodable): not UTF-8 at byte 5",
+        "skipped bad.txt:2 (undecodable): not UTF-8 at byte 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "malformed"),
+        (b'{"other": "x"}', "malformed"),
+        (b'{"text": 3}', "malformed"),
+        (b'{"text": null}', "malformed"),
+        (b'["text"]', "malformed"),
+        (b"3", "malformed"),
+        (b"[" * 100_000, "malformed"),
+        (b'{"text": "\xff"}', "undecodable"),
+        (b'{"text": "\\ud800"}', "undecodable"),
+        (b'{"text": " "}', "empty"),
+    ],
+)
+def test_a_bad_jsonl_line_is_counted_and_the_others_are_kept(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl("one") + line + b"\n" + jsonl("three"))
+    assert read(path) == ({("a.jsonl", 1): "one", ("a.jsonl", 3): "three"}, {reason: 1})
+
+
+def test_the_warning_names_file_and_line(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl("one") + b"{\n")
+    read(path)
+    assert caplog.records[0].getMessage().startswith("skipped a.jsonl:2 (malformed): not JSON")
+
+
+def test_warnings_do_not_flood(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{\n" * (WARNINGS_PER_REASON + 30))
+    assert read(path)[1] == {"malformed": WARNINGS_PER_REASON + 30}
+    assert len(caplog.records) == WARNINGS_PER_REASON
+    assert "only counted" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_file_that_is_not_what_its_name_says_is_skipped(tmp_path, name, caplog):
+    (tmp_path / name).write_bytes(b"this is no such file, whatever it is called")
+    (tmp_path / "b.txt").write_text("fine")
+    documents, skipped = read(tmp_path / name, tmp_path / "b.txt")
+    assert list(documents.values()) == ["fine"] and skipped == {"unreadable": 1}
+    assert name in caplog.records[0].getMessage()
+
+
+def test_a_truncated_gzip_gives_what_can_be_read(tmp_path):
+    lines = jsonl(*(f"document {i} {'x' * 50}" for i in range(20_000)))
+    data = gzip.compress(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
+    documents, skipped = read(tmp_path / "a.jsonl.gz")
+    assert 5_000 < len(documents) < 15_000 and skipped == {"unreadable": 1}
+
+
+def test_file_order_follows_from_the_seed(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i:02d}.txt").write_text(str(i))
+    orders = [list(read(tmp_path, seed=seed)[0].values()) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0], key=int) and sorted(orders[0]) == sorted(orders[2])
+
+
+def test_bytes_read_ends_at_the_total(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl("one", "two")))
+    (tmp_path / "b.txt").write_text("x" * 1000)
+    corpus = Corpus(PrepConfig(inputs=(str(tmp_path),), output="unused"))
+    seen = [corpus.bytes_read for _ in corpus.documents(Skips())]
+    assert seen == sorted(seen) and corpus.bytes_read == corpus.total_bytes == sum(
+        path.stat().st_size for _, path in find_files(PrepConfig(inputs=(str(tmp_path),), output="unused"))
+    )

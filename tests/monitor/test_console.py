@@ -1,0 +1,110 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from based_megatron.monitor.throughput import ThroughputMeter
+from based_megatron.train.callbacks.console import ConsoleLogger, duration, human, status_line
+
+
+def log_file() -> Console:
+    """A console that is no terminal, as in a SLURM log."""
+    return Console(file=io.StringIO(), width=80)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_log_file_gets_one_line_for_each_log_point(make_trainer):
+    console = log_file()
+    make_trainer().run([ConsoleLogger(console)], until=5)
+    lines = [line for line in text_of(console).splitlines() if line.startswith("step ")]
+    assert [line.split(" | ")[0] for line in lines] == ["step 1/10", "step 2/10", "step 4/10"]
+
+
+def test_status_line(report):
+    meter = ThroughputMeter(flops_per_token=1e3, world_size=4, peak_flops_per_device=1e6)
+    for step in (1, 2):
+        meter.add(report(step))
+    assert status_line(report(2), 100, meter.take()) == (
+        "step 2/100 | loss 0.5000 | ppl 1.65 | lr 2.00e-03 | grad 4.000 | 256 tok/s | MFU 6.4% | data 25.0% | ETA 3m16s"
+    )
+
+
+def test_status_line_before_anything_is_measured(report):
+    assert status_line(report(1), 100, None) == "step 1/100 | loss 1.0000 | ppl 2.72 | lr 1.00e-03 | grad 2.000"
+
+
+def test_skipped_step_is_marked(report):
+    assert "SKIPPED" in status_line(report(3, skipped=True, grad_norm=float("nan")), 100, None)
+
+
+def test_table_shows_the_layout_and_the_size(make_trainer):
+    console = log_file()
+    ConsoleLogger(console).on_start(make_trainer())
+    table = " ".join(text_of(console).split())
+    assert "'cLS'" in table
+    assert "4 = tensor 1 x pipeline 1 x context 1 x data 4, ZeRO 1" in table
+    assert "256 sequences x 2048 = 524k tokens" in table
+    assert "10 steps = 5.24M tokens, from step 0" in table
+
+
+def test_validation_and_events_are_lines(make_trainer):
+    console, trainer = log_file(), make_trainer(step=6)
+    logger = ConsoleLogger(console)
+    logger.on_validation(trainer, 2.0)
+    logger.on_event(trainer, "checkpoint", {"path": "a" * 100, "seconds": 1.23456})
+    assert text_of(console).splitlines() == [
+        "step 6 validation loss 2.0000 ppl 7.39",
+        f"step 6 checkpoint path='{'a' * 100}' seconds=1.235",
+    ]
+
+
+def test_square_brackets_are_not_markup(make_trainer):
+    console, trainer = log_file(), make_trainer()
+    ConsoleLogger(console).on_event(trainer, "sample", {"text": "x[bold]\ny"})
+    assert text_of(console) == "step 0 sample text='x[bold]\\ny'\n"
+
+
+def test_terminal_gets_a_live_line_that_is_closed(make_trainer):
+    console, trainer = Console(file=io.StringIO(), force_terminal=True, width=160), make_trainer()
+    logger = ConsoleLogger(console)
+    trainer.run([logger], until=10)
+    logger.on_end(trainer)
+    shown = text_of(console)
+    assert "step 10/10 | loss 0.1000" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is hidden, then shown again
+
+
+def test_error_gives_the_cursor_back(make_trainer):
+    console, trainer = Console(file=io.StringIO(), force_terminal=True), make_trainer()
+    logger = ConsoleLogger(console)
+    logger.on_start(trainer)
+    logger.on_error(trainer, RuntimeError())
+    assert "\x1b[?25h" in text_of(console)
+
+
+def test_other_ranks_print_nothing(make_trainer):
+    console, trainer = log_file(), make_trainer(is_logger=False)
+    logger = ConsoleLogger(console)
+    trainer.run([logger], until=4)
+    logger.on_validation(trainer, 1.0)
+    logger.on_event(trainer, "stop", {})
+    logger.on_end(trainer)
+    assert text_of(console) == ""
+
+
+@pytest.mark.parametrize(
+    "number, shown", [(0, "0"), (999, "999"), (999.9, "1k"), (54_321, "54.3k"), (999_999, "1M"), (362_620_928, "363M")]
+)
+def test_human_numbers(number, shown):
+    assert human(number) == shown
+
+
+@pytest.mark.parametrize(
+    "seconds, shown", [(42.4, "42s"), (59.7, "1m00s"), (3599, "59m59s"), (11_520, "3h12m"), (90_000, "1d01h")]
+)
+def test_durations(seconds, shown):
+    assert duration(seconds) == shown

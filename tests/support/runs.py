@@ -1,0 +1,46 @@
+"""Whole `based train` jobs on a tiny corpus, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from based_megatron.monitor.events import read_events
+
+TINY = [
+    "--config", "tiny", "--model.layer-pattern", "cLSA", "--model.hidden-size", "32", "--model.ffn-hidden-size", "48",
+    "--model.vocab-size", "300", "--data.sequence-length-tokens", "64", "--train.micro-batch-sequences", "2",
+    "--train.global-batch-sequences", "8", "--train.steps", "8", "--validation.interval-steps", "4", "--validation.sequences", "4",
+    "--checkpoint.interval-steps", "2", "--checkpoint.keep-last", "0", "--monitor.log-interval-steps", "1",
+    "--monitor.sample-interval-steps", "0",
+]  # fmt: skip
+
+
+def command(run_dir: Path, data: Path, *overrides: str, nproc: int = 1) -> list[str]:
+    """The command line of a job: one process, or `nproc` ranks under `based launch local`."""
+    train = ["train", *TINY, "--run-dir", str(run_dir), "--data.path", str(data), *overrides]
+    launch = ["launch", "local", "--nproc", str(nproc), "--"] if nproc > 1 else []
+    return [sys.executable, "-m", "based_megatron", *launch, *train]
+
+
+def run_job(
+    run_dir: Path, data: Path, *overrides: str, nproc: int = 1, timeout: int = 240
+) -> subprocess.CompletedProcess:
+    """Run a job to its end."""
+    return subprocess.run(
+        command(run_dir, data, *overrides, nproc=nproc),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss of each step, the last word on each, from events.jsonl."""
+    return {event["step"]: event["loss"] for event in read_events(run_dir / "events.jsonl") if event["event"] == "step"}
+
+
+def events(run_dir: Path, name: str) -> list[dict]:
+    """Events of one kind, in order."""
+    return [event for event in read_events(run_dir / "events.jsonl") if event["event"] == name]

@@ -1,0 +1,143 @@
+"""Whole jobs: resume, crashes, stops, changed layouts and bad input, as a user meets them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.runs import command, events, losses, run_job
+
+from based_megatron.checkpoint.store import list_checkpoints
+from based_megatron.data_prep.config import PrepConfig
+from based_megatron.data_prep.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A prepared corpus of a few hundred short documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [json.dumps({"text": f"document {i}: " + " ".join(f"{j * i % 97}" for j in range(40))}) for i in range(300)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    output = folder / "data"
+    prepare(
+        PrepConfig(inputs=(str(folder / "text.jsonl"),), output=str(output), vocab_size=300, validation_fraction=0.1)
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory) -> Path:
+    """Run folder of a job that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    finished = run_job(run_dir, corpus)
+    assert finished.returncode == 0, finished.stderr
+    return run_dir
+
+
+def kill_when(
+    process: subprocess.Popen, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL
+) -> None:
+    """Send the signal as soon as the condition holds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "the job ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.wait(timeout=60)
+
+
+def start(run_dir: Path, corpus: Path, *overrides: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(run_dir, corpus, *overrides), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_the_loss_falls_and_the_run_is_marked_done(uninterrupted):
+    curve = losses(uninterrupted)
+    assert sorted(curve) == list(range(1, 9))
+    assert curve[8] < curve[1] - 0.02
+    assert (uninterrupted / "done").exists() and (uninterrupted / "config.yaml").exists()
+    assert [event["step"] for event in events(uninterrupted, "validation")] == [4, 8]
+    assert len(list_checkpoints(uninterrupted / "checkpoints")) == 4
+
+
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_killed_job_resumes_bit_for_bit(uninterrupted, corpus, tmp_path, moment):
+    log, unfinished = tmp_path / "events.jsonl", tmp_path / "checkpoints" / "step-00000004.tmp"
+    during = {"step": lambda: log.exists() and '"step": 5' in log.read_text(), "save": unfinished.exists}[moment]
+    kill_when(start(tmp_path, corpus), during)
+    assert max(losses(tmp_path)) < 8
+    resumed = run_job(tmp_path, corpus)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [event["step"] for event in events(tmp_path, "resume")][0] in (2, 4)
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_sigterm_stops_with_a_checkpoint(uninterrupted, corpus, tmp_path):
+    log = tmp_path / "events.jsonl"
+    process = start(tmp_path, corpus, "--checkpoint.interval-steps", "0")
+    kill_when(process, lambda: log.exists() and '"event": "step"' in log.read_text(), signal.SIGTERM)
+    assert process.returncode == 0
+    (stop,) = events(tmp_path, "stop")
+    assert stop["reason"] == "SIGTERM" and not (tmp_path / "done").exists()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [f"step-{stop['step']:08d}"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2"), ("--parallel.zero-stage", "3")]
+)
+def test_another_layout_resumes(uninterrupted, corpus, tmp_path, overrides):
+    """From step 4 of the single process to two ranks."""
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(uninterrupted / "checkpoints" / "step-00000004", tmp_path / "checkpoints" / "step-00000004")
+    resumed = run_job(tmp_path, corpus, *overrides, nproc=2)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, found = losses(uninterrupted), losses(tmp_path)
+    assert sorted(found) == [5, 6, 7, 8]
+    assert [found[step] for step in found] == pytest.approx([expected[step] for step in found], abs=1e-5)
+
+
+def test_a_corrupt_newest_checkpoint_is_told_and_passed_over(uninterrupted, corpus, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for step in (2, 4):
+        name = f"step-{step:08d}"
+        shutil.copytree(uninterrupted / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    victim = next((tmp_path / "checkpoints" / "step-00000004").glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    resumed = run_job(tmp_path, corpus)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [event["step"] for event in events(tmp_path, "resume")] == [2]
+    assert "step-00000004" in events(tmp_path, "warning")[0]["message"]
+    assert losses(tmp_path) == {step: loss for step, loss in losses(uninterrupted).items() if step > 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("--data.path", "nowhere"), "nowhere"),
+        (("--model.vocab-size", "200"), "model.vocab_size"),
+        (("--parallel.zero-stage", "0"), "parallel.zero_stage=1"),
+        (("--data.sequence-length-tokens", "1000000"), "data.sequence_length_tokens"),
+        (("--run-dir", "/proc/nowhere"), "run_dir"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(corpus, tmp_path, overrides, expected):
+    finished = run_job(tmp_path / "run", corpus, *overrides)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.strip().splitlines()
+    assert line.startswith("based: error: ") and expected in line
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_other_data_is_refused_on_resume(uninterrupted, corpus, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(uninterrupted / "checkpoints" / "step-00000004", tmp_path / "checkpoints" / "step-00000004")
+    finished = run_job(tmp_path, corpus, "--data.seed", "7")
+    assert finished.returncode == 2
+    assert "data.allow_changed" in finished.stderr
