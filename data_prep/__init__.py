@@ -1,0 +1,1 @@
+"""From text to tokenized webdataset shards with a manifest: `based prep`."""

@@ -116,7 +116,7 @@ def load_tokenizer(path: str, eos_token: str = "") -> Encoder:
 def cut(text: str) -> Iterator[str]:
     """Pieces of about PIECE_CHARACTERS that join to the text, cut only where pre-tokenizers cut anyway."""
     start = 0
-    while len(text) - start > PIECE_CHARACTERS and (match := SAFE_CUT.search(text, start + PIECE_CHARACTERS)):
+    while match := SAFE_CUT.search(text, start + PIECE_CHARACTERS):
         yield text[start : match.start()]
         start = match.start()
     yield text[start:]

@@ -27,11 +27,13 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
-    """worker_pool(n) is a pool of n gloo ranks, started on first use and shared by all tests; a broken one is replaced."""
+    """worker_pool(n) is a pool of n gloo ranks, started on first use and shared by all tests; a spent one is replaced."""
     pools: dict[int, WorkerPool] = {}
 
     def get(world_size: int) -> WorkerPool:
-        if world_size not in pools or pools[world_size].broken:
+        if world_size in pools and pools[world_size].spent:
+            pools.pop(world_size).close()
+        if world_size not in pools:
             pools[world_size] = WorkerPool(world_size)
         return pools[world_size]
 

@@ -141,6 +141,10 @@ def _check_zero(config: Config) -> None:
         )
     if stage not in (1, 2, 3):
         raise ConfigError(f"parallel.zero_stage is {stage}; set it to 1, 2 or 3")
+    if stage == 3 and config.optimizer.implementation == "apex":
+        raise ConfigError(
+            "optimizer.implementation apex counts its steps wrongly under parallel.zero_stage 3; set it to auto, or zero_stage to 2"
+        )
     if stage > 1 and pipeline > 1:
         raise ConfigError(
             f"parallel.zero_stage {stage} cannot run with parallel.pipeline {pipeline}: gradients are sharded inside each backward, "

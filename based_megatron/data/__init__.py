@@ -1,0 +1,1 @@
+"""The read side of prepared corpora: manifest, order, mixture, loader."""

@@ -95,7 +95,7 @@ def load_manifest(path: str | Path, check_hashes: bool = False) -> Manifest:
     Raises DataError, in one line.
     """
     path = Path(path)
-    path = path / MANIFEST_NAME if path.is_dir() else path
+    path = path if path.name == MANIFEST_NAME else path / MANIFEST_NAME
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:

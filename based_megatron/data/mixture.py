@@ -33,7 +33,7 @@ class Mixture:
         source = np.repeat(np.arange(len(weights)), self._counts)
         first = np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
         number = np.arange(PERIOD) - first
-        order = np.argsort((number + 0.0) / self._counts[source], kind="stable")
+        order = np.argsort((number + 0.5) / self._counts[source], kind="stable")
         self._source, self._number = source[order], number[order]
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -51,6 +51,13 @@ def test_causal_attention_equals_masked_softmax(window, past, length):
     assert_close(causal_attention(q, k, v, None, window), weights @ v)
 
 
+def test_padding_sees_itself_so_that_it_stays_finite_in_every_kernel():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
+    mask = torch.tensor([[False, False, False, True, True]])
+    assert_close(causal_attention(q, k, v, mask, None)[:, :, :3], v[:, :, :3])
+
+
 def test_rotation_turns_half_split_pairs_of_the_first_dims_only():
     x = torch.zeros(1, 1, 1, 6, dtype=torch.float64)
     x[..., 0], x[..., 5] = 1.0, 7.0

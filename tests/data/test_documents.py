@@ -71,6 +71,7 @@ def test_documents_keep_their_number_in_every_block(tmp_path, lengths):
         expected += [(place, number) for number in sorted(set(numbers))]
     for part in documents_of_step(sources, 0, len(reader)):
         assert part.origin == f"made.txt:{part.document + 1}"
+        assert part.tokens >= 1
         if part.tokens > 1:  # a part of one token may be an eos alone, which has no number to tell it by
             found.append((part.sequence, part.document))
     assert len(found) > 20 and set(found) <= set(expected)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -159,6 +160,14 @@ def test_a_truncated_gzip_gives_what_can_be_read(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
     documents, skipped = read(tmp_path / "a.jsonl.gz")
     assert 5_000 < len(documents) < 15_000 and skipped == {"unreadable": 1}
+
+
+def test_a_truncated_zst_gives_what_can_be_read_and_is_counted(tmp_path):
+    lines = jsonl(*(f"document {i} {random.Random(i).random()}" for i in range(20_000)))
+    data = zstandard.ZstdCompressor().compress(lines)
+    (tmp_path / "a.jsonl.zst").write_bytes(data[: len(data) // 2])
+    documents, skipped = read(tmp_path / "a.jsonl.zst")
+    assert 2_000 < len(documents) < 18_000 and sum(skipped.values()) == 1
 
 
 def test_file_order_follows_from_the_seed(tmp_path):

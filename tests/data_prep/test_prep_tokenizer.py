@@ -14,22 +14,8 @@ from based_megatron.data_prep import tokenizer as tokenizer_module
 from based_megatron.data_prep.tokenizer import END_OF_TEXT, cut, load_tokenizer, train_tokenizer
 from based_megatron.errors import DataError
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "",
-    "lazy",
-    "dog\n\nwhile",
-    "12",
-    "naïve",
-    "火",
-    "cats\tsleep;",
-    "f(x):\n",
-    "",
-    "x\n",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "", "lazy", "dog\n\nwhile", "12", "naïve", "火"]
+WORDS += ["cats\tsleep;", "def", "f(x):\n", "", "return", "x\n"]
 
 
 def text_of(words: int, seed: int = 0) -> str:

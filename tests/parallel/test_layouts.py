@@ -10,7 +10,7 @@ from based_megatron.config import ParallelConfig
 from support.layouts import Run, build_run, small_config
 from support.oracle import load_oracle, write_oracle
 
-STEPS, CLIP, LR = 20, 1.0, 3e-3
+STEPS, CLIP, LR = 20, 0.5, 3e-3
 
 LAYOUTS = {
     "single": (1, ParallelConfig()),

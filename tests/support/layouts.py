@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.pool import rank_device
 from torch import Tensor
 
 from based_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -15,6 +14,7 @@ from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import Topology, build_topology
 from based_megatron.train.optimizer import build_engine, set_learning_rate
 from based_megatron.train.step import Step, build_step
+from support.pool import rank_device
 
 SEQUENCE_TOKENS, GLOBAL_BATCH, VOCAB = 32, 8, 91
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+RUNS_ON_A_GPU = 4
+"""NCCL communicators of earlier layouts are never freed: after so many runs a pool on GPUs is replaced."""
 PRELOAD = ["based_megatron.train.optimizer", "based_megatron.train.step", "deepspeed"]
 
 
@@ -21,7 +23,7 @@ class WorkerPool:
     """`world_size` processes joined by gloo (NCCL on GPUs). `run` calls a module-level function on each and returns the results in rank order."""
 
     def __init__(self, world_size: int, timeout_seconds: float = 180.0) -> None:
-        self.world_size, self.timeout_seconds = world_size, timeout_seconds
+        self.world_size, self.timeout_seconds, self.runs = world_size, timeout_seconds, 0
         context = _context()
         port = free_port()
         self.pipes, self.processes = [], []
@@ -34,12 +36,15 @@ class WorkerPool:
             self.processes.append(process)
 
     @property
-    def broken(self) -> bool:
-        """True once a rank has died or hung: the others cannot be used either."""
+    def spent(self) -> bool:
+        """True once a rank has died or hung, when the others cannot be used either, and on GPUs after some runs."""
+        if on_gpu() and self.runs >= RUNS_ON_A_GPU:
+            return True
         return not self.processes or any(not process.is_alive() for process in self.processes)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call function(*args, **kwargs) on every rank. Raises RankFailure with the first traceback, after a hang too."""
+        self.runs += 1
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
         results, failure = [], None
@@ -69,16 +74,21 @@ class WorkerPool:
 @functools.cache
 def _context() -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cuda":
+    if on_gpu():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
 
 
+def on_gpu() -> bool:
+    """Whether ranks of the pool get a GPU each."""
+    return os.environ.get("BASED_TEST_DEVICE", "cpu") == "cuda"
+
+
 def rank_device(rank: int) -> torch.device:
     """The CPU, or a GPU for each rank where BASED_TEST_DEVICE=cuda."""
-    if os.environ.get("BASED_TEST_DEVICE", "cpu") != "cuda":
+    if not on_gpu():
         return torch.device("cpu")
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)

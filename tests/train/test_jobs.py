@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.runs import command, events, losses, run_job
 
 from based_megatron.checkpoint.store import list_checkpoints
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
+from support.runs import command, events, losses, run_job
 
 
 @pytest.fixture(scope="module")

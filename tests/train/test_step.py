@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from support.layouts import build_run, global_batch, local_micro_batches, small_config
-from support.oracle import load_oracle, write_oracle
 
 from based_megatron.checkpoint.zero import zero_fragments
 from based_megatron.config import ParallelConfig
+from support.layouts import build_run, global_batch, local_micro_batches, small_config
+from support.oracle import load_oracle, write_oracle
 
 STEPS, LR = 6, 3e-3
 

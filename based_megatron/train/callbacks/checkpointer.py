@@ -70,9 +70,15 @@ class Checkpointer(Callback):
         }
         path = save_checkpoint(self._folder, trainer.step, zero_fragments(self._engine), state, self._peers)
         self._saved_step = trainer.step
-        if self._peers.rank == 0:
-            prune(self._folder, self._config.checkpoint.keep_last, saved=path)
         trainer.record("checkpoint", path=str(path))
+        if self._peers.rank == 0:
+            self._prune(trainer, path)
+
+    def _prune(self, trainer: Trainer, saved: Path) -> None:
+        try:
+            prune(self._folder, self._config.checkpoint.keep_last, saved)
+        except CheckpointError as error:
+            trainer.record("warning", message=str(error))
 
     def _load(self, path: Path, weights_only: bool) -> dict[str, Any]:
         fragments = zero_fragments(self._engine)
