@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cpu":
@@ -13,7 +14,7 @@ if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support.pool import WorkerPool
+from support.pool import WorkerPool, on_gpu
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,8 @@ def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
     pools: dict[int, WorkerPool] = {}
 
     def get(world_size: int) -> WorkerPool:
+        if on_gpu() and torch.cuda.device_count() < world_size:
+            pytest.skip(f"needs {world_size} GPUs, found {torch.cuda.device_count()}")
         if world_size in pools and pools[world_size].spent:
             pools.pop(world_size).close()
         if world_size not in pools:

@@ -40,7 +40,7 @@ def parse_config(argv: Sequence[str], prog: str = "based train") -> Config:
             name = arg.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
             del argv[i : i + (1 if "=" in arg else 2)]
             break
-    if name is None and not {"-h", "--help"} & set(argv):
+    if not name and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"no config given: add --config with a YAML file or one of {', '.join(preset_names())}")
     description = (
         f"Start from --config NAME (a YAML file, or one of: {', '.join(preset_names())}); every field can be set here."
@@ -57,9 +57,16 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], where: str = "config") -> Config:
     """The inverse of to_dict; missing keys take their defaults, unknown ones are errors."""
-    values = {**values, "data": dict(values.get("data") or {})}
-    sources = tuple(_merge(SourceConfig, source, where) for source in values["data"].pop("sources", None) or ())
-    config = _merge(Config, values, where)
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return _merge(Config, values, where)
+    entries = data.get("sources") or []
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(
+            f"{where}: data.sources is {entries!r}; change data.sources to a list of entries with path and weight"
+        )
+    sources = tuple(_merge(SourceConfig, entry, where) for entry in entries)
+    config = _merge(Config, {**values, "data": {key: data[key] for key in data if key != "sources"}}, where)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
 

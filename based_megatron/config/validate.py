@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from based_megatron.config.pattern import parse_layer_pattern
-from based_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from based_megatron.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 def validate(config: Config, world_size: int) -> None:
     """Raise ConfigError, in one line, for the first thing that cannot work with this many ranks."""
     _check_positive(config)
+    _check_optimizer(config.optimizer)
     _check_model(config.model)
     _check_tensor_parallel(config)
     _check_pipeline(config, data_parallel_size(config.parallel, world_size))
@@ -30,12 +31,20 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def _check_positive(config: Config) -> None:
-    train, parallel, data = config.train, config.parallel, config.data
+    model, train, parallel, data = config.model, config.train, config.parallel, config.data
     for key, value in {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.num_heads": model.num_heads,
+        "model.feature_dim": model.feature_dim,
+        "model.conv_expand": model.conv_expand,
+        "model.vocab_size": model.vocab_size,
+        "model.vocab_multiple": model.vocab_multiple,
         "parallel.tensor": parallel.tensor,
         "parallel.pipeline": parallel.pipeline,
         "parallel.virtual_pipeline": parallel.virtual_pipeline,
         "parallel.context": parallel.context,
+        "parallel.zero_bucket_elements": parallel.zero_bucket_elements,
         "parallel.timeout_seconds": parallel.timeout_seconds,
         "train.steps": train.steps,
         "train.global_batch_sequences": train.global_batch_sequences,
@@ -49,8 +58,23 @@ def _check_positive(config: Config) -> None:
         raise ConfigError(
             f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path"
         )
-    if config.optimizer.clip_grad_norm < 0:
-        raise ConfigError(f"optimizer.clip_grad_norm is {config.optimizer.clip_grad_norm}; set it to 0 (off) or above")
+    if config.validation.interval_steps and config.validation.sequences < 1:
+        raise ConfigError(
+            f"validation.sequences is {config.validation.sequences}; set it to at least 1, or validation.interval_steps to 0"
+        )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    for key, value, legal, wanted in (
+        ("lr", optimizer.lr, optimizer.lr > 0, "above 0"),
+        ("beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "at least 0 and below 1"),
+        ("beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "at least 0 and below 1"),
+        ("eps", optimizer.eps, optimizer.eps >= 0, "at least 0"),
+        ("weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "at least 0"),
+        ("clip_grad_norm", optimizer.clip_grad_norm, optimizer.clip_grad_norm >= 0, "0 (off) or above"),
+    ):
+        if not legal:
+            raise ConfigError(f"optimizer.{key} is {value}; set optimizer.{key} to {wanted}")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -76,7 +100,6 @@ def _check_tensor_parallel(config: Config) -> None:
     for key, value in {
         "model.num_heads": model.num_heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.hidden_size x conv_expand / 2": model.hidden_size * model.conv_expand // 2,
     }.items():
         if value % tensor:
             raise ConfigError(f"{key} {value} is not a multiple of parallel.tensor {tensor}; change parallel.tensor")

@@ -26,7 +26,7 @@ def taylor_attention(
     initial_state_BHRV: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
     return_final_state: bool = False,
-    chunk_tokens: int = 128,
+    chunk_tokens: int | None = None,
     backend: str = "reference",
 ) -> tuple[Tensor, Tensor | None]:
     """o_i = sum_j w_ij v_j / sum_j w_ij over j <= i, with w = 1 + s + s^2/2 and s = q.k / sqrt(F).
@@ -38,7 +38,8 @@ def taylor_attention(
         document_ids_BT: integers that do not decrease along T; a token sees only its own document. None: one document.
         return_final_state: also return the moments of the last token's document, with the initial state if that
             document is the first token's too.
-        chunk_tokens: tokens computed at a time; changes speed and memory, not the result. 256 suits a GPU better.
+        chunk_tokens: tokens computed at a time; changes speed and memory, not the result. None picks what suits the
+            device: a GPU wants fewer, larger steps.
         backend: a name from `resolve_backend`.
 
     Returns: o_BTHV in the dtype of v, and the final state [B, H, R, V + 1] or None. Gradients flow to q, k, v and the
@@ -54,7 +55,9 @@ def taylor_attention(
     )
     assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
     run = implementation("taylor_attention", backend, {"reference": reference.taylor_attention})
-    o_BTHV, final_state_BHRV = run(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, chunk_tokens)
+    o_BTHV, final_state_BHRV = run(
+        q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, chunk_tokens or _chunk_tokens(v_BTHV)
+    )
     return o_BTHV, final_state_BHRV if return_final_state else None
 
 
@@ -63,7 +66,7 @@ def segment_state(
     v_BTHV: Tensor,
     document_ids_BT: Tensor | None = None,
     *,
-    chunk_tokens: int = 128,
+    chunk_tokens: int | None = None,
     backend: str = "reference",
 ) -> Tensor:
     """Moments of the tokens in the last token's document: the final state of `taylor_attention` from a zero state.
@@ -74,7 +77,7 @@ def segment_state(
     T = k_BTHF.shape[1]
     assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
     run = implementation("segment_state", backend, {"reference": reference.segment_state})
-    return run(k_BTHF, v_BTHV, document_ids_BT, chunk_tokens)
+    return run(k_BTHF, v_BTHV, document_ids_BT, chunk_tokens or _chunk_tokens(v_BTHV))
 
 
 def recurrent_step(
@@ -86,3 +89,7 @@ def recurrent_step(
     """
     run = implementation("recurrent_step", backend, {"reference": reference.recurrent_step})
     return run(q_BHF, k_BHF, v_BHV, state_BHRV)
+
+
+def _chunk_tokens(x: Tensor) -> int:
+    return 256 if x.is_cuda else 128

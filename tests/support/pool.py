@@ -20,7 +20,10 @@ class RankFailure(AssertionError):
 
 
 class WorkerPool:
-    """`world_size` processes joined by gloo (NCCL on GPUs). `run` calls a module-level function on each and returns the results in rank order."""
+    """`world_size` processes joined by gloo, or NCCL on GPUs.
+
+    `run` calls a module-level function on each and returns the results in rank order.
+    """
 
     def __init__(self, world_size: int, timeout_seconds: float = 180.0) -> None:
         self.world_size, self.timeout_seconds, self.runs = world_size, timeout_seconds, 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from based_megatron.checkpoint.store import list_checkpoints
+from based_megatron.cli import main
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
 from support.runs import command, events, losses, run_job
@@ -75,7 +76,7 @@ def test_a_killed_job_resumes_bit_for_bit(uninterrupted, corpus, tmp_path, momen
     assert max(losses(tmp_path)) < 8
     resumed = run_job(tmp_path, corpus)
     assert resumed.returncode == 0, resumed.stderr
-    assert [event["step"] for event in events(tmp_path, "resume")][0] in (2, 4)
+    assert events(tmp_path, "resume")[0]["step"] in (2, 4)
     assert losses(tmp_path) == losses(uninterrupted)
 
 
@@ -127,10 +128,15 @@ def test_a_corrupt_newest_checkpoint_is_told_and_passed_over(uninterrupted, corp
         (("--run-dir", "/proc/nowhere"), "run_dir"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(corpus, tmp_path, overrides, expected):
-    finished = run_job(tmp_path / "run", corpus, *overrides)
-    assert finished.returncode == 2
-    (line,) = finished.stderr.strip().splitlines()
+def test_bad_input_is_one_line_before_any_work(corpus, tmp_path, capsys, overrides, expected):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        returncode = main(command(tmp_path / "run", corpus, *overrides)[3:])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert returncode == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("based: error: ") and expected in line
     assert not (tmp_path / "run" / "events.jsonl").exists()
 

@@ -92,11 +92,12 @@ class Checkpointer(Callback):
         now = self._config.train.global_batch_sequences
         if saved != now:
             raise ConfigError(
-                f"{path} was trained with train.global_batch_sequences {saved}, now {now}: step {state['step']} would name other sequences; "
-                f"restore the old value or start a new run_dir with checkpoint.load"
+                f"{path} was trained with train.global_batch_sequences {saved}, now {now}: step {state['step']} would "
+                f"name other sequences; restore the old value or start a new run_dir with checkpoint.load"
             )
         if state["data_fingerprint"] != self._data_fingerprint and not self._config.data.allow_changed:
             raise ConfigError(
                 f"the data is not that of {path} (fingerprint {self._data_fingerprint}, then {state['data_fingerprint']}): "
-                f"sequences would repeat or be missed; restore data.path, data.seed and data.sequence_length_tokens, or set data.allow_changed=true"
+                f"sequences would repeat or be missed; restore data.path, data.seed and data.sequence_length_tokens, "
+                f"or set data.allow_changed=true"
             )

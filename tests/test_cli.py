@@ -1,0 +1,107 @@
+"""The one command: dispatch, help, exit codes, and errors in one line."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from based_megatron import __version__, cli
+from based_megatron.errors import BasedError, CheckpointError, ConfigError, DataError, TrainingError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Replaces `based train` by a function."""
+
+    def replace(function) -> None:
+        monkeypatch.setattr(cli, "_function", lambda name: function)
+
+    return replace
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_command(capsys, flag):
+    assert cli.main([flag]) == 0
+    shown = capsys.readouterr().out
+    for name, (summary, _) in cli.COMMANDS.items():
+        assert name in shown and summary in shown
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: based COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_command_fails_and_shows_the_commands(capsys):
+    assert cli.main(["trian", "--config", "tiny"]) == 2
+    captured = capsys.readouterr()
+    assert "unknown command 'trian'" in captured.err and "train" in captured.err and not captured.out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists(name):
+    module, _, function = cli.COMMANDS[name][1].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("error", [BasedError, ConfigError, DataError, CheckpointError, TrainingError])
+def test_a_users_error_is_one_line(command, capsys, monkeypatch, error):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+
+    def fails(argv: list[str]) -> None:
+        raise error("the value\n  is 3;\tset it to 4")
+
+    command(fails)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "based: error: the value is 3; set it to 4\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "rank", "where"),
+    [("RANK", "0", "based: "), ("RANK", "3", "based rank 3: "), ("SLURM_PROCID", "2", "based rank 2: ")],
+)
+def test_an_error_names_its_rank(command, capsys, monkeypatch, variable, rank, where):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, rank)
+
+    def fails(argv: list[str]) -> None:
+        raise ConfigError("no")
+
+    command(fails)
+    cli.main(["train"])
+    assert capsys.readouterr().err == f"{where}error: no\n"
+
+
+def test_a_bug_keeps_its_traceback(command):
+    def fails(argv: list[str]) -> None:
+        raise KeyError("a bug")
+
+    command(fails)
+    with pytest.raises(KeyError):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_the_exit_code_is_the_commands(command, returned, code):
+    command(lambda argv: returned)
+    assert cli.main(["train"]) == code
+
+
+def test_arguments_reach_the_command(command):
+    seen: list[list[str]] = []
+    command(seen.append)
+    cli.main(["train", "--config", "tiny", "--", "x"])
+    assert seen == [["--config", "tiny", "--", "x"]]
+
+
+def test_help_does_not_load_torch():
+    """It takes seconds; `based --help` must not."""
+    code = "import sys; from based_megatron.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
