@@ -47,6 +47,8 @@ def train(config: Config) -> None:
     sources = Sources(config.data)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)
+    if config.validation.interval_steps:
+        sources.validation_sequences(config.validation.sequences)
     check_run_dir(run_dir, CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model))
 
     device = pick_device(config.train.device, rank.local_rank)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from based_megatron.monitor.events import read_events
 
@@ -24,7 +25,7 @@ def command(run_dir: Path, data: Path, *overrides: str, nproc: int = 1) -> list[
 
 
 def run_job(
-    run_dir: Path, data: Path, *overrides: str, nproc: int = 1, timeout: int = 240
+    run_dir: Path, data: Path, *overrides: str, nproc: int = 1, timeout: int = 240, **options: Any
 ) -> subprocess.CompletedProcess:
     """Run a job to its end."""
     return subprocess.run(
@@ -33,6 +34,7 @@ def run_job(
         text=True,
         timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,20 @@ def test_a_corrupt_newest_checkpoint_is_told_and_passed_over(uninterrupted, corp
     assert [event["step"] for event in events(tmp_path, "resume")] == [2]
     assert "step-00000004" in events(tmp_path, "warning")[0]["message"]
     assert losses(tmp_path) == {step: loss for step, loss in losses(uninterrupted).items() if step > 2}
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(uninterrupted, corpus, tmp_path):
+    """No file may grow beyond a limit that tensors reach and logs do not. Only the last save, which must work, ends the job."""
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    finished = run_job(tmp_path, corpus, preexec_fn=limit_file_size)
+    assert finished.returncode == 2
+    assert "was not saved" in finished.stderr.splitlines()[-1]
+    assert [event["step"] for event in events(tmp_path, "warning")] == [2, 4, 6, 8]
+    assert losses(tmp_path) == losses(uninterrupted)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize(
