@@ -66,7 +66,7 @@ def test_missing_keys_take_their_defaults():
     [
         ({"optimiser": {}}, ["'optimiser'", "Did you mean: 'optimizer'?"]),
         ({"optimizer": {"learning_rat": 1}}, ["optimizer.learning_rat"]),
-        ({"optimizer": {"wieght_decay": 1}}, ["optimizer.wieght_decay", "Did you mean: 'weight_decay'?"]),
+        ({"train": {"presicion": 1}}, ["train.presicion", "Did you mean: 'precision'?"]),
         ({"data": {"sources": [{"pth": "a"}]}}, ["'pth'", "Did you mean: 'path'?"]),
         ({"data": {"sources": "a"}}, ["data.sources", "'a'"]),
         ({"data": {"sources": {"path": "a"}}}, ["data.sources", "'path'"]),

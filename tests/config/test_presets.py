@@ -1,6 +1,7 @@
 """The presets are the released recipes, number by number, and the published baselines."""
 
 import pytest
+import torch
 
 from based_megatron.config import load_config, preset_names
 from based_megatron.config.pattern import parse_layer_pattern
@@ -92,10 +93,13 @@ def test_the_stages_of_the_7b_are_whole_periods():
     assert layers == "cLScc" * chunks
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_heads_can_be_rotated(name):
+ODD = pytest.mark.xfail(
+    strict=True, reason="35 of 70 head dims: rotary_tables refuses an odd number, flash-attn rotates 36"
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[ODD] * (n == "transformer-1b")) for n in preset_names()])
+def test_the_heads_of_presets_can_be_rotated(name):
     model = load_config(name).model
-    if name == "transformer-1b":
-        pytest.xfail("35 of 70 head dims: rotary_tables refuses an odd number, the published code rotates 36")
-    cos, _ = rotary_tables(pytest.importorskip("torch").arange(2), model.hidden_size // model.num_heads, 1.0, 1e4)
-    assert cos.shape[0] == 2
+    head_dim = model.hidden_size // model.num_heads
+    rotary_tables(torch.arange(2), head_dim, model.rotary_fraction, model.rotary_base)

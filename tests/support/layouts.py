@@ -20,10 +20,10 @@ SEQUENCE_TOKENS, GLOBAL_BATCH, VOCAB = 32, 8, 91
 
 
 def small_config(parallel: ParallelConfig | None = None, **train: Any) -> Config:
-    """Every mixer twice over, an odd vocabulary (padded under tensor parallelism) and a window longer than a context slice."""
+    """Every mixer, an odd vocabulary (padded under tensor parallelism) and a window longer than a context slice."""
     return Config(
         model=ModelConfig(
-            layer_pattern="cLSA cLSc",
+            layer_pattern="cLSA",
             hidden_size=32,
             ffn_hidden_size=48,
             num_heads=4,
@@ -36,7 +36,7 @@ def small_config(parallel: ParallelConfig | None = None, **train: Any) -> Config
         data=DataConfig(path="unused", sequence_length_tokens=SEQUENCE_TOKENS),
         parallel=dataclasses.replace(parallel or ParallelConfig(), zero_bucket_elements=10_000),
         optimizer=OptimizerConfig(clip_grad_norm=train.pop("clip_grad_norm", 0.0)),
-        train=TrainConfig(precision="fp32", global_batch_sequences=GLOBAL_BATCH, micro_batch_sequences=1, **train),
+        train=TrainConfig(precision="fp32", global_batch_sequences=GLOBAL_BATCH, micro_batch_sequences=2, **train),
     )
 
 

@@ -43,7 +43,7 @@ def step_with_a_nan(parallel: ParallelConfig, precision: str) -> tuple[float, fl
     config = small_config(parallel, clip_grad_norm=1.0)
     run = build_run(dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision)))
     before = weights(run)
-    batches = local_micro_batches(global_batch(0, True), run.topology, 1)
+    batches = local_micro_batches(global_batch(0, True), run.topology, 2)
     if run.topology.data_context.rank == run.topology.data_context.size - 1:
         parameter = run.step.chunks[0].final_norm.weight
         handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))

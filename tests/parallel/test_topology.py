@@ -1,0 +1,171 @@
+"""Process groups of a layout: who is beside whom, and what DeepSpeed is told."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from based_megatron.config import ParallelConfig
+from based_megatron.errors import ConfigError
+from based_megatron.parallel.mpu import DeepSpeedGroups
+from based_megatron.parallel.topology import Axis, build_topology, pick_device
+from support.pool import rank_device
+
+AXES = ["tensor", "context", "data", "pipeline", "data_context", "model", "embedding"]
+
+
+def peers(parallel: ParallelConfig) -> dict[str, Any]:
+    """Global ranks of each axis' group, with this rank's place checked against its position in it."""
+    topology = build_topology(parallel, rank_device(dist.get_rank()))
+    found: dict[str, Any] = {"logger": topology.is_logger, "last stage": topology.last_stage_rank}
+    for name in AXES:
+        axis: Axis | None = getattr(topology, name)
+        if axis is None:
+            found[name] = None
+            continue
+        ranks = dist.get_process_group_ranks(axis.group)
+        assert (ranks[axis.rank], len(ranks)) == (dist.get_rank(), axis.size), name
+        found[name] = ranks
+    return found
+
+
+# For each layout of four ranks: the groups of rank 1.
+LAYOUTS: list[tuple[ParallelConfig, dict[str, Any]]] = [
+    (
+        ParallelConfig(),
+        dict(
+            tensor=[1],
+            context=[1],
+            data=[0, 1, 2, 3],
+            pipeline=[1],
+            data_context=[0, 1, 2, 3],
+            model=[1],
+            embedding=None,
+        ),
+    ),
+    (
+        ParallelConfig(tensor=2, context=2),
+        dict(tensor=[0, 1], context=[1, 3], data=[1], pipeline=[1], data_context=[1, 3], model=[0, 1], embedding=None),
+    ),
+    (
+        ParallelConfig(context=2),
+        dict(
+            tensor=[1], context=[0, 1], data=[1, 3], pipeline=[1], data_context=[0, 1, 2, 3], model=[1], embedding=None
+        ),
+    ),
+    (
+        ParallelConfig(tensor=2, pipeline=2),
+        dict(
+            tensor=[0, 1],
+            context=[1],
+            data=[1],
+            pipeline=[1, 3],
+            data_context=[1],
+            model=[0, 1, 2, 3],
+            embedding=[1, 3],
+        ),
+    ),
+    (
+        ParallelConfig(pipeline=4),
+        dict(
+            tensor=[1],
+            context=[1],
+            data=[1],
+            pipeline=[0, 1, 2, 3],
+            data_context=[1],
+            model=[0, 1, 2, 3],
+            embedding=None,
+        ),
+    ),
+    (
+        ParallelConfig(pipeline=2, virtual_pipeline=2),
+        dict(
+            tensor=[1], context=[1], data=[0, 1], pipeline=[1, 3], data_context=[0, 1], model=[1, 3], embedding=[1, 3]
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("parallel", "groups"), LAYOUTS)
+def test_groups_of_rank_1(worker_pool, parallel, groups):
+    """Megatron's order: tensor fastest, then context, data, pipeline."""
+    found = worker_pool(4).run(peers, parallel)[1]
+    assert {name: found[name] for name in AXES} == groups
+    assert found["last stage"] == groups["pipeline"][-1]
+
+
+def test_rank_0_logs_alone(worker_pool):
+    results = worker_pool(4).run(peers, ParallelConfig(pipeline=2))
+    assert [found["logger"] for found in results] == [True, False, False, False]
+
+
+def test_only_the_end_stages_share_the_embedding(worker_pool):
+    results = worker_pool(4).run(peers, ParallelConfig(pipeline=4))
+    assert [found["embedding"] for found in results] == [[0, 3], None, None, [0, 3]]
+
+
+def deepspeed_view(parallel: ParallelConfig) -> dict[str, Any]:
+    groups = DeepSpeedGroups(build_topology(parallel, rank_device(dist.get_rank())))
+    ranks = dist.get_process_group_ranks
+    found = {}
+    for kind in ("model_parallel", "tensor_model_parallel", "pipeline_model_parallel", "data_parallel"):
+        group = getattr(groups, f"get_{kind}_group")()
+        rank, size = getattr(groups, f"get_{kind}_rank")(), getattr(groups, f"get_{kind}_world_size")()
+        assert (rank, size) == (dist.get_rank(group), dist.get_world_size(group)), kind
+        found[kind] = ranks(group)
+    assert groups.get_data_parallel_group_ranks() == found["data_parallel"]
+    assert groups.get_tensor_model_parallel_src_rank() == found["tensor_model_parallel"][0]
+    found["ulysses"] = [name for name in dir(groups) if "sequence" in name]
+    return found
+
+
+def test_deepspeed_shards_over_data_and_context(worker_pool):
+    """And sums the gradient norm over tensor and pipeline ranks; methods of Ulysses would make it sum gradients."""
+    for rank, found in enumerate(worker_pool(4).run(deepspeed_view, ParallelConfig(context=2))):
+        assert found["data_parallel"] == [0, 1, 2, 3] and found["model_parallel"] == [rank]
+        assert found["ulysses"] == []
+    for rank, found in enumerate(worker_pool(4).run(deepspeed_view, ParallelConfig(tensor=2, pipeline=2))):
+        assert found["data_parallel"] == [rank] and found["model_parallel"] == [0, 1, 2, 3]
+        assert found["tensor_model_parallel"] == [rank // 2 * 2, rank // 2 * 2 + 1]
+        assert found["pipeline_model_parallel"] == [rank % 2, rank % 2 + 2]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(n) pretends that torch sees n GPUs; returns the list of devices that are then chosen."""
+
+    def pretend(gpus: int) -> list[int]:
+        chosen: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
+
+    return pretend
+
+
+@pytest.mark.parametrize("requested", ["auto", "cpu"])
+def test_the_device_is_the_cpu_without_a_gpu(machine, requested):
+    chosen = machine(0)
+    assert pick_device(requested, 3) == torch.device("cpu") and chosen == []
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_the_device_is_the_gpu_of_the_local_rank(machine, requested):
+    chosen = machine(2)
+    assert pick_device(requested, 1) == torch.device("cuda", 1) and chosen == [1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "requested", "local_rank", "expected"),
+    [
+        (0, "cuda", 0, r"train\.device is cuda but torch sees no GPU"),
+        (1, "cpu", 0, "CUDA_VISIBLE_DEVICES= or set"),  # Megatron-core would use the GPU in places
+        (2, "auto", 2, "local rank 2 has no GPU: torch sees 2"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_refused(machine, gpus, requested, local_rank, expected):
+    machine(gpus)
+    with pytest.raises(ConfigError, match=expected):
+        pick_device(requested, local_rank)
