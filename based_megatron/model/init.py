@@ -29,7 +29,8 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # The CPU generator reads the low 32 bits of its seed alone.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if name.endswith(".conv_weight"):
         bound = 1 / math.sqrt(shape[-1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -92,7 +92,9 @@ class ScheduledStep(Step):
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor | None:
-        found = self._run([batch], None, forward_only=True)
+        # The interleaved schedule needs as many micro batches as stages.
+        copies = self.topology.pipeline.size if len(self.chunks) > 1 else 1
+        found = self._run([batch] * copies, None, forward_only=True)
         return found[0] if found else None
 
     def _run(

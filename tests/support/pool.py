@@ -1,8 +1,10 @@
 """A pool of gloo ranks that is started once and reused: importing Megatron-core and DeepSpeed costs more than most tests."""
 
+import contextlib
 import functools
 import multiprocessing as mp
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -98,10 +100,12 @@ def rank_device(rank: int) -> torch.device:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, below those that connections take by themselves."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("100 ports in a row are taken")
 
 
 def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:

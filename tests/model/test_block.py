@@ -1,0 +1,82 @@
+"""A layer: the order of the MLP's halves, the fp32 residual, and what is recomputed."""
+
+import pytest
+import torch
+from small_models import shared_config, topology_of, whole_plan
+from torch import Tensor
+from torch.nn import functional
+
+from based_megatron.model.block import Block
+from based_megatron.model.mixers import MixerInputs
+from based_megatron.model.mlp import SwiGLU
+
+
+def swiglu_error() -> tuple[float, float]:
+    """(error of fc2(value * silu(gate)), difference to the other order)."""
+    topology = topology_of()
+    mlp = SwiGLU(shared_config(torch.float64), topology.tensor.group)
+    for parameter in mlp.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    x = torch.randn(5, 2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    value, gate = (functional.linear(x, half) for half in mlp.fc1.weight.split([48, 48]))
+    right = functional.linear(value * (gate * torch.sigmoid(gate)), mlp.fc2.weight)
+    swapped = functional.linear(gate * (value * torch.sigmoid(value)), mlp.fc2.weight)
+    found = mlp(x)
+    return float((found - right).abs().max()), float((found - swapped).abs().max())
+
+
+def test_the_second_half_is_the_gate(worker_pool):
+    """As released; Llama's and Megatron's order is the other."""
+    error, other = worker_pool(1).run(swiglu_error)[0]
+    assert error < 1e-10 and other > 1
+
+
+def block_of(letter: str, dtype: torch.dtype, recompute: str = "none") -> tuple[Block, MixerInputs]:
+    topology = topology_of()
+    block = Block(shared_config(dtype, recompute), letter, 1, topology.process_groups)
+    for parameter in block.parameters():
+        parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return block, MixerInputs(whole_plan(topology), None)
+
+
+def residual_of_a_bf16_block() -> tuple[torch.dtype, bool, Tensor, Tensor]:
+    """(dtype out, whether a block of zero outputs changes nothing, mixer's input dtype, out - in - parts)."""
+    block, inputs = block_of("c", torch.bfloat16)
+    residual = 1 + torch.arange(24 * 32, dtype=torch.float32).reshape(24, 1, 32) * 2**-20
+    output = block(residual, inputs)
+    mixed = block.mixer(block.mixer_norm(residual), inputs=inputs)[0]
+    middle = residual + mixed
+    expected = middle + block.mlp(block.mlp_norm(middle))
+    for layer in (block.mixer.out_proj, block.mlp.fc2):
+        for parameter in layer.parameters():
+            parameter.data.zero_()
+    return output.dtype, bool(torch.equal(block(residual, inputs), residual)), output.detach(), expected.detach()
+
+
+def test_the_residual_stays_in_fp32(worker_pool):
+    """bf16 would lose steps of 2^-20 beside 1."""
+    dtype, kept, found, expected = worker_pool(1).run(residual_of_a_bf16_block)[0]
+    assert dtype == torch.float32 and kept
+    assert torch.equal(found, expected)
+
+
+def calls_of(recompute: str, gradients: bool) -> tuple[int, int]:
+    """How often (mixer, MLP) run in a forward and backward."""
+    block, inputs = block_of("c", torch.float64, recompute)
+    calls = {"mixer": 0, "mlp": 0}
+    for name in calls:
+        module = getattr(block, name)
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    with torch.set_grad_enabled(gradients):
+        output = block(torch.randn(24, 1, 32, dtype=torch.float64, requires_grad=True), inputs)
+    if gradients:
+        output.sum().backward()
+    return calls["mixer"], calls["mlp"]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "gradients", "calls"),
+    [("none", True, (1, 1)), ("mixer", True, (2, 1)), ("full", True, (2, 2)), ("full", False, (1, 1))],
+)
+def test_what_is_asked_for_is_recomputed(worker_pool, recompute, gradients, calls):
+    assert worker_pool(1).run(calls_of, recompute, gradients) == [calls]
