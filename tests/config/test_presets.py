@@ -93,12 +93,7 @@ def test_the_stages_of_the_7b_are_whole_periods():
     assert layers == "cLScc" * chunks
 
 
-ODD = pytest.mark.xfail(
-    strict=True, reason="35 of 70 head dims: rotary_tables refuses an odd number, flash-attn rotates 36"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[ODD] * (n == "transformer-1b")) for n in preset_names()])
+@pytest.mark.parametrize("name", preset_names())
 def test_the_heads_of_presets_can_be_rotated(name):
     model = load_config(name).model
     head_dim = model.hidden_size // model.num_heads

@@ -82,6 +82,13 @@ def test_bf16_is_rounded_once_at_the_end() -> None:
     assert torch.equal(turned, apply_rotary(x.float(), *tables).to(torch.bfloat16))
 
 
-def test_an_odd_rotated_part_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.rotary_fraction 0\.3 rotates 3 of 10"):
-        rotary_tables(torch.arange(2), 10, 0.3, 10000.0)
+def test_an_odd_rotated_part_turns_one_dim_more_at_its_own_frequencies() -> None:
+    """The published 1B transformer: d = 35 of 70 dims, base^(-2r / 35) for r = 0 .. 17."""
+    cos, _ = rotary_tables(torch.tensor([1]), 70, 0.5, 10000.0, dtype=torch.float64)
+    expected = [math.cos(10000.0 ** (-2 * pair / 35)) for pair in range(18)]
+    torch.testing.assert_close(cos[0], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_part_longer_than_the_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.rotary_fraction 1\.0 rotates 6 of 5"):
+        rotary_tables(torch.arange(2), 5, 1.0, 10000.0)
