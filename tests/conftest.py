@@ -28,14 +28,14 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
-    """worker_pool(n) is a pool of n gloo ranks, started on first use and shared by all tests; a spent one is replaced."""
+    """worker_pool(n) is a pool of n gloo ranks, started on first use and replaced when spent."""
     pools: dict[int, WorkerPool] = {}
 
     def get(world_size: int) -> WorkerPool:
         if on_gpu() and torch.cuda.device_count() < world_size:
             pytest.skip(f"needs {world_size} GPUs, found {torch.cuda.device_count()}")
-        if world_size in pools and pools[world_size].spent:
-            pools.pop(world_size).close()
+        for size in [size for size, pool in pools.items() if pool.spent]:
+            pools.pop(size).close()
         if world_size not in pools:
             pools[world_size] = WorkerPool(world_size)
         return pools[world_size]

@@ -26,6 +26,7 @@ EXACT = 1e-12
 
 
 def world_axis() -> Axis:
+    assert dist.group.WORLD is not None
     return Axis(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
 
 
@@ -164,7 +165,8 @@ def mixer_errors(letter: str, lengths: list[int], **model: Any) -> dict[str, flo
     parallel = ParallelConfig(context=dist.get_world_size())
     topology = build_topology(parallel, rank_device(dist.get_rank()))
     mixer = double_mixer(letter, topology, parallel, model)
-    axis, errors = topology.context, {}
+    axis = topology.context
+    errors: dict[str, float] = {}
     for length, packed in itertools.product(lengths, [False, True]):
         ids = documents(length, axis.size) if packed else None
         x = seeded(length * axis.size, 9, 16, seed=20)

@@ -108,7 +108,7 @@ def test_only_the_end_stages_share_the_embedding(worker_pool):
 def deepspeed_view(parallel: ParallelConfig) -> dict[str, Any]:
     groups = DeepSpeedGroups(build_topology(parallel, rank_device(dist.get_rank())))
     ranks = dist.get_process_group_ranks
-    found = {}
+    found: dict[str, Any] = {}
     for kind in ("model_parallel", "tensor_model_parallel", "pipeline_model_parallel", "data_parallel"):
         group = getattr(groups, f"get_{kind}_group")()
         rank, size = getattr(groups, f"get_{kind}_rank")(), getattr(groups, f"get_{kind}_world_size")()

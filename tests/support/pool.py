@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that is started once and reused: importing Megatron-core and DeepSpeed costs more than most tests."""
+"""Pools of gloo ranks, forked from a server that has imported everything: imports cost more than most tests."""
 
 import contextlib
 import functools
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-RUNS_ON_A_GPU = 4
-"""NCCL communicators of earlier layouts are never freed: after so many runs a pool on GPUs is replaced."""
+RUNS_ON_CPU, RUNS_ON_GPU = 1, 4
+"""A pool is replaced after so many: groups of earlier layouts are never freed, and their threads or buffers add up.
+A fork of what is already imported costs 0.1 s, a process with CUDA many seconds."""
 PRELOAD = ["based_megatron.train.optimizer", "based_megatron.train.step", "deepspeed"]
 
 
@@ -42,10 +43,9 @@ class WorkerPool:
 
     @property
     def spent(self) -> bool:
-        """True once a rank has died or hung, when the others cannot be used either, and on GPUs after some runs."""
-        if on_gpu() and self.runs >= RUNS_ON_A_GPU:
-            return True
-        return not self.processes or any(not process.is_alive() for process in self.processes)
+        """True after some runs, and once a rank has died or hung: the others cannot be used either."""
+        alive = [process.is_alive() for process in self.processes]
+        return self.runs >= (RUNS_ON_GPU if on_gpu() else RUNS_ON_CPU) or not alive or not all(alive)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call function(*args, **kwargs) on every rank. Raises RankFailure with the first traceback, after a hang too."""

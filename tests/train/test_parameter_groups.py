@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ NORMS = {"mixer_norm.weight", "mlp_norm.weight", "final_norm.weight"}
 BIASES = {"in_proj.bias", "out_proj.bias"}
 
 
-def groups_of_a_model(mode: str, tied: bool) -> dict[float, set[str]]:
+def groups_of_a_model(mode: Any, tied: bool) -> dict[float, set[str]]:
     """Endings of parameter names by weight decay, for a model with every mixer."""
     config = small_config()
     model = dataclasses.replace(config.model, layer_pattern="cLSA", tie_embeddings=tied)

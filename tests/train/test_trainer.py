@@ -23,7 +23,9 @@ class FakeStep:
 
     def __init__(self, norms: list[float]) -> None:
         self.engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]))
-        self.norms, self.batches, self.rates = iter(norms), [], []
+        self.norms = iter(norms)
+        self.batches: list[list[Any]] = []
+        self.rates: list[float] = []
 
     def accumulate(self, batches: list[Any]) -> LossSum:
         self.batches.append(batches)

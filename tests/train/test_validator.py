@@ -44,7 +44,8 @@ class FakeTrainer:
             train=dataclasses.replace(config.train, steps=steps),
             validation=dataclasses.replace(config.validation, interval_steps=interval_steps),
         )
-        self.step_runner, self.losses = self, []
+        self.step_runner: Any = self
+        self.losses: list[float] = []
 
     def evaluate(self, given: list[MicroBatch]) -> LossSum:
         return LossSum(total=2.0 * len(given), tokens=4)

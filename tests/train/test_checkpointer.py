@@ -1,0 +1,216 @@
+"""When checkpoints are saved, what a failed save does, and what a run starts from; files are stood in for."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from based_megatron.config import Config, load_config, to_dict
+from based_megatron.errors import CheckpointError, ConfigError
+from based_megatron.train.callbacks import checkpointer as module
+from based_megatron.train.callbacks.checkpointer import Checkpointer
+
+FINGERPRINT = "abc"
+
+
+class Disk:
+    """Stands in for the checkpoint package: notes what is saved, loaded and pruned."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, dict]] = []
+        self.loaded: list[tuple[str, bool]] = []
+        self.adam_steps: list[int] = []
+        self.pruned: list[tuple[int, str]] = []
+        self.newest: Path | None = None
+        self.state: dict[str, Any] = {}
+        self.full = self.locked = False
+        self.warning = ""
+
+    def save_checkpoint(self, folder: Path, step: int, fragments: Any, state: dict, peers: Any) -> Path:
+        if self.full:
+            raise CheckpointError(f"no room for step {step}")
+        self.saved.append((step, state))
+        return folder / f"step-{step}"
+
+    def load_checkpoint(self, path: Path, fragments: Any, *, weights_only: bool, peers: Any) -> dict:
+        self.loaded.append((str(path), weights_only))
+        return self.state
+
+    def after_load(self, engine: Any, adam_step: int) -> None:
+        self.adam_steps.append(adam_step)
+
+    def newest_valid(self, folder: Path, warn: Any, peers: Any) -> Path | None:
+        if self.warning:
+            warn(self.warning)
+        return self.newest
+
+    def prune(self, folder: Path, keep_last: int, saved: Path) -> None:
+        if self.locked:
+            raise CheckpointError("cannot remove step-1")
+        self.pruned.append((keep_last, saved.name))
+
+
+class FakeTrainer:
+    """A trainer at a step, with a log of records."""
+
+    def __init__(self) -> None:
+        self.step, self.tokens_seen = 0, 0
+        self.topology = SimpleNamespace(world_size=8)
+        self.records: list[tuple[str, dict]] = []
+
+    def record(self, name: str, **fields: Any) -> None:
+        self.records.append((name, fields))
+
+
+@pytest.fixture
+def disk(monkeypatch) -> Disk:
+    disk = Disk()
+    for name in ("save_checkpoint", "load_checkpoint", "after_load", "newest_valid", "prune"):
+        monkeypatch.setattr(module, name, getattr(disk, name))
+    monkeypatch.setattr(module, "resolve_checkpoint", lambda path, warn, peers: path / "newest")
+    monkeypatch.setattr(module, "zero_fragments", lambda engine: [])
+    monkeypatch.setattr(module, "adam_step", lambda engine: 17)
+    monkeypatch.setattr(module.dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(module, "everyone", lambda group: SimpleNamespace(rank=0))
+    return disk
+
+
+def config_with(**checkpoint: Any) -> Config:
+    config = load_config("tiny")
+    return dataclasses.replace(config, run_dir="run", checkpoint=dataclasses.replace(config.checkpoint, **checkpoint))
+
+
+def make(config: Config) -> Checkpointer:
+    return Checkpointer(engine=None, config=config, data_fingerprint=FINGERPRINT)
+
+
+def train(callback: Checkpointer, steps: int, disk: Disk | None = None, full_at: int = 0) -> FakeTrainer:
+    """Run the hooks of so many steps."""
+    trainer: Any = FakeTrainer()
+    callback.on_start(trainer)
+    for step in range(1, steps + 1):
+        trainer.step, trainer.tokens_seen = step, 100 * step
+        if disk is not None:
+            disk.full = step == full_at
+        callback.post_step(trainer, SimpleNamespace(step=step))  # type: ignore[arg-type]
+    callback.on_end(trainer)
+    return trainer
+
+
+def steps_of(disk: Disk) -> list[int]:
+    return [step for step, _ in disk.saved]
+
+
+def saved_state(**changes: Any) -> dict[str, Any]:
+    values = to_dict(load_config("tiny"))
+    return {"step": 6, "tokens_seen": 600, "adam_step": 5, "data_fingerprint": FINGERPRINT, "config": values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "expected"),
+    [(3, 7, [3, 6, 7]), (3, 6, [3, 6]), (0, 4, [4]), (1, 2, [1, 2])],
+)
+def test_it_saves_at_every_interval_and_once_at_the_end(disk, interval, steps, expected):
+    train(make(config_with(interval_steps=interval)), steps)
+    assert steps_of(disk) == expected
+
+
+def test_what_is_saved_beside_the_tensors(disk):
+    config = config_with(interval_steps=0)
+    train(make(config), 2)
+    assert disk.saved[0][1] == {
+        "tokens_seen": 200,
+        "adam_step": 17,
+        "data_fingerprint": FINGERPRINT,
+        "world_size": 8,
+        "config": to_dict(config),
+    }
+
+
+def test_a_failed_save_is_told_and_training_goes_on(disk):
+    trainer = train(make(config_with(interval_steps=2)), 4, disk, full_at=2)
+    assert steps_of(disk) == [4]
+    assert trainer.records[0] == ("warning", {"message": "no room for step 2"})
+
+
+def test_a_failed_interval_is_made_up_for_at_the_end(disk):
+    callback, trainer = make(config_with(interval_steps=4)), FakeTrainer()
+    disk.full, trainer.step = True, 4
+    callback.post_step(trainer, SimpleNamespace(step=4))  # type: ignore[arg-type]
+    disk.full = False
+    callback.on_end(trainer)  # type: ignore[arg-type]
+    assert steps_of(disk) == [4]
+
+
+def test_the_last_save_must_work(disk):
+    callback, trainer = make(config_with(interval_steps=0)), FakeTrainer()
+    disk.full, trainer.step = True, 4
+    with pytest.raises(CheckpointError, match="no room for step 4"):
+        callback.on_end(trainer)  # type: ignore[arg-type]
+
+
+def test_older_ones_are_pruned_after_each_save(disk):
+    train(make(config_with(interval_steps=2, keep_last=5)), 4)
+    assert disk.pruned == [(5, "step-2"), (5, "step-4")]
+
+
+def test_one_rank_prunes(disk, monkeypatch):
+    monkeypatch.setattr(module, "everyone", lambda group: SimpleNamespace(rank=1))
+    train(make(config_with(interval_steps=2)), 4)
+    assert steps_of(disk) == [2, 4] and disk.pruned == []
+
+
+def test_a_failed_pruning_is_told_alone(disk):
+    disk.locked = True
+    trainer = train(make(config_with(interval_steps=0)), 1)
+    assert [name for name, _ in trainer.records] == ["checkpoint", "warning"]
+
+
+def test_a_new_run_starts_from_nothing(disk):
+    assert make(config_with()).restore() == (0, 0)
+    assert disk.loaded == []
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(disk):
+    disk.newest, disk.state, disk.warning = Path("run/step-6"), saved_state(), "step-8 is damaged"
+    callback = make(config_with(load="other"))
+    assert callback.restore() == (6, 600)
+    assert disk.loaded == [("run/step-6", False)] and disk.adam_steps == [5]
+    trainer: Any = FakeTrainer()
+    trainer.step = 6
+    callback.on_start(trainer)
+    callback.on_end(trainer)
+    assert trainer.records == [("warning", {"message": "step-8 is damaged"})], "it is saved already"
+    assert disk.saved == []
+
+
+def test_weights_of_another_run_start_a_new_one(disk):
+    """With a fresh optimizer, from step 0."""
+    disk.state = saved_state()
+    assert make(config_with(load="other")).restore() == (0, 0)
+    assert disk.loaded == [("other/newest", True)] and disk.adam_steps == [0]
+
+
+def test_resume_can_be_turned_off(disk):
+    disk.newest, disk.state = Path("run/step-6"), saved_state()
+    assert make(config_with(resume=False)).restore() == (0, 0)
+    assert disk.loaded == []
+
+
+def test_another_global_batch_is_refused(disk):
+    disk.newest, disk.state = Path("run/step-6"), saved_state()
+    config = config_with()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_sequences=32))
+    with pytest.raises(ConfigError, match=r"train\.global_batch_sequences 16, now 32: step 6"):
+        make(config).restore()
+
+
+def test_other_data_is_refused_unless_allowed(disk):
+    disk.newest, disk.state = Path("run/step-6"), saved_state(data_fingerprint="xyz")
+    config = config_with()
+    with pytest.raises(ConfigError, match=r"fingerprint abc, then xyz.*data\.allow_changed=true"):
+        make(config).restore()
+    allowed = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_changed=True))
+    assert make(allowed).restore() == (6, 600)
