@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import shared_config, topology_of, whole_plan
 from torch import Tensor
+from torch.nn import functional
 
 from based_megatron.kernels.rotary import rotary_tables
 from based_megatron.model.mixers import MIXERS, MixerInputs, MixerSubmodules
@@ -76,6 +77,49 @@ def test_a_token_reaches_this_far_and_never_back(worker_pool, letter, model, rea
 def test_a_token_does_not_reach_into_the_next_document(worker_pool, letter, model, reach):
     (found,) = worker_pool(1).run(touched, letter, 7, 9, **model)
     assert found == list(range(7, min(9, 7 + reach + 1)))
+
+
+def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
+    """The mixer of one sequence x [T, D] as dense formulas: 4 heads of 8, window 11, 3 taps."""
+    weights = dict(mixer.named_parameters())
+    if letter == "c":
+        u, gate = functional.linear(x, weights["in_proj.weight"], weights["in_proj.bias"]).split([64, 64], dim=-1)
+        taps = weights["conv_weight"]
+        before = [torch.cat([torch.zeros(k, 64, dtype=u.dtype), u[: LENGTH - k]]) for k in range(3)]
+        conv = sum(taps[:, 2 - k] * before[k] for k in range(3))
+        return functional.linear(functional.silu(conv) * gate, weights["out_proj.weight"], weights["out_proj.bias"])
+    q, k, v = (part.unflatten(-1, (4, 8)).transpose(0, 1) for part in (x @ weights["qkv.weight"].T).chunk(3, dim=-1))
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    if letter == "L":
+        scores = q @ k.transpose(1, 2) / 8**0.5
+        weight = (1 + scores + scores**2 / 2) * (distance >= 0)
+        mixed = (weight / weight.sum(-1, keepdim=True)) @ v
+    else:
+        q, k = turned(q), turned(k)
+        seen = (distance >= 0) & (distance <= (11 if letter == "S" else LENGTH))
+        mixed = (q @ k.transpose(1, 2) / 8**0.5).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+    return mixed.transpose(0, 1).flatten(1) @ weights["out_proj.weight"].T
+
+
+def turned(x_HTV: Tensor) -> Tensor:
+    """Pairs (r, r + 4) of a head as complex numbers, turned by position x 10000^(-r / 4)."""
+    angles = torch.arange(LENGTH)[:, None] * 1e4 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    pairs = torch.complex(x_HTV[..., :4], x_HTV[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def formula_error(letter: str) -> float:
+    mixer, topology = mixer_of(letter)
+    with torch.no_grad():
+        found = mixer(some_x(), inputs=inputs_at(topology))[0]
+        return float((found - by_hand(letter, mixer, some_x()[:, 0])[:, None]).abs().max())
+
+
+@pytest.mark.parametrize("letter", MIXERS)
+def test_a_mixer_is_its_formula(worker_pool, letter):
+    """The order of the fused parts above all: [u | gate], [q | k | v]."""
+    (error,) = worker_pool(1).run(formula_error, letter)
+    assert error < 1e-10
 
 
 def shifted_change(letter: str) -> float:
