@@ -1,6 +1,5 @@
 """A layer: the order of the MLP's halves, the fp32 residual, and what is recomputed."""
 
-import pytest
 import torch
 from small_models import shared_config, topology_of, whole_plan
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch.nn import functional
 from based_megatron.model.block import Block
 from based_megatron.model.mixers import MixerInputs
 from based_megatron.model.mlp import SwiGLU
+from support.cases import each
 
 
 def swiglu_error() -> tuple[float, float]:
@@ -74,9 +74,9 @@ def calls_of(recompute: str, gradients: bool) -> tuple[int, int]:
     return calls["mixer"], calls["mlp"]
 
 
-@pytest.mark.parametrize(
-    ("recompute", "gradients", "calls"),
-    [("none", True, (1, 1)), ("mixer", True, (2, 1)), ("full", True, (2, 2)), ("full", False, (1, 1))],
-)
-def test_what_is_asked_for_is_recomputed(worker_pool, recompute, gradients, calls):
-    assert worker_pool(1).run(calls_of, recompute, gradients) == [calls]
+CALLS = {("none", True): (1, 1), ("mixer", True): (2, 1), ("full", True): (2, 2), ("full", False): (1, 1)}
+
+
+def test_what_is_asked_for_is_recomputed(worker_pool):
+    """And nothing is without gradients."""
+    assert worker_pool(1).run(each, calls_of, list(CALLS)) == [CALLS]

@@ -96,6 +96,12 @@ def checksums(parallel: ParallelConfig) -> dict[str, Any]:
     return sums
 
 
+@pytest.fixture(scope="module")
+def single(worker_pool) -> dict[str, Any]:
+    """The checksums of a single process."""
+    return worker_pool(1).run(checksums, ParallelConfig())[0]
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -105,14 +111,13 @@ def checksums(parallel: ParallelConfig) -> dict[str, Any]:
         ParallelConfig(context=2),
     ],
 )
-def test_every_layout_starts_with_the_same_bits(worker_pool, parallel):
-    expected = worker_pool(1).run(checksums, ParallelConfig())[0]
-    assert worker_pool(2).run(checksums, parallel)[0] == expected
+def test_every_layout_starts_with_the_same_bits(worker_pool, single, parallel):
+    assert worker_pool(2).run(checksums, parallel)[0] == single
 
 
-def test_names_and_shapes_of_every_mixer(worker_pool):
+def test_names_and_shapes_of_every_mixer(single):
     """Width 32, MLP 48, 4 heads with features of 8, 3 taps over 64 channels; unsharded."""
-    found = {name: shape for name, (shape, _) in worker_pool(1).run(checksums, ParallelConfig())[0].items()}
+    found = {name: shape for name, (shape, _) in single.items()}
     conv = {"in_proj.weight": (128, 32), "in_proj.bias": (128,), "conv_weight": (64, 3)}
     mixers: dict[str, dict[str, tuple[int, ...]]] = {
         "c": {**conv, "out_proj.weight": (32, 64), "out_proj.bias": (32,)},

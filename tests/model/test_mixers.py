@@ -11,6 +11,7 @@ from torch.nn import functional
 from based_megatron.kernels.rotary import rotary_tables
 from based_megatron.model.mixers import MIXERS, MixerInputs, MixerSubmodules
 from based_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear
+from support.cases import each
 
 LENGTH = 24
 
@@ -45,38 +46,35 @@ def some_x() -> Tensor:
     return torch.randn(LENGTH, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def touched(letter: str, position: int, document_start: int | None, **model: Any) -> list[int]:
-    """Positions whose output changes when the input at `position` does."""
-    mixer, topology = mixer_of(letter, **model)
+def touched(letter: str, kernel: int, window: int, document_start: int | None) -> list[int]:
+    """Positions whose output changes when the input at position 7 does."""
+    mixer, topology = mixer_of(letter, conv_kernel=kernel, window_left=window)
     inputs, x = inputs_at(topology, document_start=document_start), some_x()
     other = x.clone()
-    other[position] += 1
+    other[7] += 1
     with torch.no_grad():
         change = mixer(other, inputs=inputs)[0] - mixer(x, inputs=inputs)[0]
     return [t for t in range(LENGTH) if float(change[t].abs().max()) > 1e-12]
 
 
-REACH = [
-    ("c", {"conv_kernel": 3}, 2),
-    ("c", {"conv_kernel": 4}, 3),
-    ("c", {"conv_kernel": 1}, 0),
-    ("S", {"window_left": 5}, 5),
-    ("S", {"window_left": 0}, 0),
-    ("L", {}, LENGTH),
-    ("A", {}, LENGTH),
-]
+# Letter, taps, keys before a query -> positions after its own that a token reaches.
+REACH = {
+    ("c", 3, 11): 2,
+    ("c", 4, 11): 3,
+    ("c", 1, 11): 0,
+    ("S", 3, 5): 5,
+    ("S", 3, 0): 0,
+    ("L", 3, 5): LENGTH,
+    ("A", 3, 5): LENGTH,
+}
 
 
-@pytest.mark.parametrize(("letter", "model", "reach"), REACH)
-def test_a_token_reaches_this_far_and_never_back(worker_pool, letter, model, reach):
-    (found,) = worker_pool(1).run(touched, letter, 7, None, **model)
-    assert found == list(range(7, min(LENGTH, 7 + reach + 1)))
-
-
-@pytest.mark.parametrize(("letter", "model", "reach"), REACH)
-def test_a_token_does_not_reach_into_the_next_document(worker_pool, letter, model, reach):
-    (found,) = worker_pool(1).run(touched, letter, 7, 9, **model)
-    assert found == list(range(7, min(9, 7 + reach + 1)))
+@pytest.mark.parametrize(("document_start", "end"), [(None, LENGTH), (9, 9)])
+def test_a_token_reaches_this_far_and_never_back(worker_pool, document_start, end):
+    """Nor into the document that starts two tokens after it."""
+    (found,) = worker_pool(1).run(each, touched, [(*case, document_start) for case in REACH])
+    expected = {case: list(range(7, min(end, 7 + reach + 1))) for case, reach in REACH.items()}
+    assert {case[:3]: positions for case, positions in found.items()} == expected
 
 
 def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
@@ -115,11 +113,10 @@ def formula_error(letter: str) -> float:
         return float((found - by_hand(letter, mixer, some_x()[:, 0])[:, None]).abs().max())
 
 
-@pytest.mark.parametrize("letter", MIXERS)
-def test_a_mixer_is_its_formula(worker_pool, letter):
+def test_a_mixer_is_its_formula(worker_pool):
     """The order of the fused parts above all: [u | gate], [q | k | v]."""
-    (error,) = worker_pool(1).run(formula_error, letter)
-    assert error < 1e-10
+    (errors,) = worker_pool(1).run(each, formula_error, list(MIXERS))
+    assert {letter: error for letter, error in errors.items() if not error < 1e-10} == {}
 
 
 def shifted_change(letter: str) -> float:
@@ -130,11 +127,11 @@ def shifted_change(letter: str) -> float:
     return float((here - there).abs().max())
 
 
-@pytest.mark.parametrize("letter", MIXERS)
-def test_only_distances_count(worker_pool, letter):
+def test_only_distances_count(worker_pool):
     """Exactly so without rotary; to the rounding of the tables with it."""
-    (change,) = worker_pool(1).run(shifted_change, letter)
-    assert change < 1e-9 if MIXERS[letter].rotates else change == 0
+    (changes,) = worker_pool(1).run(each, shifted_change, list(MIXERS))
+    assert changes["c"] == changes["L"] == 0
+    assert max(changes["S"], changes["A"]) < 1e-9
 
 
 def unrotated_change(letter: str) -> float:
@@ -146,10 +143,10 @@ def unrotated_change(letter: str) -> float:
         return float((mixer(some_x(), inputs=inputs)[0] - mixer(some_x(), inputs=still)[0]).abs().max())
 
 
-@pytest.mark.parametrize("letter", MIXERS)
-def test_positions_are_in_window_and_full_attention_alone(worker_pool, letter):
-    (change,) = worker_pool(1).run(unrotated_change, letter)
-    assert (change > 1e-3) == (letter in "SA")
+def test_positions_are_in_window_and_full_attention_alone(worker_pool):
+    (changes,) = worker_pool(1).run(each, unrotated_change, list(MIXERS))
+    assert {letter for letter, change in changes.items() if change > 1e-3} == {"S", "A"}
+    assert changes["c"] == changes["L"] == 0
 
 
 def replaced_projections(letter: str) -> set[str]:
@@ -157,6 +154,6 @@ def replaced_projections(letter: str) -> set[str]:
     return {type(module).__name__ for module in mixer.children()}
 
 
-@pytest.mark.parametrize("letter", MIXERS)
-def test_projections_can_be_replaced(worker_pool, letter):
-    assert worker_pool(1).run(replaced_projections, letter) == [{"CountedColumn", "CountedRow"}]
+def test_projections_can_be_replaced(worker_pool):
+    (found,) = worker_pool(1).run(each, replaced_projections, list(MIXERS))
+    assert found == {letter: {"CountedColumn", "CountedRow"} for letter in MIXERS}

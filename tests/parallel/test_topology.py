@@ -10,6 +10,7 @@ from based_megatron.config import ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.parallel.mpu import DeepSpeedGroups
 from based_megatron.parallel.topology import Axis, build_topology, pick_device
+from support.cases import each
 from support.pool import rank_device
 
 AXES = ["tensor", "context", "data", "pipeline", "data_context", "model", "embedding"]
@@ -87,22 +88,26 @@ LAYOUTS: list[tuple[ParallelConfig, dict[str, Any]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def layouts(worker_pool) -> list[dict[Any, dict[str, Any]]]:
+    """What each of four ranks sees of every layout."""
+    return worker_pool(4).run(each, peers, [parallel for parallel, _ in LAYOUTS])
+
+
 @pytest.mark.parametrize(("parallel", "groups"), LAYOUTS)
-def test_groups_of_rank_1(worker_pool, parallel, groups):
+def test_groups_of_rank_1(layouts, parallel, groups):
     """Megatron's order: tensor fastest, then context, data, pipeline."""
-    found = worker_pool(4).run(peers, parallel)[1]
+    found = layouts[1][parallel]
     assert {name: found[name] for name in AXES} == groups
     assert found["last stage"] == groups["pipeline"][-1]
 
 
-def test_rank_0_logs_alone(worker_pool):
-    results = worker_pool(4).run(peers, ParallelConfig(pipeline=2))
-    assert [found["logger"] for found in results] == [True, False, False, False]
+def test_rank_0_logs_alone(layouts):
+    assert [rank[ParallelConfig(pipeline=4)]["logger"] for rank in layouts] == [True, False, False, False]
 
 
-def test_only_the_end_stages_share_the_embedding(worker_pool):
-    results = worker_pool(4).run(peers, ParallelConfig(pipeline=4))
-    assert [found["embedding"] for found in results] == [[0, 3], None, None, [0, 3]]
+def test_only_the_end_stages_share_the_embedding(layouts):
+    assert [rank[ParallelConfig(pipeline=4)]["embedding"] for rank in layouts] == [[0, 3], None, None, [0, 3]]
 
 
 def deepspeed_view(parallel: ParallelConfig) -> dict[str, Any]:
@@ -122,13 +127,13 @@ def deepspeed_view(parallel: ParallelConfig) -> dict[str, Any]:
 
 def test_deepspeed_shards_over_data_and_context(worker_pool):
     """And sums the gradient norm over tensor and pipeline ranks; methods of Ulysses would make it sum gradients."""
-    for rank, found in enumerate(worker_pool(4).run(deepspeed_view, ParallelConfig(context=2))):
-        assert found["data_parallel"] == [0, 1, 2, 3] and found["model_parallel"] == [rank]
-        assert found["ulysses"] == []
-    for rank, found in enumerate(worker_pool(4).run(deepspeed_view, ParallelConfig(tensor=2, pipeline=2))):
-        assert found["data_parallel"] == [rank] and found["model_parallel"] == [0, 1, 2, 3]
-        assert found["tensor_model_parallel"] == [rank // 2 * 2, rank // 2 * 2 + 1]
-        assert found["pipeline_model_parallel"] == [rank % 2, rank % 2 + 2]
+    context, model = ParallelConfig(context=2), ParallelConfig(tensor=2, pipeline=2)
+    for rank, found in enumerate(worker_pool(4).run(each, deepspeed_view, [context, model])):
+        assert found[context]["data_parallel"] == [0, 1, 2, 3] and found[context]["model_parallel"] == [rank]
+        assert found[context]["ulysses"] == []
+        assert found[model]["data_parallel"] == [rank] and found[model]["model_parallel"] == [0, 1, 2, 3]
+        assert found[model]["tensor_model_parallel"] == [rank // 2 * 2, rank // 2 * 2 + 1]
+        assert found[model]["pipeline_model_parallel"] == [rank % 2, rank % 2 + 2]
 
 
 @pytest.fixture

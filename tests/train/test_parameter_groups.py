@@ -22,6 +22,7 @@ from based_megatron.train.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
+from support.cases import each
 from support.layouts import small_config
 from support.pool import rank_device
 
@@ -55,8 +56,9 @@ def ending(name: str) -> str:
 )
 def test_what_is_decayed(worker_pool, mode, decayed, others):
     """reference: the released code decays its norms, and neither biases nor the embedding."""
-    assert worker_pool(1).run(groups_of_a_model, mode, True) == [{0.25: decayed, 0.0: others}]
-    assert worker_pool(1).run(groups_of_a_model, mode, False) == [{0.25: decayed | {"output.weight"}, 0.0: others}]
+    (found,) = worker_pool(1).run(each, groups_of_a_model, [(mode, True), (mode, False)])
+    assert found[mode, True] == {0.25: decayed, 0.0: others}
+    assert found[mode, False] == {0.25: decayed | {"output.weight"}, 0.0: others}
 
 
 def named(*names: str) -> nn.Module:

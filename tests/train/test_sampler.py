@@ -45,6 +45,14 @@ def sampled_tokens(parallel: ParallelConfig) -> list[int]:
     return [next_token(trainer, ids) for ids in prompts()]
 
 
+@pytest.fixture(scope="module")
+def expected(worker_pool) -> list[int]:
+    """The tokens of a single process."""
+    (tokens,) = worker_pool(1).run(expected_tokens)
+    assert len(set(tokens)) > 2
+    return tokens
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -56,9 +64,7 @@ def sampled_tokens(parallel: ParallelConfig) -> list[int]:
         ParallelConfig(zero_stage=3),
     ],
 )
-def test_the_next_token_is_that_of_the_whole_model(worker_pool, parallel):
-    (expected,) = worker_pool(1).run(expected_tokens)
-    assert len(set(expected)) > 2
+def test_the_next_token_is_that_of_the_whole_model(worker_pool, expected, parallel):
     assert worker_pool(2).run(sampled_tokens, parallel) == [expected, expected]
 
 

@@ -74,6 +74,14 @@ def validation_loss(parallel: ParallelConfig) -> tuple[float, float, bool]:
     return trainer.losses[0], run.train_step(0, True)[0], left
 
 
+@pytest.fixture(scope="module")
+def single(worker_pool) -> tuple[float, float]:
+    """(validation loss, training loss) of a single process."""
+    ((held_out, trained, left),) = worker_pool(1).run(validation_loss, ParallelConfig())
+    assert not left and abs(held_out - trained) > 1e-3
+    return held_out, trained
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -83,8 +91,7 @@ def validation_loss(parallel: ParallelConfig) -> tuple[float, float, bool]:
         ParallelConfig(pipeline=2, virtual_pipeline=2),
     ],
 )
-def test_the_loss_is_that_of_one_process_and_leaves_nothing_behind(worker_pool, parallel):
-    ((held_out, trained, _),) = worker_pool(1).run(validation_loss, ParallelConfig())
+def test_the_loss_is_that_of_one_process_and_leaves_nothing_behind(worker_pool, single, parallel):
+    held_out, trained = single
     for found in worker_pool(2).run(validation_loss, parallel):
         assert found == (pytest.approx(held_out, abs=1e-5), pytest.approx(trained, abs=1e-5), False)
-    assert abs(held_out - trained) > 1e-3
