@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from based_megatron.errors import ConfigError
+from based_megatron.kernels.backend import implementation
 
 
 def rotary_tables(
@@ -32,14 +33,28 @@ def rotary_tables(
     return angles_TR.cos().to(dtype), angles_TR.sin().to(dtype)
 
 
-def apply_rotary(x_BTHV: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+def apply_rotary(x_BTHV: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, backend: str = "reference") -> Tensor:
     """Rotate the pairs (x_r, x_{r+R}) of the first 2R dims of each head; the rest passes through.
 
-    The tables are [T, R], or [B, T, R] where rows are at different positions. Computed in the wider of the two dtypes,
-    returned in that of x.
+    The tables are [T, R], or [B, T, R] where rows are at different positions. Computed in the wider of the two dtypes, returned
+    in that of x. The Triton kernel computes in fp32 (fp64 runs in the reference), keeps the order of batch and tokens in memory,
+    and gives the tables no gradient.
     """
+    run = implementation("apply_rotary", backend, {"reference": _reference, "triton": _triton})
+    return run(x_BTHV, cos_TR, sin_TR)
+
+
+def _reference(x_BTHV: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     rotated = 2 * cos_TR.shape[-1]
     cos_T1R, sin_T1R = cos_TR.unsqueeze(-2), sin_TR.unsqueeze(-2)
     first, second = x_BTHV[..., :rotated].chunk(2, dim=-1)
     turned = torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1)
     return torch.cat([turned.to(x_BTHV.dtype), x_BTHV[..., rotated:]], dim=-1)
+
+
+def _triton(x_BTHV: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    if torch.float64 in (x_BTHV.dtype, cos_TR.dtype):
+        return _reference(x_BTHV, cos_TR, sin_TR)
+    from based_megatron.kernels import triton_rotary  # Triton is there on machines with a GPU only.
+
+    return triton_rotary.apply_rotary(x_BTHV, cos_TR, sin_TR)

@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Read when a kernel is defined: Triton kernels run in its interpreter, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.pool import WorkerPool, on_gpu

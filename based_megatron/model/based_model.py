@@ -8,19 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.kernels.cross_entropy import vocab_cross_entropy
 from based_megatron.kernels.rotary import rotary_tables
 from based_megatron.model.block import Block
 from based_megatron.model.config import BasedConfig
-from based_megatron.model.mixers import MIXERS, MixerInputs
+from based_megatron.model.mixers import MIXERS, Continuation, MixerInputs
 from based_megatron.model.norm import RMSNorm
+from based_megatron.model.states import ModelStates
 from based_megatron.parallel.linear import column_linear, vocab_embedding
 from based_megatron.parallel.megatron import (
     MegatronModule,
     ModelType,
     make_viewless_tensor,
-    vocab_parallel_cross_entropy,
 )
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.stages import Stage
@@ -62,20 +64,57 @@ class BasedModel(MegatronModule):
         """
         inputs = MixerInputs(plan, self._rotary(plan, tokens_BL.device))
         residual = self._embed(tokens_BL) if self.pre_process else self.input_tensor
+        update: Tensor | None = None
         for layer in self.layers.values():
-            residual = layer(residual, inputs)
+            residual, update = layer(residual, update, inputs)
+        assert residual is not None and update is not None
         if not self.post_process:
-            return make_viewless_tensor(residual, requires_grad=True, keep_graph=True)
-        logits = self._logits(self.final_norm(residual))
-        if labels_BL is None:
-            return logits
-        return vocab_parallel_cross_entropy(logits.to(self.config.residual_dtype), labels_BL.t().contiguous()).t()
+            return make_viewless_tensor(residual + update, requires_grad=True, keep_graph=True)
+        logits = self._logits(self.final_norm(residual, update)[1])
+        return self._without_padding(logits) if labels_BL is None else self._loss(logits, labels_BL)
+
+    def zero_states(self, batch: int) -> ModelStates:
+        """States of `batch` empty sequences. Raises ConfigError if a layer has no state of constant size."""
+        device = self.embedding.weight.device
+        blocks: Any = self.layers.items()
+        layers = {name: block.mixer.zero_state(batch, device) for name, block in blocks}
+        return ModelStates(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def decode(self, tokens: Tensor, states: ModelStates) -> Tensor:
+        """Append a piece of each prompt, [B, L], or one token to each sequence, [B], and update the states in place.
+
+        One rank holds the whole model. Of one token each, nothing waits for the host or depends on it.
+        Returns: logits of the last token, [B, V].
+        """
+        where = Continuation(states.position_B, self._rotary_from(states, tokens), states.is_start)
+        residual = functional.embedding(tokens, self.embedding.weight).to(self.config.residual_dtype)
+        update: Tensor | None = None
+        blocks: Any = self.layers.items()
+        for name, block in blocks:
+            residual, update = block.decode(residual, update, states.layers[name], where)
+        if tokens.ndim == 2:
+            residual, update = residual[:, -1], None if update is None else update[:, -1]
+        states.position_B += 1 if tokens.ndim == 1 else tokens.shape[1]
+        states.is_start = False
+        x = self.final_norm(residual, update)[1]
+        weight = self.embedding.weight if self.config.model.tie_embeddings else self.output.weight
+        return functional.linear(x, weight)
+
+    def _rotary_from(self, states: ModelStates, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self.rotates:
+            return None
+        if tokens.ndim == 1:
+            return self._rotary_at(states.position_B)
+        new_L = torch.arange(tokens.shape[1], device=tokens.device)
+        return self._rotary_at(new_L if states.is_start else states.position_B[:, None] + new_L)
 
     def _rotary(self, plan: SequencePlan, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if not self.rotates:
             return None
+        return self._rotary_at(torch.arange(plan.start, plan.start + plan.length, device=device))
+
+    def _rotary_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         model = self.config.model
-        positions = torch.arange(plan.start, plan.start + plan.length, device=device)
         return rotary_tables(positions, model.hidden_size // model.num_heads, model.rotary_fraction, model.rotary_base)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
@@ -95,10 +134,25 @@ class BasedModel(MegatronModule):
 
     def _logits(self, x: Tensor) -> Tensor:
         tied = self.config.model.tie_embeddings
-        logits = self.output(x, weight=self.embedding.weight if tied else None)[0]
-        # Rows that only round the vocabulary up to the tensor parallel size take no part in the softmax.
-        rows = self.config.vocab_rows - dist.get_rank(self.group) * logits.shape[-1]
-        if rows < logits.shape[-1]:
-            padding = torch.arange(logits.shape[-1], device=logits.device) >= rows
-            logits = logits.masked_fill(padding, float("-inf"))
+        return self.output(x, weight=self.embedding.weight if tied else None)[0]
+
+    def _loss(self, logits: Tensor, labels_BL: Tensor) -> Tensor:
+        loss_N = vocab_cross_entropy(
+            logits.flatten(0, 1),
+            labels_BL.t().flatten(),
+            columns=self._vocab_columns(logits),
+            group=self.group,
+            backend=self.config.backend,
+        )
+        return loss_N.view(logits.shape[:2]).t()
+
+    def _without_padding(self, logits: Tensor) -> Tensor:
+        columns = self._vocab_columns(logits)
+        if columns < logits.shape[-1]:
+            logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= columns, float("-inf"))
         return logits
+
+    def _vocab_columns(self, logits: Tensor) -> int:
+        """Columns of this rank that take part in the softmax: the others only round the vocabulary up to the ranks."""
+        held = logits.shape[-1]
+        return min(held, self.config.vocab_rows - dist.get_rank(self.group) * held)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from based_megatron.model.config import BasedConfig
-from based_megatron.model.mixers import MIXERS, MixerInputs, MixerSubmodules
+from based_megatron.model.mixers import MIXERS, Continuation, MixerInputs, MixerSubmodules
 from based_megatron.model.mlp import SwiGLU
 from based_megatron.model.norm import RMSNorm
 from based_megatron.parallel.megatron import MegatronModule
@@ -23,24 +23,37 @@ class Block(MegatronModule):
         self.mlp_norm = RMSNorm(config)
         self.mlp = SwiGLU(config, pg_collection.tp)
 
-    def forward(self, residual: Tensor, inputs: MixerInputs) -> Tensor:
-        """residual: [L, B, D] fp32, cut over tensor parallel ranks under sequence parallelism -> alike."""
+    def forward(self, residual: Tensor, update: Tensor | None, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        """(fp32 residual, what the layer before adds to it) -> alike, [L, B, D] each, cut under sequence parallelism.
+
+        The addition is left to the next norm, which reads both anyway; update None adds nothing.
+        """
         recompute = self.config.recompute if torch.is_grad_enabled() else "none"
         if recompute == "full":
-            return _recomputed(self._layer, residual, inputs)
-        mixed = _recomputed(self._mix, residual, inputs) if recompute == "mixer" else self._mix(residual, inputs)
-        return self._feed_forward(residual + mixed)
+            return _recomputed(self._layer, residual if update is None else residual + update, inputs)
+        residual, x = self.mixer_norm(residual, update)
+        mixed = _recomputed(self._mix, x, inputs) if recompute == "mixer" else self._mix(x, inputs)
+        return self._feed_forward(residual, mixed)
 
-    def _layer(self, residual: Tensor, inputs: MixerInputs) -> Tensor:
-        return self._feed_forward(residual + self._mix(residual, inputs))
+    def _layer(self, residual: Tensor, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        residual, x = self.mixer_norm(residual)
+        return self._feed_forward(residual, self._mix(x, inputs))
 
-    def _mix(self, residual: Tensor, inputs: MixerInputs) -> Tensor:
-        return self.mixer(self.mixer_norm(residual), inputs=inputs)[0]
+    def _mix(self, x: Tensor, inputs: MixerInputs) -> Tensor:
+        return self.mixer(x, inputs=inputs)[0]
 
-    def _feed_forward(self, residual: Tensor) -> Tensor:
-        return residual + self.mlp(self.mlp_norm(residual))
+    def _feed_forward(self, residual: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        residual, x = self.mlp_norm(residual, mixed)
+        return residual, self.mlp(x)
+
+    def decode(self, residual: Tensor, update: Tensor | None, state: Any, where: Continuation) -> tuple[Tensor, Tensor]:
+        """As forward, without a tensor parallel group: a piece of each prompt, [B, L, D], or one token of each, [B, D]."""
+        residual, x = self.mixer_norm(residual, update)
+        mix = self.mixer.step if x.ndim == 2 else self.mixer.prefill
+        residual, x = self.mlp_norm(residual, mix(x, state, where))
+        return residual, self.mlp(x)
 
 
-def _recomputed(function: Any, residual: Tensor, inputs: MixerInputs) -> Tensor:
+def _recomputed(function: Any, x: Tensor, inputs: MixerInputs) -> Any:
     # The reentrant form: the other compares tensor metadata, which ZeRO-3 changes when it frees parameters.
-    return checkpoint(function, residual, inputs, use_reentrant=True, preserve_rng_state=False)
+    return checkpoint(function, x, inputs, use_reentrant=True, preserve_rng_state=False)

@@ -2,8 +2,8 @@
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
+from based_megatron.kernels.swiglu import swiglu
 from based_megatron.model.config import BasedConfig
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import MegatronModule
@@ -20,5 +20,4 @@ class SwiGLU(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, B, D] -> [T, B, D]; T is cut over tensor parallel ranks under Megatron's sequence parallelism."""
-        value, gate = self.fc1(x)[0].chunk(2, dim=-1)
-        return self.fc2(value * functional.silu(gate))[0]
+        return self.fc2(swiglu(self.fc1(x)[0], backend=self.config.backend))[0]

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from based_megatron.kernels.rms_norm import add_rms_norm
 from based_megatron.model.config import BasedConfig
 
 
@@ -12,11 +12,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: BasedConfig) -> None:
         super().__init__()
-        self.eps = config.model.norm_eps
+        self.config = config
         self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         # Under Megatron's sequence parallelism each rank sees some tokens: gradients are summed over the tensor parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] in the residual's dtype -> [..., D] in the weight's dtype."""
-        return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+    def forward(self, residual: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(residual, update to add to it first), [..., D] -> (their sum in the residual's dtype, its norm in the weight's)."""
+        return add_rms_norm(residual, update, self.weight, self.config.model.norm_eps, backend=self.config.backend)

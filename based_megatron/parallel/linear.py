@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from based_megatron.parallel.megatron import (
     ColumnParallelLinear,
@@ -13,6 +14,25 @@ from based_megatron.parallel.megatron import (
     VocabParallelEmbedding,
 )
 from based_megatron.parallel.sharding import ShardSpec
+
+
+class WholeColumnLinear(ColumnParallelLinear):
+    """Megatron's layer on one tensor parallel rank: the bias is added inside the matrix product, not in a pass of its own."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        """x: [..., in] -> ([..., out], no loose bias). weight replaces the layer's own, if it has one."""
+        return functional.linear(x, self.weight if weight is None else weight, self.bias), None
+
+
+class WholeRowLinear(RowParallelLinear):
+    """Megatron's layer on one tensor parallel rank, likewise."""
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """x: [..., in] -> ([..., out], no loose bias)."""
+        return functional.linear(x, self.weight, self.bias), None
+
+
+WHOLE = {ColumnParallelLinear: WholeColumnLinear, RowParallelLinear: WholeRowLinear}
 
 
 def column_linear(
@@ -29,7 +49,7 @@ def column_linear(
     out_parts: rows of each fused part of the unsharded weight. A rank's output is the concatenation of its cuts.
     allocate: False for a layer that is given its weight in each call.
     """
-    layer = (cls or ColumnParallelLinear)(
+    layer = _for_group(cls or ColumnParallelLinear, group)(
         config.hidden_size,
         sum(out_parts),
         config=config,
@@ -49,7 +69,7 @@ def row_linear(
     config: TransformerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None
 ) -> Any:
     """Linear from features cut over the tensor parallel ranks back to the hidden size; the bias is added once, after the sum."""
-    return (cls or RowParallelLinear)(
+    return _for_group(cls or RowParallelLinear, group)(
         in_features,
         config.hidden_size,
         config=config,
@@ -113,6 +133,10 @@ def is_tied_copy(parameter: Tensor) -> bool:
 def grouped_by(parameters: Iterable[nn.Parameter], attribute: str) -> list[nn.Parameter]:
     """Parameters that carry a true `attribute`."""
     return [parameter for parameter in parameters if getattr(parameter, attribute, False)]
+
+
+def _for_group(cls: Any, group: dist.ProcessGroup) -> Any:
+    return WHOLE.get(cls, cls) if dist.get_world_size(group) == 1 else cls
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Gated causal depthwise convolution: the short-range mixer of Based.
 
-Legend: B batch, T local sequence, D channels, K taps, h = K - 1 halo inputs, S = inputs including the halo if given.
+Legend: B batch, T local sequence, D channels, E = 2D channels of the fused projection, K taps, h = K - 1 halo inputs,
+S = inputs including the halo if given.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
 from based_megatron.kernels.gated_conv import reference
 
-__all__ = ["gated_conv"]
+__all__ = ["gated_conv", "gated_conv_fused"]
 
 
 def gated_conv(
@@ -25,7 +27,7 @@ def gated_conv(
     """y_t = silu(sum_k weight[:, k] * u_{t-(K-1)+k}) * gate_t.
 
     Args:
-        u_BTD, gate_BTD: fp64, fp32 or bf16; sums are in fp32 or wider.
+        u_BTD, gate_BTD: fp64, fp32 or bf16; sums are in fp32 or wider. fp64 runs in the reference whatever the backend.
         weight_DK: tap K - 1 multiplies the current token.
         halo_BhD: the K - 1 inputs before u; None is zeros.
         key_document_ids_BS: document of each input, halo first if there is one (S = K - 1 + T, else S = T). Inputs of
@@ -34,9 +36,46 @@ def gated_conv(
 
     Returns: y_BTD in the dtype of u; gradients flow to u, gate, weight and halo.
     """
-    T, K = u_BTD.shape[1], weight_DK.shape[1]
+    return _run((u_BTD, gate_BTD), weight_DK, halo_BhD, key_document_ids_BS, backend)
+
+
+def gated_conv_fused(
+    projected_BTE: Tensor,
+    weight_DK: Tensor,
+    *,
+    halo_BhD: Tensor | None = None,
+    key_document_ids_BS: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """`gated_conv` of the halves [u | gate] of one projection, whose gradient needs no joining of two halves.
+
+    The Triton kernels lay y and that gradient out like the projection, with batch or tokens outermost in memory.
+    """
+    return _run((projected_BTE,), weight_DK, halo_BhD, key_document_ids_BS, backend)
+
+
+def _run(
+    projected: tuple[Tensor, ...], weight_DK: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None, backend: str
+) -> Tensor:
+    T, (D, K) = projected[0].shape[1], weight_DK.shape
+    assert sum(x.shape[-1] for x in projected) == 2 * D, ([x.shape for x in projected], D)
     assert halo_BhD is None or halo_BhD.shape[1] == K - 1, (halo_BhD.shape, K)
     inputs = T if halo_BhD is None else K - 1 + T
-    assert key_document_ids_BS is None or key_document_ids_BS.shape[1] == inputs, (key_document_ids_BS.shape, inputs)
-    run = implementation("gated_conv", backend, {"reference": reference.gated_conv})
-    return run(u_BTD, gate_BTD, weight_DK, halo_BhD, key_document_ids_BS)
+    assert ids_BS is None or ids_BS.shape[1] == inputs, (ids_BS.shape, inputs)
+    run = implementation("gated_conv", backend, {"reference": _reference, "triton": _triton})
+    return run(projected, weight_DK, halo_BhD, ids_BS)
+
+
+def _reference(
+    projected: tuple[Tensor, ...], weight_DK: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None
+) -> Tensor:
+    u_BTD, gate_BTD = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    return reference.gated_conv(u_BTD, gate_BTD, weight_DK, halo_BhD, ids_BS)
+
+
+def _triton(projected: tuple[Tensor, ...], weight_DK: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None) -> Tensor:
+    if projected[0].dtype == torch.float64:
+        return _reference(projected, weight_DK, halo_BhD, ids_BS)
+    from based_megatron.kernels.gated_conv import triton_conv  # Triton is there on machines with a GPU only.
+
+    return triton_conv.gated_conv(projected, weight_DK, halo_BhD, ids_BS)

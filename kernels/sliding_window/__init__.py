@@ -6,6 +6,7 @@ halo that a context-parallel rank received, or a decoding cache. Rotary embeddin
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
@@ -27,6 +28,7 @@ def sliding_window_attention(
 
     Args:
         q_BTHV, k_BSHV, v_BSHV: fp64, fp32 or bf16; S >= T. Scores are scaled by V**-0.5; the softmax is fp32 or wider.
+            fp64 runs in the reference whatever the backend.
         window_left: previous keys of a query; half of the released models' `window_size`.
         key_document_ids_BS: document of each key; the queries' are the last T. A query sees only its own document, and
             never an id of -1: a key that does not exist, left of the sequence start. None: all exist, one document.
@@ -35,7 +37,8 @@ def sliding_window_attention(
     Returns: o_BTHV in the dtype of q; gradients flow to q, k and v.
     """
     _check_shapes(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
-    run = implementation("sliding_window_attention", backend, {"reference": reference.sliding_window_attention})
+    built = {"reference": reference.sliding_window_attention, "triton": _triton_window}
+    run = implementation("sliding_window_attention", backend, built)
     return run(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
 
 
@@ -55,6 +58,16 @@ def full_attention(
     _check_shapes(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
     run = implementation("full_attention", backend, {"reference": reference.full_attention})
     return run(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
+
+
+def _triton_window(
+    q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, window_left: int, key_document_ids_BS: Tensor | None
+) -> Tensor:
+    if q_BTHV.dtype == torch.float64:
+        return reference.sliding_window_attention(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
+    from based_megatron.kernels.sliding_window import triton_window  # Triton is there on machines with a GPU only.
+
+    return triton_window.sliding_window_attention(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
 
 
 def _check_shapes(q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> None:

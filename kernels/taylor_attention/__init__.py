@@ -9,6 +9,8 @@ consecutive pieces of one document add up.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
@@ -54,10 +56,10 @@ def taylor_attention(
         state_shape,
     )
     assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
-    run = implementation("taylor_attention", backend, {"reference": reference.taylor_attention})
-    o_BTHV, final_state_BHRV = run(
-        q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, chunk_tokens or _chunk_tokens(v_BTHV)
+    run = implementation(
+        "taylor_attention", backend, {"reference": reference.taylor_attention, "triton": _triton_attention}
     )
+    o_BTHV, final_state_BHRV = run(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, chunk_tokens)
     return o_BTHV, final_state_BHRV if return_final_state else None
 
 
@@ -76,8 +78,8 @@ def segment_state(
     """
     T = k_BTHF.shape[1]
     assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
-    run = implementation("segment_state", backend, {"reference": reference.segment_state})
-    return run(k_BTHF, v_BTHV, document_ids_BT, chunk_tokens or _chunk_tokens(v_BTHV))
+    run = implementation("segment_state", backend, {"reference": reference.segment_state, "triton": _triton_state})
+    return run(k_BTHF, v_BTHV, document_ids_BT, chunk_tokens)
 
 
 def recurrent_step(
@@ -91,5 +93,14 @@ def recurrent_step(
     return run(q_BHF, k_BHF, v_BHV, state_BHRV)
 
 
-def _chunk_tokens(x: Tensor) -> int:
-    return 256 if x.is_cuda else 128
+def _triton_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    # Imported on first use: a machine without Triton runs the reference.
+    from based_megatron.kernels.taylor_attention import triton_attention
+
+    return triton_attention.taylor_attention(*args)
+
+
+def _triton_state(*args: Any) -> Tensor:
+    from based_megatron.kernels.taylor_attention import triton_attention
+
+    return triton_attention.segment_state(*args)

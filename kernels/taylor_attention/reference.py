@@ -193,13 +193,18 @@ def _one_document(x_BTHX: Tensor) -> Tensor:
     return torch.zeros(1, x_BTHX.shape[1], dtype=torch.int32, device=x_BTHX.device)
 
 
+def _chunk_tokens(x: Tensor) -> int:
+    """A GPU wants fewer, larger steps."""
+    return 256 if x.is_cuda else 128
+
+
 def taylor_attention(
     q_BTHF: Tensor,
     k_BTHF: Tensor,
     v_BTHV: Tensor,
     initial_state_BHRE: Tensor | None,
     document_ids_BT: Tensor | None,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and final state; see the package's function of the same name."""
     B, _, H, F = q_BTHF.shape
@@ -210,14 +215,16 @@ def taylor_attention(
     ids_BT = _one_document(q_BTHF) if document_ids_BT is None else document_ids_BT
     # Autocast would round the sums over thousands of tokens to bf16.
     with torch.autocast(q_BTHF.device.type, enabled=False):
-        return TaylorAttention.apply(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRE.to(dtype), ids_BT, chunk_tokens)
+        return TaylorAttention.apply(
+            q_BTHF, k_BTHF, v_BTHV, initial_state_BHRE.to(dtype), ids_BT, chunk_tokens or _chunk_tokens(v_BTHV)
+        )
 
 
-def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, document_ids_BT: Tensor | None, chunk_tokens: int) -> Tensor:
+def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, document_ids_BT: Tensor | None, chunk_tokens: int | None) -> Tensor:
     """Moments of the last document; see the package's function of the same name."""
     ids_BT = _one_document(k_BTHF) if document_ids_BT is None else document_ids_BT
     with torch.autocast(k_BTHF.device.type, enabled=False):
-        return SegmentState.apply(k_BTHF, v_BTHV, ids_BT, chunk_tokens)
+        return SegmentState.apply(k_BTHF, v_BTHV, ids_BT, chunk_tokens or _chunk_tokens(v_BTHV))
 
 
 def recurrent_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRE: Tensor) -> tuple[Tensor, Tensor]:

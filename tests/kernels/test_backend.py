@@ -1,4 +1,4 @@
-"""The choice of kernels: auto takes what is built, and a refusal names the key."""
+"""The choice of kernels: auto takes what is built for the device, and a refusal names the key."""
 
 import pytest
 import torch
@@ -7,13 +7,35 @@ from based_megatron.errors import ConfigError
 from based_megatron.kernels.backend import resolve_backend
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("requested", ["auto", "reference"])
-def test_auto_takes_the_reference_while_nothing_else_is_built(requested: str, device: str) -> None:
-    assert resolve_backend(requested, torch.device(device)) == "reference"
+@pytest.mark.parametrize(
+    ("requested", "device", "backend"),
+    [
+        ("auto", "cpu", "reference"),
+        ("auto", "cuda", "triton"),
+        ("reference", "cuda", "reference"),
+        ("triton", "cuda", "triton"),
+    ],
+)
+def test_auto_is_triton_on_a_gpu_and_reference_elsewhere(requested: str, device: str, backend: str) -> None:
+    assert resolve_backend(requested, torch.device(device)) == backend
 
 
-@pytest.mark.parametrize("requested", ["triton", "cutlass"])
-def test_a_refusal_names_the_value_and_the_key(requested: str) -> None:
-    with pytest.raises(ConfigError, match=rf"train\.backend is .*{requested}"):
-        resolve_backend(requested, torch.device("cpu"))
+def test_a_cpu_only_interprets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("triton", torch.device("cpu")) == "triton"
+    assert resolve_backend("auto", torch.device("cpu")) == "reference"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match=r"train\.backend is triton on device cpu.*train\.backend"):
+        resolve_backend("triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("requested", ["auto", "triton"])
+def test_a_gpu_without_triton_is_told_so(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"train\.backend is {requested}.*not installed"):
+        resolve_backend(requested, torch.device("cuda"))
+
+
+def test_a_refusal_names_the_value_and_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"train\.backend is .*cutlass"):
+        resolve_backend("cutlass", torch.device("cpu"))

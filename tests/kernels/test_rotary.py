@@ -92,3 +92,34 @@ def test_an_odd_rotated_part_turns_one_dim_more_at_its_own_frequencies() -> None
 def test_a_part_longer_than_the_head_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.rotary_fraction 1\.0 rotates 6 of 5"):
         rotary_tables(torch.arange(2), 5, 1.0, 10000.0)
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize(("head_dim", "fraction"), [(8, 1.0), (16, 0.5), (70, 0.5), (24, 0.0)])
+def test_the_kernel_turns_as_the_reference_does(head_dim: int, fraction: float, per_row: bool) -> None:
+    """Values and gradients, of heads inside a fused projection, whose order in memory is kept."""
+    torch.manual_seed(0)
+    fused = torch.randn(11, 2, 3 * 3 * head_dim, device=DEVICE, requires_grad=True)
+    x = fused.chunk(3, dim=-1)[1].transpose(0, 1).unflatten(-1, (3, head_dim))
+    positions = torch.arange(5, 16, device=DEVICE)
+    tables = rotary_tables(torch.stack([positions, positions + 100]) if per_row else positions, head_dim, fraction, 1e4)
+    got, want = apply_rotary(x, *tables, backend="triton"), apply_rotary(x, *tables)
+    cotangent = torch.randn(want.shape, device=DEVICE)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, fused, cotangent)[0] for y in (got, want)), rtol=1e-6, atol=1e-6
+    )
+    assert fraction == 0 or got.transpose(0, 1).is_contiguous()
+
+
+def test_the_kernel_rounds_bf16_once() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 70, 1, 112, device=DEVICE).bfloat16()
+    tables = rotary_tables(torch.arange(70, device=DEVICE), 112, 1.0, 1e4)
+    got, want = apply_rotary(x, *tables, backend="triton"), apply_rotary(x.float(), *tables)
+    assert got.dtype == torch.bfloat16
+    step = 2**-8 if DEVICE.type == "cuda" else 2**-7  # Triton's interpreter cuts off where a GPU rounds
+    assert ((got.float() - want).abs() <= want.abs() * step).all()

@@ -51,7 +51,7 @@ def loss_and_logits(dtype: torch.dtype) -> dict[str, Any]:
     (tokens, labels), plan = some_tokens(topology), whole_plan(topology)
     seen: list[torch.dtype] = []
     for layer in model.layers.values():
-        layer.register_forward_hook(lambda module, args, output: seen.extend([args[0].dtype, output.dtype]))
+        layer.register_forward_hook(lambda module, args, output: seen.extend([args[0].dtype, output[0].dtype]))
     with torch.no_grad():
         loss, logits = model(tokens, plan, labels), model(tokens, plan)
     expected = functional.cross_entropy(logits.permute(1, 2, 0).to(loss.dtype), labels, reduction="none")
@@ -65,11 +65,12 @@ def loss_and_logits(dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_loss_is_the_cross_entropy_of_the_logits(worker_pool, dtype):
-    """In fp32: Megatron's is, whatever it is given. The residual of every layer is fp32 or wider."""
+    """In fp32 or wider, and so is the residual of every layer."""
     (found,) = worker_pool(1).run(loss_and_logits, dtype)
     assert found["error"] < 1e-5
-    assert found["loss"] == ((3, 24), torch.float32) and found["logits"] == ((24, 3, 91), dtype)
-    assert found["residual"] == {torch.promote_types(dtype, torch.float32)}
+    wide = torch.promote_types(dtype, torch.float32)
+    assert found["loss"] == ((3, 24), wide) and found["logits"] == ((24, 3, 91), dtype)
+    assert found["residual"] == {wide}
 
 
 def poisoned_padding() -> dict[str, Any]:

@@ -11,6 +11,10 @@ from based_megatron.model.mlp import SwiGLU
 from support.cases import each
 
 
+def add(residual: Tensor, update: Tensor) -> Tensor:
+    return residual + update
+
+
 def swiglu_error() -> tuple[float, float]:
     """(error of fc2(value * silu(gate)), difference to the other order)."""
     topology = topology_of()
@@ -43,14 +47,19 @@ def residual_of_a_bf16_block() -> tuple[torch.dtype, bool, Tensor, Tensor]:
     """(dtype out, whether a block of zero outputs changes nothing, mixer's input dtype, out - in - parts)."""
     block, inputs = block_of("c", torch.bfloat16)
     residual = 1 + torch.arange(24 * 32, dtype=torch.float32).reshape(24, 1, 32) * 2**-20
-    output = block(residual, inputs)
-    mixed = block.mixer(block.mixer_norm(residual), inputs=inputs)[0]
+    output = add(*block(residual, None, inputs))
+    mixed = block.mixer(block.mixer_norm(residual)[1], inputs=inputs)[0]
     middle = residual + mixed
-    expected = middle + block.mlp(block.mlp_norm(middle))
+    expected = middle + block.mlp(block.mlp_norm(middle)[1])
     for layer in (block.mixer.out_proj, block.mlp.fc2):
         for parameter in layer.parameters():
             parameter.data.zero_()
-    return output.dtype, bool(torch.equal(block(residual, inputs), residual)), output.detach(), expected.detach()
+    return (
+        output.dtype,
+        bool(torch.equal(add(*block(residual, None, inputs)), residual)),
+        output.detach(),
+        expected.detach(),
+    )
 
 
 def test_the_residual_stays_in_fp32(worker_pool):
@@ -68,7 +77,7 @@ def calls_of(recompute: str, gradients: bool) -> tuple[int, int]:
         module = getattr(block, name)
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     with torch.set_grad_enabled(gradients):
-        output = block(torch.randn(24, 1, 32, dtype=torch.float64, requires_grad=True), inputs)
+        output = add(*block(torch.randn(24, 1, 32, dtype=torch.float64, requires_grad=True), None, inputs))
     if gradients:
         output.sum().backward()
     return calls["mixer"], calls["mlp"]
@@ -80,3 +89,21 @@ CALLS = {("none", True): (1, 1), ("mixer", True): (2, 1), ("full", True): (2, 2)
 def test_what_is_asked_for_is_recomputed(worker_pool):
     """And nothing is without gradients."""
     assert worker_pool(1).run(each, calls_of, list(CALLS)) == [CALLS]
+
+
+def errors_of_a_pending_update(recompute: str) -> list[float]:
+    """Differences between a block that adds an update first, and one that gets the sum: outputs and gradients."""
+    block, inputs = block_of("c", torch.float64, recompute)
+    residual, update = (torch.randn(24, 1, 32, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    output = add(*block(residual, update, inputs))
+    output.square().sum().backward()
+    whole = (residual + update).detach().requires_grad_()
+    expected = add(*block(whole, None, inputs))
+    expected.square().sum().backward()
+    pairs = [(output, expected), (residual.grad, whole.grad), (update.grad, whole.grad)]
+    return [float((found - wanted).abs().max()) for found, wanted in pairs]
+
+
+def test_what_the_layer_before_adds_comes_first(worker_pool):
+    found = worker_pool(1).run(each, errors_of_a_pending_update, ["none", "mixer", "full"])[0]
+    assert all(error < 1e-12 for errors in found.values() for error in errors)

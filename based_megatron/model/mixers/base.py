@@ -1,14 +1,16 @@
 """What all mixers share: Megatron's `self_attention` slot, and projections cut over the tensor parallel ranks.
 
 Legend: L tokens of this rank's slice, N tokens of a halo in front of it, B sequences, D hidden size, H heads of this tensor
-parallel rank, F feature dim, V value head dim.
+parallel rank, F feature dim, V value head dim. Decoding keeps sequences apart: [B, L, D], and [B, D] for one token.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from based_megatron.errors import ConfigError
 from based_megatron.model.config import BasedConfig
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import ColumnParallelLinear, MegatronModule, RowParallelLinear
@@ -30,6 +32,18 @@ class MixerInputs:
     plan: SequencePlan
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin of this slice's positions, [L, R] each; None where no layer of the model chunk rotates."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where new tokens of decoded sequences stand, made once for all layers."""
+
+    position_B: Tensor
+    """Tokens that the states have absorbed, int64 on the device; rows may differ."""
+    rotary: tuple[Tensor, Tensor] | None
+    """cos and sin of the new positions: [L, R] or [B, L, R] for a prompt, [B, R] for one token; None if no layer rotates."""
+    is_start: bool
+    """Nothing was absorbed yet, in any row: the states are empty and need not be read."""
 
 
 class Mixer(MegatronModule):
@@ -62,6 +76,25 @@ class Mixer(MegatronModule):
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         """x: [L, B, D] normed, cut over tensor parallel ranks under sequence parallelism -> (the mix, alike; no loose bias)."""
         raise NotImplementedError
+
+    def zero_state(self, batch: int, device: torch.device) -> Any:
+        """Buffers of what `batch` sequences leave behind for their next token. Raises ConfigError if there is no such form."""
+        raise ConfigError(
+            f"{type(self).__name__} has no state of constant size to decode with: change model.layer_pattern"
+        )
+
+    def prefill(self, x: Tensor, state: Any, where: Continuation) -> Tensor:
+        """A piece of each prompt, [B, L, D] normed -> the mix, alike; continues from the state and updates it in place."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: Any, where: Continuation) -> Tensor:
+        """One token of each sequence, [B, D] normed -> the mix, alike; updates the state in place, never waits for the host."""
+        raise NotImplementedError
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., H * V] -> a view [..., H, V]."""
+    return x.unflatten(-1, (heads, -1))
 
 
 def heads_first_batch(x: Tensor, heads: int) -> Tensor:

@@ -2,10 +2,19 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from based_megatron.kernels.decode import TaylorState, taylor_step
 from based_megatron.kernels.taylor_attention import segment_state, taylor_attention
-from based_megatron.model.mixers.base import Mixer, MixerInputs, heads_first_batch, merge_heads
+from based_megatron.model.mixers.base import (
+    Continuation,
+    Mixer,
+    MixerInputs,
+    heads_first_batch,
+    merge_heads,
+    split_heads,
+)
 from based_megatron.parallel.sequence.exchange import exclusive_prefix
 
 
@@ -28,3 +37,32 @@ class TaylorLinearAttention(Mixer):
             q, k, v, initial_state_BHRV=carried, document_ids_BT=ids, backend=self.config.backend
         )
         return self.out_proj(merge_heads(mixed))[0], None
+
+    def zero_state(self, batch: int, device: torch.device) -> TaylorState:
+        return TaylorState.zeros(
+            batch,
+            self.heads,
+            self.config.model.feature_dim,
+            self.head_dim,
+            dtype=self.config.residual_dtype,
+            device=device,
+        )
+
+    def prefill(self, x: Tensor, state: TaylorState, where: Continuation) -> Tensor:
+        mixed, final = taylor_attention(
+            *self._qkv(x),
+            initial_state_BHRV=None if where.is_start else state.joined(),
+            return_final_state=True,
+            backend=self.config.backend,
+        )
+        assert final is not None
+        state.set_joined(final)
+        return self.out_proj(mixed.flatten(-2))[0]
+
+    def step(self, x: Tensor, state: TaylorState, where: Continuation) -> Tensor:
+        mixed = taylor_step(*self._qkv(x), state, backend=self.config.backend)
+        return self.out_proj(mixed.flatten(-2))[0]
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
+        return q, k, v

@@ -1,0 +1,71 @@
+"""The command `based bench`."""
+
+import importlib
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from based_megatron.bench.report import Row, facts_of, summary, write_report
+from based_megatron.bench.timing import Bench
+from based_megatron.errors import ConfigError
+from based_megatron.kernels.backend import resolve_backend
+from based_megatron.model.build import DTYPES
+from based_megatron.parallel.topology import pick_device
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Check kernels against fp64 and time them beside their peers, in one run. Writes WHAT.md, WHAT.json and WHAT.png."""
+
+    what: Annotated[
+        Literal["kernels", "prefill", "decode", "train"], tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")
+    ]
+    """kernels: every kernel and its gradients. prefill, decode, train: whole models."""
+    output: Path = Path("runs/bench")
+    """Folder of the results."""
+    only: str = ""
+    """Run only the cases whose name has this text in it."""
+    quick: bool = False
+    """Tiny sizes, that a CPU can run: shows that everything works, not how fast it is."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run: auto takes a GPU if there is one."""
+    backend: Literal["auto", "reference", "triton"] = "auto"
+    """Kernels of ours to time: auto takes triton on a GPU, else the PyTorch references."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of activations and weights."""
+    seed: int = 0
+    """Seed of the random inputs."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, run, write; returns 1 if a check failed. A target that is missed is only shown."""
+    argv = list(argv)
+    config = tyro.cli(BenchConfig, args=argv, prog="based bench")
+    device = pick_device(config.device, 0)
+    torch.manual_seed(config.seed)
+    bench = Bench(device, DTYPES[config.precision], resolve_backend(config.backend, device), config.quick, config.seed)
+    cases = importlib.import_module(f"based_megatron.bench.{config.what}").cases(bench)
+    chosen = [case for case in cases if config.only in case.name]
+    if not chosen:
+        names = "; ".join(case.name for case in cases)
+        raise ConfigError(f"--only {config.only!r} is in no case of `based bench {config.what}`: {names}")
+    rows: list[Row] = []
+    for case in chosen:
+        for row in case.rows():
+            rows.append(row)
+            print(summary(row), flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    command = shlex.join(["based", "bench", *argv])
+    for path in write_report(rows, facts_of(bench, command), config.output, config.what):
+        print(path)
+    failed = [f"{row.work} {row.shape}".strip() for row in rows if not row.passed]
+    if failed:
+        print(f"based bench: failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0

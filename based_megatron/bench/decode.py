@@ -1,0 +1,265 @@
+"""`based bench decode`: one step of each mixer's state, and 1024 generated tokens, beside a transformer of the same size.
+
+Legend: B sequences, L prompt tokens, N new tokens, H heads, F feature dim, V value head dim, W window_left, D channels, K taps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from based_megatron.bench.kernels import Ceilings, measure_ceilings
+from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions
+from based_megatron.bench.report import Case, Check, Row, Target, relative_error
+from based_megatron.bench.timing import Bench
+from based_megatron.inference.engine import Engine
+from based_megatron.kernels.decode import ConvState, TaylorState, WindowState, conv_step, taylor_step, window_step
+from based_megatron.kernels.packing import packed_rows
+from based_megatron.kernels.rotary import rotary_tables
+from based_megatron.model.based_model import BasedModel
+from based_megatron.parallel.topology import Topology
+
+TARGET_OF_FLOOR = 1.4
+"""Times the floor of the device that a step of the Taylor state may take."""
+TARGET_TOKENS_PER_SECOND = 60_000.0
+Ceiling = Callable[[], Ceilings]
+
+
+def cases(bench: Bench) -> list[Case]:
+    """What `based bench decode` runs."""
+    ceilings = functools.cache(lambda: measure_ceilings(bench))
+    return [
+        *(Case(f"taylor step V{V}", functools.partial(taylor_row, bench, ceilings, V)) for V in (64, 112)),
+        Case("window step", lambda: window_row(bench, ceilings)),
+        Case("conv step", lambda: conv_row(bench, ceilings)),
+        Case("generation", lambda: generation_row(bench, ceilings)),
+    ]
+
+
+def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
+    """Every entry of the state is read and written once."""
+    B, H, F = bench.size(128, 2), bench.size(16, 2), 16
+    shape = (B, H, packed_rows(F), V)
+    moved = 2 * 4 * B * H * packed_rows(F) * (V + 1) + 2 * B * H * 2 * (F + V)
+
+    def inputs() -> tuple[Any, ...]:
+        # A normaliser as of many tokens: it is positive.
+        normaliser = 100 * torch.eye(1, shape[2], device=bench.device).expand(B, H, -1).contiguous()
+        state = TaylorState(bench.random(*shape, dtype=torch.float32), normaliser)
+        return bench.random(B, H, F), bench.random(B, H, F), bench.random(B, H, V), state
+
+    row = _step_row(bench, ceilings, "taylor step", f"B{B} H{H} F{F} V{V}", taylor_step, inputs, moved)
+    floor = row.floor
+    return dataclasses.replace(
+        row, target=None if bench.quick or floor is None else Target("at most", TARGET_OF_FLOOR * floor)
+    )
+
+
+def window_row(bench: Bench, ceilings: Ceiling) -> Row:
+    """W keys and values are read, one of each is written."""
+    B, H, V, W = bench.size(128, 2), bench.size(16, 2), bench.size(112, 16), bench.size(128, 8)
+    position_B = torch.full((B,), 1000, device=bench.device)
+    tables = rotary_tables(position_B, V, 1.0, 1e4)
+
+    def inputs() -> tuple[Any, ...]:
+        state = WindowState(bench.random(B, H, W + 1, V), bench.random(B, H, W + 1, V))
+        return *(bench.random(B, H, V) for _ in range(3)), *tables, state, position_B
+
+    return _step_row(
+        bench, ceilings, "window step", f"B{B} H{H} W{W} V{V}", window_step, inputs, 2 * 2 * B * H * V * (W + 3)
+    )
+
+
+def conv_row(bench: Bench, ceilings: Ceiling) -> Row:
+    """K - 1 inputs are read and written."""
+    B, D, K = bench.size(128, 2), bench.size(3584, 64), 3
+
+    def inputs() -> tuple[Any, ...]:
+        state = ConvState(bench.random(B, K - 1, D))
+        return *bench.random(B, 2 * D).chunk(2, dim=-1), bench.random(D, K), state
+
+    return _step_row(bench, ceilings, "conv step", f"B{B} D{D} K{K}", conv_step, inputs, 2 * B * D * (2 * K + 1))
+
+
+def _step_row(
+    bench: Bench,
+    ceilings: Ceiling,
+    name: str,
+    shape: str,
+    step: Callable[..., Tensor],
+    inputs: Callable[[], tuple[Any, ...]],
+    moved: int,
+) -> Row:
+    """Check output and state of one step against fp64 on the inputs, then time it over enough states to miss the cache."""
+    torch.manual_seed(bench.seed)
+    sets = [inputs() for _ in range(bench.copies(moved // 2))]
+    exact = [_in_double(x) for x in sets[0]]
+    expected = step(*exact)
+    found = step(*sets[0], backend=bench.backend)
+    rough = bench.dtype == torch.bfloat16
+    checks = {"o": Check(relative_error(found, expected), 3e-3 if rough else 1e-5)}
+    for got, want in zip(sets[0], exact, strict=True):
+        if dataclasses.is_dataclass(got):
+            for field, x in vars(got).items():
+                limit = 1e-5 if x.dtype == torch.float32 else 3e-3
+                checks[field] = Check(relative_error(x, vars(want)[field]), limit)
+    timing = bench.time([functools.partial(step, *one, backend=bench.backend) for one in sets])
+    floor = ceilings().floor_ms(moved)
+    rates = {"GB/s": moved / timing.ms / 1e6, "x floor": timing.ms / floor}
+    return Row(name, shape, timing.ms, floor=floor, checks=checks, rates=rates)
+
+
+def _in_double(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x
+    return dataclasses.replace(x, **{field: tensor.double() for field, tensor in vars(x).items()})
+
+
+def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
+    """Greedy tokens per second after a short prompt, prefill included."""
+    B, L, N = bench.size(128, 2), bench.size(16, 4), bench.size(1024, 8)
+    with one_rank(bench) as topology:
+        model = based_model(bench, topology)
+        checks = agreement(bench, model, topology, [L, L + 1, 4 * L])
+        loop = Engine(model).loop(B)
+        prompt_BL = torch.randint(0, model.config.model.vocab_size, (B, L), device=bench.device)
+        loop.start(prompt_BL)  # warms up
+        start = _now(bench)
+        loop.start(prompt_BL)
+        loop.run(N)
+        seconds = _now(bench) - start
+        step_ms = bench.time(loop.step, graph=False).ms
+        state_bytes = loop.states.bytes_per_sequence()
+        moved = bytes_of_step(model, B)
+        size = parameters_in_billions(model)
+        del loop, model
+    return Row(
+        "generation",
+        f"{'tiny' if bench.quick else 'based-1b'} B{B}, {N} tokens after {L}",
+        B * N / seconds,
+        "tok/s",
+        target=None if bench.quick else Target("at least", TARGET_TOKENS_PER_SECOND),
+        floor=1e3 * B / ceilings().floor_ms(moved),
+        peers={f"Llama, {kind} cache": transformer(bench, B, L, N, kind) for kind in ("dynamic", "compiled static")},
+        checks=checks,
+        rates={"ms a step": step_ms, "GB a step": moved / 1e9, "MB of state a sequence": state_bytes / 1e6},
+        note=f"{size:.3f} G parameters. Peer: Hugging Face Llama, steps timed at a few lengths and integrated, prefill left out",
+    )
+
+
+def bytes_of_step(model: BasedModel, batch: int) -> float:
+    """What one step must move: weights once, Taylor and convolution states in and out, windows in."""
+    states = model.zero_states(1).layers.values()
+    each = sum(
+        (1 if isinstance(state, WindowState) else 2) * x.nbytes for state in states for x in vars(state).values()
+    )
+    return sum(parameter.nbytes for parameter in model.parameters()) + batch * each
+
+
+def agreement(bench: Bench, model: BasedModel, topology: Topology, prompts: Sequence[int]) -> dict[str, Check]:
+    """Last logits of sequences as long as the longest prompt, prefilled up to each, against the reference ops in fp32.
+
+    The limit in bf16 is what the full forward of the reference ops in bf16 is off by, times 1.5.
+    """
+    L = max(prompts)
+    exact_bench = dataclasses.replace(bench, dtype=torch.float32, backend="reference")
+    exact = based_model(exact_bench, topology)
+    exact.load_state_dict(
+        {name: x.float() for name, x in model.state_dict().items() if torch.is_tensor(x)}, strict=False
+    )
+    tokens_BL = torch.randint(0, model.config.model.vocab_size, (2, L), device=bench.device)
+    expected_BV, _ = Engine(exact).prefill(tokens_BL)
+    del exact
+    limit = 1e-4
+    if bench.dtype == torch.bfloat16:
+        model.config.backend = "reference"
+        rounded_BV, _ = Engine(model).prefill(tokens_BL)
+        model.config.backend = bench.backend
+        limit = 1.5 * relative_error(rounded_BV, expected_BV)
+    engine, checks = Engine(model), {}
+    for prompt in prompts:
+        logits_BV, states = engine.prefill(tokens_BL[:, :prompt])
+        for t in range(prompt, L):
+            logits_BV = engine.decode_step(tokens_BL[:, t], states)
+        checks[f"logits, {prompt} + {L - prompt} tokens (fp32)"] = Check(relative_error(logits_BV, expected_BV), limit)
+    return checks
+
+
+def transformer(bench: Bench, B: int, L: int, N: int, kind: str) -> float | str:
+    """Tokens per second of a Hugging Face Llama's decoding steps, or why there are none."""
+    if kind != "dynamic" and bench.quick:
+        return "not in a quick run"
+    try:
+        with torch.no_grad():
+            steps = _dynamic_steps if kind == "dynamic" else _static_steps
+            return 1e3 * B * N / steps(bench, llama(bench), B, L, N)
+    except ImportError:
+        return "not installed"
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _dynamic_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:
+    """Milliseconds of N steps: the cache grows and so does the time, taken to be linear between a few lengths."""
+    from transformers import DynamicCache
+
+    config, token_B1 = model.config, torch.zeros(B, 1, dtype=torch.int64, device=bench.device)
+    head_dim = config.hidden_size // config.num_attention_heads
+    lengths = [L, L + N // 4, L + N // 2, L + N]
+    times = []
+    for length in lengths:
+        cache = DynamicCache()
+        for layer in range(config.num_hidden_layers):
+            shape = (B, config.num_key_value_heads, length, head_dim)
+            cache.update(bench.random(*shape), bench.random(*shape), layer)
+
+        def step(cache: Any = cache) -> None:
+            logits = model(input_ids=token_B1, past_key_values=cache, use_cache=True).logits
+            token_B1.copy_(logits[:, -1:].argmax(-1))
+
+        times.append(_median_ms(bench, step, 5))
+        del cache, step
+    places = list(zip(lengths, times, strict=True))
+    return sum((after - before) * (t0 + t1) / 2 for (before, t0), (after, t1) in pairwise(places))
+
+
+def _static_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:
+    """Milliseconds of N steps: each attends to the whole cache, whatever is in it, and takes the same time."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=L + N)
+    model(input_ids=torch.zeros(B, L, dtype=torch.int64, device=bench.device), past_key_values=cache, use_cache=True)
+    token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=bench.device)
+    forward = torch.compile(model.forward, mode="reduce-overhead")
+
+    def step() -> None:
+        logits = forward(input_ids=token_B1, past_key_values=cache, use_cache=True).logits
+        token_B1.copy_(logits[:, -1:].argmax(-1))
+
+    for _ in range(3):
+        step()
+    return N * _median_ms(bench, step, 15)
+
+
+def _median_ms(bench: Bench, step: Callable[[], None], repeats: int) -> float:
+    step()
+    times = []
+    for _ in range(repeats):
+        start = _now(bench)
+        step()
+        times.append(1e3 * (_now(bench) - start))
+    return sorted(times)[repeats // 2]
+
+
+def _now(bench: Bench) -> float:
+    """Seconds, when all work so far is done."""
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

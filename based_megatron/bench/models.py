@@ -1,0 +1,94 @@
+"""The models that are benchmarked: ours on one rank, and the transformer that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from based_megatron.bench.timing import Bench
+from based_megatron.config import ModelConfig, ParallelConfig
+from based_megatron.config.load import load_config
+from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.model.based_model import BasedModel
+from based_megatron.model.config import based_config
+from based_megatron.parallel.stages import split_layers
+from based_megatron.parallel.topology import Topology, build_topology
+
+LLAMA = {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "vocab_size": 50304,
+}
+"""1,420,397,568 parameters, embeddings not tied: the transformer that Based-1B is usually set beside."""
+TINY_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+
+
+def model_config(bench: Bench, preset: str = "based-1b") -> ModelConfig:
+    """Sizes of a preset; those of `tiny`, with every mixer, in a quick run."""
+    return load_config("tiny" if bench.quick else preset).model
+
+
+@contextmanager
+def one_rank(bench: Bench) -> Iterator[Topology]:
+    """The layout of a single process; joins a process group of its own if there is none."""
+    joined = dist.is_initialized()
+    if not joined:
+        backend = "nccl" if bench.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield build_topology(ParallelConfig(), bench.device)
+    finally:
+        if not joined:
+            dist.destroy_process_group()
+
+
+def based_model(bench: Bench, topology: Topology, preset: str = "based-1b") -> BasedModel:
+    """A Based model with random weights on the device: those of training up to the generator that drew them."""
+    model = model_config(bench, preset)
+    shared = based_config(model, ParallelConfig(), dtype=bench.dtype, backend=bench.backend, recompute="none")
+    (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)
+    built = BasedModel(shared, stage, topology.process_groups).to(bench.device)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.copy_(bench.random(*parameter.shape, scale=0.3 if "conv_weight" in name else model.init_std))
+    return built
+
+
+def with_backend(model: BasedModel, backend: str) -> BasedModel:
+    """The same model, from now on with other kernels."""
+    model.config.backend = backend
+    return model
+
+
+def llama(bench: Bench, **changes: Any) -> Any:
+    """A Hugging Face Llama of 1.42 G parameters with random weights on the device. Raises ImportError without transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = TINY_LLAMA if bench.quick else LLAMA
+    config = LlamaConfig(**{**sizes, "max_position_embeddings": 8192, "tie_word_embeddings": False, **changes})
+    config._attn_implementation = "sdpa"
+    with torch.device(bench.device):
+        built: Any = LlamaForCausalLM(config)
+    return built.to(bench.dtype)
+
+
+def parameters_in_billions(model: torch.nn.Module) -> float:
+    """Size of a model, shared parameters once."""
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e9

@@ -1,0 +1,132 @@
+"""`based bench train`: forward and backward of a micro batch on one device, beside a transformer of the same size.
+
+Legend: B sequences, L tokens of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from based_megatron.bench.models import (
+    based_model,
+    llama,
+    model_config,
+    one_rank,
+    parameters_in_billions,
+    with_backend,
+)
+from based_megatron.bench.report import Case, Check, Row, Target, relative_error
+from based_megatron.bench.timing import Bench
+from based_megatron.model.based_model import BasedModel
+from based_megatron.monitor.flops import peak_flops, training_flops_per_token
+from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.topology import Topology
+
+TARGET_TOKENS_PER_SECOND = 60_000.0
+GIB = 2**30
+
+
+def cases(bench: Bench) -> list[Case]:
+    """What `based bench train` runs."""
+    return [Case("training step, forward + backward", lambda: training_step(bench))]
+
+
+def training_step(bench: Bench) -> Row:
+    """Tokens per second of forward + backward, without the optimizer and without communication."""
+    B, L = bench.size(8, 1), bench.size(2048, 16)
+    with one_rank(bench) as topology:
+        model = based_model(bench, topology)
+        checks = agreement(bench, model, topology)
+        tokens_per_second, peak_gib = measure(bench, model, step_of(bench, model, topology, B, L), B * L)
+        size = parameters_in_billions(model)
+        del model
+    rates = {"GiB peak": peak_gib} if peak_gib else {}
+    peak = peak_flops(torch.cuda.get_device_name(bench.device)) if bench.device.type == "cuda" else None
+    if peak:
+        rates["% MFU"] = 100 * tokens_per_second * training_flops_per_token(model_config(bench), L) / peak
+    return Row(
+        "training step, forward + backward",
+        f"{'tiny' if bench.quick else 'based-1b'} B{B} T{L}",
+        tokens_per_second,
+        "tok/s",
+        target=None if bench.quick else Target("at least", TARGET_TOKENS_PER_SECOND),
+        peers={
+            f"Llama{' compiled' if compiled else ''}": transformer(bench, B, L, compiled) for compiled in (False, True)
+        },
+        checks=checks,
+        rates=rates,
+        note=f"{size:.3f} G parameters; peer: Hugging Face Llama, SDPA"
+        + ("" if bench.quick else ", 1.420 G parameters"),
+    )
+
+
+def step_of(bench: Bench, model: BasedModel, topology: Topology, B: int, L: int) -> Callable[[], Tensor]:
+    """A call that runs forward and backward on random tokens, one document a sequence, and returns the mean loss."""
+    tokens_BL = torch.randint(0, model.config.model.vocab_size, (B, L + 1), device=bench.device)
+    plan = SequencePlan.build(None, L, topology.context, topology.device)
+    inputs_BL, labels_BL = tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous()
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = model(inputs_BL, plan, labels_BL).mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def agreement(bench: Bench, model: BasedModel, topology: Topology) -> dict[str, Check]:
+    """Loss and gradients of a small batch against the reference backend in the same dtype."""
+    torch.manual_seed(bench.seed)
+    step = step_of(bench, model, topology, 1, bench.size(512, 16))
+    names = {"embedding.weight", "layers.0.mlp.fc1.weight", "layers.1.mixer.qkv.weight", "final_norm.weight"}
+    watched = {f"d {name}": parameter for name, parameter in model.named_parameters() if name in names}
+
+    def outcome(backend: str) -> dict[str, Tensor]:
+        with_backend(model, backend)
+        return {"loss": step(), **{name: parameter.grad.float() for name, parameter in watched.items()}}
+
+    expected, found = outcome("reference"), outcome(bench.backend)
+    # Two bf16 computations of 36 layers, each rounding at every layer, differ by a few units of the last place.
+    rough = bench.dtype == torch.bfloat16
+    limits = {"loss": 1e-3 if rough else 1e-5}
+    return {
+        f"{name} (reference backend)": Check(
+            relative_error(found[name], expected[name]), limits.get(name, 0.05 if rough else 1e-4)
+        )
+        for name in expected
+    }
+
+
+def transformer(bench: Bench, B: int, L: int, compiled: bool) -> float | str:
+    """Tokens per second of the same step of a Hugging Face Llama, or why there are none."""
+    if compiled and bench.quick:
+        return "not in a quick run"
+    try:
+        model = llama(bench)
+        forward = torch.compile(model) if compiled else model
+        tokens_BL = torch.randint(0, model.config.vocab_size, (B, L), device=bench.device)
+
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            forward(input_ids=tokens_BL, labels=tokens_BL, use_cache=False).loss.backward()
+
+        return measure(bench, model, step, B * L)[0]
+    except ImportError:
+        return "not installed"
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def measure(bench: Bench, model: nn.Module, step: Callable[[], object], tokens: int) -> tuple[float, float]:
+    """(tokens per second, GiB at the peak or 0 on a CPU)."""
+    on_gpu = bench.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    timing = bench.time(step, graph=False, budget_ms=4000.0)
+    model.zero_grad(set_to_none=True)
+    return 1e3 * tokens / timing.ms, torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0

@@ -1,0 +1,115 @@
+"""Prefill and decoding of the training model on one device, with states of constant size.
+
+Legend: B sequences, L prompt tokens, N new tokens, V vocabulary rows.
+"""
+
+import torch
+from torch import Tensor
+
+from based_megatron.errors import ConfigError
+from based_megatron.model.based_model import BasedModel
+from based_megatron.model.states import ModelStates
+
+
+class Engine:
+    """Continues batches of prompts of one length."""
+
+    def __init__(self, model: BasedModel, piece_tokens: int | None = None) -> None:
+        """piece_tokens: most tokens of a prompt that are computed at once, so that memory does not grow with prompts.
+
+        Raises ConfigError for a model that is cut over ranks, and for one with full attention, which has no such state.
+        """
+        if model.group.size() > 1 or not (model.pre_process and model.post_process):
+            raise ConfigError(
+                "decoding needs the whole model on one rank: set parallel.tensor=1 and parallel.pipeline=1"
+            )
+        if piece_tokens is not None and piece_tokens < 1:
+            raise ConfigError(f"piece_tokens is {piece_tokens}: a prompt is computed in pieces of at least one token")
+        model.zero_states(0)
+        self.model, self.piece_tokens = model, piece_tokens
+        self._last_loop: GreedyLoop | None = None
+
+    @torch.no_grad()
+    def prefill(self, tokens_BL: Tensor, states: ModelStates | None = None) -> tuple[Tensor, ModelStates]:
+        """Append the prompts to the sequences of `states`, which is updated in place; None starts new sequences.
+
+        Returns: logits [B, V] of the last token, and the states.
+        """
+        if tokens_BL.shape[1] == 0:
+            raise ConfigError("a prompt is empty: decoding starts from at least one token")
+        states = self.model.zero_states(len(tokens_BL)) if states is None else states
+        for piece_BL in tokens_BL.split(self.piece_tokens or tokens_BL.shape[1], dim=1):
+            logits_BV = self.model.decode(piece_BL, states)
+        return logits_BV, states
+
+    @torch.no_grad()
+    def decode_step(self, token_B: Tensor, states: ModelStates) -> Tensor:
+        """Append one token to each sequence. Returns its logits [B, V]; the states are updated in place."""
+        return self.model.decode(token_B, states)
+
+    def generate(self, prompt_BL: Tensor, new_tokens: int) -> Tensor:
+        """The most likely next token, N times: [B, N]."""
+        loop = self.loop(len(prompt_BL))
+        loop.start(prompt_BL)
+        return loop.run(new_tokens)
+
+    def loop(self, batch: int) -> "GreedyLoop":
+        """The decoding loop of a batch size; the last one is kept, with its states and graph."""
+        if self._last_loop is None or self._last_loop.batch != batch:
+            self._last_loop = None
+            self._last_loop = GreedyLoop(self, batch)
+        return self._last_loop
+
+
+class GreedyLoop:
+    """Greedy decoding of one batch size over buffers that stay; on a GPU a step is one replay of a CUDA graph."""
+
+    def __init__(self, engine: Engine, batch: int) -> None:
+        self.engine, self.batch = engine, batch
+        self.states = engine.model.zero_states(batch)
+        self.token_B = torch.zeros_like(self.states.position_B)
+        """The newest token of each sequence, not yet absorbed."""
+        self._graph = self._capture() if self.token_B.is_cuda else None
+
+    def start(self, prompt_BL: Tensor) -> None:
+        """Begin new sequences and choose their first token."""
+        self.states.restart()
+        self._choose(self.engine.prefill(prompt_BL, self.states)[0])
+
+    def run(self, tokens: int) -> Tensor:
+        """The newest token and the `tokens` - 1 that follow it, [B, tokens]. Does not wait for the device."""
+        found_BN = self.token_B.new_empty(self.batch, tokens)
+        for i in range(tokens):
+            if i:
+                self.step()
+            found_BN[:, i] = self.token_B
+        return found_BN
+
+    def step(self) -> None:
+        """Absorb the newest token and choose the next."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self._choose(self.engine.decode_step(self.token_B, self.states))
+
+    def _choose(self, logits_BV: Tensor) -> None:
+        # Rows that only round the vocabulary up are no tokens.
+        self.token_B.copy_(logits_BV[:, : self.engine.model.config.model.vocab_size].argmax(-1))
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record one step; what the warm-up leaves in the states is cleared by `start`."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Threads of a process group may look at the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        return graph

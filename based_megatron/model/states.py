@@ -1,0 +1,41 @@
+"""What a batch of sequences leaves behind for its next token, over all layers."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class ModelStates:
+    """States of all layers and the place in each sequence. Buffers are updated in place and never move."""
+
+    layers: Mapping[str, Any]
+    """State of each mixer, by the layer's name in the model."""
+    position_B: Tensor
+    """Tokens absorbed so far, int64."""
+    is_start: bool = True
+    """Nothing is absorbed yet, in any row."""
+
+    def restart(self) -> None:
+        """Forget all sequences."""
+        for x in self._tensors():
+            x.zero_()
+        self.is_start = True
+
+    def clone(self) -> "ModelStates":
+        """A copy with its own buffers: one prompt, several continuations."""
+        layers = {
+            name: dataclasses.replace(state, **{key: tensor.clone() for key, tensor in vars(state).items()})
+            for name, state in self.layers.items()
+        }
+        return ModelStates(layers, self.position_B.clone(), self.is_start)
+
+    def bytes_per_sequence(self) -> int:
+        """Memory that one sequence needs, whatever its length."""
+        return sum(x.nbytes for x in self._tensors()) // len(self.position_B)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.position_B, *(x for state in self.layers.values() for x in vars(state).values())]

@@ -1,0 +1,57 @@
+"""Steps of one token in plain PyTorch: any device and dtype, fp32 (fp64 for fp64 inputs) where the kernels are.
+
+Legend: B batch, H heads, F feature dim, R packed rows, V value head dim, W window_left, P rotated pairs, D channels, K taps,
+h = K - 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from based_megatron.kernels.decode.states import ConvState, TaylorState, WindowState
+from based_megatron.kernels.packing import PackedLayout
+from based_megatron.kernels.rotary import apply_rotary
+
+
+def taylor_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState) -> Tensor:
+    """Absorb (k, v), then attend with q; see the package's function of the same name."""
+    moments_BHRV, normaliser_BHR = state.moments_BHRV, state.normaliser_BHR
+    dtype = moments_BHRV.dtype
+    layout = PackedLayout.build(q_BHF.shape[-1], q_BHF.device, dtype)
+    k_BHR = layout.features(k_BHF.to(dtype))
+    normaliser_BHR += k_BHR
+    moments_BHRV += k_BHR.unsqueeze(-1) * v_BHV.to(dtype).unsqueeze(-2)
+    q_BHR = layout.features(q_BHF.to(dtype)) * layout.weights
+    numerator_BHV = (q_BHR.unsqueeze(-2) @ moments_BHRV).squeeze(-2)
+    return (numerator_BHV / (q_BHR * normaliser_BHR).sum(-1, keepdim=True)).to(v_BHV.dtype)
+
+
+def window_step(
+    q_BHV: Tensor, k_BHV: Tensor, v_BHV: Tensor, cos_BP: Tensor, sin_BP: Tensor, state: WindowState, position_B: Tensor
+) -> Tensor:
+    """Rotate, store the key and value, attend; see the package's function of the same name."""
+    dtype = torch.promote_types(q_BHV.dtype, torch.float32)
+    tables = cos_BP.unsqueeze(1), sin_BP.unsqueeze(1)
+    q_BHV, k_BHV = (apply_rotary(x.unsqueeze(1), *tables).squeeze(1) for x in (q_BHV, k_BHV))
+    slots = state.window_left + 1
+    index_BHWV = (position_B % slots)[:, None, None, None].expand(-1, q_BHV.shape[1], 1, q_BHV.shape[2])
+    state.k_BHWV.scatter_(2, index_BHWV, k_BHV.unsqueeze(2))
+    state.v_BHWV.scatter_(2, index_BHWV, v_BHV.unsqueeze(2))
+    # The slot of this position and those written before it: all of them once the ring is full.
+    unread_B1W = (torch.arange(slots, device=position_B.device) > position_B[:, None]).unsqueeze(1)
+    scores_BHW = torch.einsum("bhv,bhwv->bhw", q_BHV.to(dtype), state.k_BHWV.to(dtype)) * q_BHV.shape[-1] ** -0.5
+    p_BHW = scores_BHW.masked_fill(unread_B1W, -torch.inf).softmax(-1)
+    # Nothing times zero is not zero if it is NaN.
+    v_BHWV = state.v_BHWV.masked_fill(unread_B1W.unsqueeze(-1), 0).to(dtype)
+    return torch.einsum("bhw,bhwv->bhv", p_BHW, v_BHWV).to(v_BHV.dtype)
+
+
+def conv_step(u_BD: Tensor, gate_BD: Tensor, weight_DK: Tensor, state: ConvState) -> Tensor:
+    """Convolve, gate and shift; see the package's function of the same name."""
+    dtype = torch.promote_types(u_BD.dtype, torch.float32)
+    inputs_BKD = torch.cat([state.inputs_BhD, u_BD.unsqueeze(1)], dim=1)
+    c_BD = torch.einsum("bkd,dk->bd", inputs_BKD.to(dtype), weight_DK.to(dtype))
+    state.inputs_BhD.copy_(inputs_BKD[:, 1:])
+    return (functional.silu(c_BD) * gate_BD).to(u_BD.dtype)

@@ -1,0 +1,119 @@
+"""What a sequence leaves behind for its next token: one state per mixer, of constant size, updated in place.
+
+Legend: B batch, T tokens, H heads, R packed rows, V value head dim, W window_left, D channels, K taps, h = K - 1.
+
+Buffers keep their addresses, so that a CUDA graph of a step can be replayed; positions are tensors on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from based_megatron.kernels.packing import packed_rows
+
+
+@dataclass(frozen=True)
+class TaylorState:
+    """Moments of the Taylor features, the column of ones apart: rows of V floats start on 16 bytes, rows of V + 1 would not."""
+
+    moments_BHRV: Tensor
+    """fp32 (fp64 under fp64 models), sum of packed(k) v^T."""
+    normaliser_BHR: Tensor
+    """Same dtype, sum of packed(k)."""
+
+    @classmethod
+    def zeros(
+        cls, batch: int, heads: int, feature_dim: int, value_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> TaylorState:
+        """The state of an empty sequence."""
+        rows = packed_rows(feature_dim)
+        return cls(
+            torch.zeros(batch, heads, rows, value_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, rows, dtype=dtype, device=device),
+        )
+
+    def joined(self) -> Tensor:
+        """A copy in the form [B, H, R, V + 1] that `taylor_attention` takes as its initial state."""
+        return torch.cat([self.moments_BHRV, self.normaliser_BHR.unsqueeze(-1)], dim=-1)
+
+    def set_joined(self, state_BHRE: Tensor) -> None:
+        """Take over a final state [B, H, R, V + 1] of `taylor_attention`."""
+        self.moments_BHRV.copy_(state_BHRE[..., :-1])
+        self.normaliser_BHR.copy_(state_BHRE[..., -1])
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """Ring of the last keys and values: position p lies in slot p mod (W + 1).
+
+    A step writes its own slot, which held the one key that has just left the window, and reads the W others.
+    """
+
+    k_BHWV: Tensor
+    """[B, H, W + 1, V] in the model's dtype, rotated to their positions."""
+    v_BHWV: Tensor
+
+    @classmethod
+    def zeros(
+        cls, batch: int, heads: int, window_left: int, value_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> WindowState:
+        """The state of an empty sequence."""
+        shape = (batch, heads, window_left + 1, value_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def window_left(self) -> int:
+        """W, the previous keys that a query sees."""
+        return self.k_BHWV.shape[2] - 1
+
+    def last(self, position_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, W, H, V] of the positions p - W .. p - 1 in order, and their document ids [B, W].
+
+        An id is 0, or -1 where the position is before the start of the sequence: a key that does not exist.
+        """
+        positions_BW, slots_BW = self._slots(position_B)
+        k, v = (
+            torch.take_along_dim(x, slots_BW[:, None, :, None], dim=2).transpose(1, 2)
+            for x in (self.k_BHWV, self.v_BHWV)
+        )
+        return k, v, (positions_BW >= 0).int() - 1
+
+    def store(self, k_BSHV: Tensor, v_BSHV: Tensor, end_B: Tensor) -> None:
+        """Keep the last W of S keys and values, that lie before position `end`."""
+        W = self.window_left
+        _, slots_BW = self._slots(end_B)
+        index_BHWV = slots_BW[:, None, :, None].expand(-1, self.k_BHWV.shape[1], -1, self.k_BHWV.shape[3])
+        for ring, x in ((self.k_BHWV, k_BSHV), (self.v_BHWV, v_BSHV)):
+            # Rows for positions before 0 land in slots that nobody reads before they are written again.
+            missing = max(W - x.shape[1], 0)
+            last_BWHV = functional.pad(x[:, x.shape[1] + missing - W :], (0, 0, 0, 0, missing, 0))
+            ring.scatter_(2, index_BHWV, last_BWHV.transpose(1, 2))
+
+    def _slots(self, end_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, W] before `end`, and their slots."""
+        positions_BW = end_B[:, None] + torch.arange(-self.window_left, 0, device=end_B.device)
+        return positions_BW, positions_BW % (self.window_left + 1)
+
+
+@dataclass(frozen=True)
+class ConvState:
+    """The last K - 1 inputs of a convolution, oldest first; zeros before the start of the sequence."""
+
+    inputs_BhD: Tensor
+    """In the model's dtype."""
+
+    @classmethod
+    def zeros(cls, batch: int, taps: int, channels: int, *, dtype: torch.dtype, device: torch.device) -> ConvState:
+        """The state of an empty sequence."""
+        return cls(torch.zeros(batch, taps - 1, channels, dtype=dtype, device=device))
+
+    def store(self, u_BTD: Tensor) -> None:
+        """Take in T more inputs."""
+        h, T = self.inputs_BhD.shape[1], u_BTD.shape[1]
+        if h > T:
+            u_BTD = torch.cat([self.inputs_BhD[:, T:], u_BTD], dim=1)
+        self.inputs_BhD.copy_(u_BTD[:, u_BTD.shape[1] - h :])

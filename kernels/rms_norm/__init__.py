@@ -1,0 +1,42 @@
+"""RMSNorm of a residual stream, with the addition in front of it.
+
+Legend: M tokens (any leading dims), D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from based_megatron.kernels.backend import implementation
+from based_megatron.kernels.rms_norm import reference
+
+__all__ = ["add_rms_norm"]
+
+
+def add_rms_norm(
+    residual_MD: Tensor, update_MD: Tensor | None, weight_D: Tensor, eps: float, *, backend: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    """r = residual + update and r / sqrt(mean(r^2) + eps) * weight, in one pass over memory.
+
+    Args:
+        residual_MD: fp32 or fp64; the sum and the norm are computed in this dtype, fp64 by the reference whatever the backend.
+        update_MD: output of the last layer, of any float dtype; None adds nothing.
+        weight_D: in the dtype of the normed output.
+        backend: a name from `resolve_backend`.
+
+    Returns: r in the dtype of the residual, and the norm of r in the dtype of the weight. Gradients flow to residual, update
+    and weight, from both outputs.
+    """
+    run = implementation("add_rms_norm", backend, {"reference": reference.add_rms_norm, "triton": _triton})
+    return run(residual_MD, update_MD, weight_D, eps)
+
+
+def _triton(residual_MD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if residual_MD.dtype == torch.float64:
+        return reference.add_rms_norm(residual_MD, *args)
+    from based_megatron.kernels.rms_norm import triton_rms_norm
+
+    return triton_rms_norm.add_rms_norm(residual_MD, *args)

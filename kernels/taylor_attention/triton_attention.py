@@ -1,0 +1,394 @@
+"""Taylor linear attention on Triton: states of chunks, outputs, adjoint states and gradients, each an entry point.
+
+Legend: B batch, T sequence, H heads, F feature dim, V value head dim, R packed feature rows, P padded rows, N chunks.
+
+Forward:  `chunk_states` (k, v, initial state)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
+Backward: `output_gradients` (do, o, 1/Z)  ->  `adjoint_states` (q, g, gradient of the final state)  ->  `gradients`
+`segment_moments` is the part of either sweep that needs no earlier state; a sequence-parallel rank sends it early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from based_megatron.kernels.packing import packed_rows
+from based_megatron.kernels.taylor_attention import triton_kernels
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tile sizes in tokens or rows, all powers of two, and warps of a program. A chunk is a multiple of its tiles."""
+
+    chunk_tokens: int = 128
+    sweep_tokens: int = 64
+    tile_tokens: int = 64
+    """Of the kernels that treat all tiles at once."""
+    sweep_rows: int = 64
+    tile_rows: int = 32
+    warps: int = 4
+    sweep_registers: int | None = 168
+    """Of a thread: 168 let three programs of four warps share a multiprocessor, 128 four, 255 two."""
+    output_registers: int | None = 168
+    gradient_registers: int | None = 168
+    sweep_stages: int = 3
+    """Tiles whose loads are under way."""
+    tile_stages: int = 2
+    programs_wanted: int = 384
+    """Programs of a sweep that fill a GPU: shorter segments of the sequence are swept side by side to reach it."""
+
+
+class ChunkStates(NamedTuple):
+    """Weighted states, one per chunk, as operands of matrix products."""
+
+    values_BHNPV: Tensor
+    """In the dtype of the inputs."""
+    normalisers_BHNP: Tensor
+    """fp32."""
+
+
+def _period(feature_dim: int) -> int:
+    """P: the feature dim as the kernels' order of rows needs it."""
+    return max(8, triton.next_power_of_2(feature_dim))
+
+
+def _rows_stored(feature_dim: int, tile_rows: int) -> int:
+    """Rows of a chunk's state: whole blocks."""
+    return triton.cdiv(packed_rows(_period(feature_dim)), tile_rows) * tile_rows
+
+
+def _strides(x_BTHX: Tensor) -> tuple[int, int, int]:
+    return x_BTHX.stride(0), x_BTHX.stride(1), x_BTHX.stride(2)
+
+
+def _rows_dense(x_BTHX: Tensor) -> Tensor:
+    """Kernels read any strides but that of the last dimension."""
+    return x_BTHX if x_BTHX.stride(-1) == 1 else x_BTHX.contiguous()
+
+
+def _empty_like(x_BTHX: Tensor) -> Tensor:
+    """Dense, in the order of x's dimensions in memory: a view of [T, B, ..] projections gives one of [T, B, H, X]."""
+    B, T, H, X = x_BTHX.shape
+    if B > 1 and x_BTHX.stride(0) < x_BTHX.stride(1):
+        return torch.empty(T, B, H, X, dtype=x_BTHX.dtype, device=x_BTHX.device).transpose(0, 1)
+    return torch.empty(B, T, H, X, dtype=x_BTHX.dtype, device=x_BTHX.device)
+
+
+class _Launch:
+    """What all kernels of one call have in common."""
+
+    def __init__(self, x_BTHF: Tensor, y_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> None:
+        self.B, self.T, self.H, F = x_BTHF.shape
+        V = y_BTHV.shape[-1]
+        self.schedule, self.device = schedule, x_BTHF.device
+        self.chunks = triton.cdiv(self.T, schedule.chunk_tokens)
+        self.rows_stored = _rows_stored(F, schedule.tile_rows)
+        self.ids, self.ids_stride = x_BTHF, 0
+        if ids_BT is not None:
+            self.ids = ids_BT.to(torch.int32).contiguous()
+            self.ids_stride = self.T if ids_BT.shape[0] > 1 else 0
+        self.constants = {
+            "feature_dim": F,
+            "period": _period(F),
+            "width": max(16, _period(F)),
+            "value_dim": V,
+            "value_width": max(16, triton.next_power_of_2(V)),
+            "rows_stored": self.rows_stored,
+            "chunk_tokens": schedule.chunk_tokens,
+            "has_ids": ids_BT is not None,
+            "even": self.T % schedule.chunk_tokens == 0,
+            # Three products of tf32 parts: fp32 accuracy from the tensor cores.
+            "precision": "tf32x3" if x_BTHF.dtype == torch.float32 else "tf32",
+        }
+        self.state_shape = (self.B, self.H, packed_rows(F), V + 1)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of rows of a state."""
+        return triton.cdiv(self.rows_stored, self.schedule.sweep_rows)
+
+    @property
+    def segments(self) -> int:
+        """Pieces of whole chunks that are swept side by side."""
+        wanted = self.schedule.programs_wanted // (self.B * self.H * self.blocks)
+        # Each segment costs a state in memory and a second sweep, so it must be worth some chunks.
+        return max(1, min(wanted, self.chunks // 4))
+
+    def new_states(self, dtype: torch.dtype) -> ChunkStates:
+        shape = (self.B, self.H, self.chunks, self.rows_stored)
+        return ChunkStates(
+            torch.empty(*shape, self.constants["value_dim"], dtype=dtype, device=self.device),
+            torch.empty(*shape, dtype=torch.float32, device=self.device),
+        )
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Grid of the kernels that treat all tiles at once."""
+        return triton.cdiv(self.T, self.schedule.tile_tokens), self.B * self.H
+
+    def tile_options(self, registers: int | None) -> dict[str, Any]:
+        """Constants and launch options of these kernels."""
+        return {
+            "tile_tokens": self.schedule.tile_tokens,
+            "block_rows": self.schedule.tile_rows,
+            "num_warps": self.schedule.warps,
+            "num_stages": self.schedule.tile_stages,
+            "maxnreg": registers,
+            **self.constants,
+        }
+
+
+class _Sweep:
+    """One direction over the sequence: x are the tokens' vectors, y their values."""
+
+    def __init__(
+        self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
+    ) -> None:
+        """Forward without yz, where it is a one for each token; adjoint with it."""
+        self.x, self.y, self.yz, self.adjoint = x_BTHF, y_BTHV, yz_BHT, yz_BHT is not None
+        self.launch = _Launch(x_BTHF, y_BTHV, ids_BT, schedule)
+        self.segments = self.launch.segments
+        self.segment_chunks = triton.cdiv(self.launch.chunks, self.segments)
+        self.segments = triton.cdiv(self.launch.chunks, self.segment_chunks)
+
+    def _run(self, starts: Tensor | None, states: ChunkStates | None, first_segment: int, segments: int) -> Tensor:
+        launch, schedule = self.launch, self.launch.schedule
+        B, H, R, E = launch.state_shape
+        ends = torch.empty(B, H, self.segments, R, E, dtype=torch.float32, device=launch.device)
+        triton_kernels.sweep[launch.blocks, segments, B * H](
+            self.x, self.y, ends if self.yz is None else self.yz, launch.ids,
+            ends if starts is None else starts, *((ends, ends) if states is None else states), ends,
+            *_strides(self.x), *_strides(self.y), launch.ids_stride, launch.T, H, launch.chunks,
+            self.segments, self.segment_chunks, first_segment,
+            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self.adjoint, has_start=starts is not None,
+            writes_states=states is not None, num_warps=schedule.warps, num_stages=schedule.sweep_stages,
+            maxnreg=schedule.sweep_registers,
+            **launch.constants,
+        )  # fmt: skip
+        return ends
+
+    def moments(self) -> Tensor:
+        """The state that leaves the sequence if none enters it, [B, H, R, V + 1] fp32."""
+        ends = self._run(None, None, 0, self.segments)
+        return ends[:, :, 0] if self.segments == 1 else self._combined(ends, None, add_last=True)
+
+    def states(self, initial: Tensor | None) -> tuple[ChunkStates, Tensor]:
+        """The states before the chunks, and the one that leaves the sequence."""
+        starts = initial
+        if self.segments > 1:
+            # The last segment's moments lead nowhere.
+            moments = self._run(None, None, 1 if self.adjoint else 0, self.segments - 1)
+            starts = self._combined(moments, initial)
+        states = self.launch.new_states(self.x.dtype)
+        ends = self._run(starts, states, 0, self.segments)
+        return states, ends[:, :, 0 if self.adjoint else -1]
+
+    def _combined(self, moments: Tensor, initial: Tensor | None, add_last: bool = False) -> Tensor:
+        """States before the segments [B, H, segments, R, V + 1]; with `add_last`, the one after them all instead."""
+        launch = self.launch
+        B, H, R, E = launch.state_shape
+        starts = torch.empty(B, H, R, E, device=launch.device) if add_last else torch.empty_like(moments)
+        block = 256
+        triton_kernels.combine[triton.cdiv(R * E, block), B * H](
+            moments, moments if initial is None else initial, starts, launch.ids, launch.ids_stride, launch.T, H,
+            self.segments, self.segment_chunks * launch.schedule.chunk_tokens, R * E,
+            adjoint=self.adjoint, has_initial=initial is not None, has_ids=launch.constants["has_ids"],
+            add_last=add_last, block_elements=block,
+        )  # fmt: skip
+        return starts
+
+
+def chunk_states(
+    k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
+) -> tuple[ChunkStates, Tensor]:
+    """States before the chunks, and the final state [B, H, R, V + 1] fp32."""
+    return _Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).states(initial_BHRE)
+
+
+def segment_moments(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Tensor:
+    """Moments of the last document's tokens, [B, H, R, V + 1] fp32."""
+    return _Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).moments()
+
+
+def attend(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: ChunkStates, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """o_BTHV in the dtype of v and 1/Z_BHT in fp32, given the states before the chunks."""
+    launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
+    o_BTHV = _empty_like(v_BTHV)
+    inverse_z_BHT = torch.empty(launch.B, launch.H, launch.T, dtype=torch.float32, device=launch.device)
+    triton_kernels.outputs[launch.tiles](
+        q_BTHF, k_BTHF, v_BTHV, launch.ids, *states, o_BTHV, inverse_z_BHT,
+        *_strides(q_BTHF), *_strides(k_BTHF), *_strides(v_BTHV), *_strides(o_BTHV),
+        launch.ids_stride, launch.T, launch.H, launch.chunks, **launch.tile_options(schedule.output_registers),
+    )  # fmt: skip
+    return o_BTHV, inverse_z_BHT
+
+
+def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to the numerators, g_BHTV in the dtype of o, and to the normalisers, gz_BHT in fp32."""
+    B, T, H, V = o_BTHV.shape
+    g_BHTV = torch.empty(B, H, T, V, dtype=o_BTHV.dtype, device=o_BTHV.device)
+    gz_BHT = torch.empty_like(inverse_z_BHT)
+    tile = 64
+    triton_kernels.output_gradients[triton.cdiv(T, tile), B * H](
+        do_BTHV, o_BTHV, inverse_z_BHT, g_BHTV, gz_BHT, *_strides(do_BTHV), *_strides(o_BTHV), T, H,
+        value_dim=V, value_width=max(16, triton.next_power_of_2(V)), tile_tokens=tile, even=T % tile == 0, num_warps=4,
+    )  # fmt: skip
+    return g_BHTV, gz_BHT
+
+
+def adjoint_states(
+    q_BTHF: Tensor,
+    g_BHTV: Tensor,
+    gz_BHT: Tensor,
+    dfinal_BHRE: Tensor | None,
+    ids_BT: Tensor | None,
+    schedule: Schedule,
+) -> tuple[ChunkStates, Tensor]:
+    """Adjoint states after the chunks, and the gradient to the initial state [B, H, R, V + 1] fp32."""
+    return _Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT, ids_BT, schedule).states(dfinal_BHRE)
+
+
+def gradients(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT: Tensor, states: ChunkStates,
+    adjoints: ChunkStates, ids_BT: Tensor | None, schedule: Schedule,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv, given the states before and the adjoint states after the chunks."""
+    launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
+    dq_BTHF, dk_BTHF, dv_BTHV = _empty_like(q_BTHF), _empty_like(k_BTHF), _empty_like(v_BTHV)
+    inputs = (q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT, launch.ids)
+    strides = (*_strides(q_BTHF), *_strides(k_BTHF), *_strides(v_BTHV))
+    sizes = (launch.ids_stride, launch.T, launch.H, launch.chunks)
+    options = launch.tile_options(schedule.gradient_registers)
+    triton_kernels.query_gradients[launch.tiles](
+        *inputs, *states, dq_BTHF, *strides, *_strides(dq_BTHF), *sizes, **options
+    )
+    triton_kernels.key_gradients[launch.tiles](
+        *inputs, *adjoints, dk_BTHF, dv_BTHV, *strides, *_strides(dk_BTHF), *_strides(dv_BTHV), *sizes,
+        has_pairs=True, **options,
+    )  # fmt: skip
+    return dq_BTHF, dk_BTHF, dv_BTHV
+
+
+def moment_gradients(
+    k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of `segment_moments`: one adjoint state for all tokens of the last document."""
+    launch = _Launch(k_BTHF, v_BTHV, ids_BT, schedule)
+    adjoint = _packed_operand(dmoments_BHRE, k_BTHF.shape[-1], launch.rows_stored, k_BTHF.dtype)
+    dk_BTHF, dv_BTHV = _empty_like(k_BTHF), _empty_like(v_BTHV)
+    unused, no_strides = dmoments_BHRE, (0, 0, 0)
+    triton_kernels.key_gradients[launch.tiles](
+        k_BTHF, k_BTHF, v_BTHV, v_BTHV, unused, launch.ids, *adjoint, dk_BTHF, dv_BTHV,
+        *no_strides, *_strides(k_BTHF), *_strides(v_BTHV), *_strides(dk_BTHF), *_strides(dv_BTHV),
+        launch.ids_stride, launch.T, launch.H, launch.chunks,
+        has_pairs=False, **launch.tile_options(schedule.gradient_registers),
+    )  # fmt: skip
+    return dk_BTHF, dv_BTHV
+
+
+def _packed_operand(state_BHRE: Tensor, feature_dim: int, rows_stored: int, dtype: torch.dtype) -> ChunkStates:
+    """A state in the public order of rows as the kernels read it; the order is told in `triton_kernels`."""
+    F, P = feature_dim, _period(feature_dim)
+    rows = torch.arange(rows_stored, device=state_BHRE.device)
+    pairs = P * (P + 1) // 2
+    first, second = rows % P, (rows + rows // P - 1) % P
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    packed = torch.where(rows < P + pairs, 1 + F + low * F - low * (low - 1) // 2 + high - low, 0)
+    packed = torch.where(rows < P, 1 + first, packed)
+    exists = torch.where(rows < P, first < F, high < F) & (rows < P + pairs) | (rows == P + pairs)
+    ordered = torch.where(exists[:, None], state_BHRE[:, :, packed * exists], 0)
+    return ChunkStates(ordered[..., :-1].to(dtype).contiguous(), ordered[..., -1].float().contiguous())
+
+
+class TaylorAttention(torch.autograd.Function):
+    """(q, k, v, initial state or None, document ids or None) to (o, final state)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None,
+        schedule: Schedule,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q_BTHF, k_BTHF, v_BTHV = (_rows_dense(x) for x in (q_BTHF, k_BTHF, v_BTHV))
+        if initial_BHRE is not None:
+            initial_BHRE = initial_BHRE.contiguous()
+        states, final_BHRE = chunk_states(k_BTHF, v_BTHV, initial_BHRE, ids_BT, schedule)
+        o_BTHV, inverse_z_BHT = attend(q_BTHF, k_BTHF, v_BTHV, ids_BT, states, schedule)
+        ctx.save_for_backward(q_BTHF, k_BTHF, v_BTHV, o_BTHV, inverse_z_BHT, *states, ids_BT)
+        ctx.has_initial, ctx.schedule = initial_BHRE is not None, schedule
+        ctx.set_materialize_grads(False)
+        return o_BTHV, final_BHRE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_BTHV: Tensor | None, dfinal_BHRE: Tensor | None) -> tuple[Tensor | None, ...]:
+        q_BTHF, k_BTHF, v_BTHV, o_BTHV, inverse_z_BHT, values, normalisers, ids_BT = ctx.saved_tensors
+        states, schedule = ChunkStates(values, normalisers), ctx.schedule
+        do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else _rows_dense(do_BTHV)
+        if dfinal_BHRE is not None:
+            dfinal_BHRE = dfinal_BHRE.contiguous()
+        g_BHTV, gz_BHT = output_gradients(do_BTHV, o_BTHV, inverse_z_BHT)
+        adjoints, dinitial_BHRE = adjoint_states(q_BTHF, g_BHTV, gz_BHT, dfinal_BHRE, ids_BT, schedule)
+        dq_BTHF, dk_BTHF, dv_BTHV = gradients(
+            q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT, states, adjoints, ids_BT, schedule
+        )  # fmt: skip
+        return dq_BTHF, dk_BTHF, dv_BTHV, dinitial_BHRE if ctx.has_initial else None, None, None
+
+
+class SegmentState(torch.autograd.Function):
+    """(k, v, document ids or None) to the moments of the last document's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Tensor:
+        k_BTHF, v_BTHV = _rows_dense(k_BTHF), _rows_dense(v_BTHV)
+        ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
+        ctx.schedule = schedule
+        return segment_moments(k_BTHF, v_BTHV, ids_BT, schedule)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmoments_BHRE: Tensor) -> tuple[Tensor | None, ...]:
+        k_BTHF, v_BTHV, ids_BT = ctx.saved_tensors
+        return *moment_gradients(k_BTHF, v_BTHV, dmoments_BHRE, ids_BT, ctx.schedule), None, None
+
+
+def _schedule(chunk_tokens: int | None, dtype: torch.dtype) -> Schedule:
+    schedule = Schedule()
+    if chunk_tokens is None:
+        return schedule
+    if chunk_tokens < 16 or chunk_tokens & (chunk_tokens - 1):
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: the Triton kernels take powers of two from 16 on")
+    tile = min(chunk_tokens, 64)
+    return Schedule(chunk_tokens=chunk_tokens, sweep_tokens=tile, tile_tokens=tile)
+
+
+def _check_dtypes(*tensors: Tensor) -> None:
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise TypeError(
+            f"Triton kernels take inputs of one dtype, bf16, fp16 or fp32, not {dtypes}: train.backend reference takes others"
+        )
+
+
+def taylor_attention(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, initial_state_BHRE: Tensor | None, document_ids_BT: Tensor | None,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and final state; see the package's function of the same name."""
+    _check_dtypes(q_BTHF, k_BTHF, v_BTHV)
+    schedule = _schedule(chunk_tokens, q_BTHF.dtype)
+    return TaylorAttention.apply(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRE, document_ids_BT, schedule)
+
+
+def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, document_ids_BT: Tensor | None, chunk_tokens: int | None) -> Tensor:
+    """Moments of the last document; see the package's function of the same name."""
+    _check_dtypes(k_BTHF, v_BTHV)
+    return SegmentState.apply(k_BTHF, v_BTHV, document_ids_BT, _schedule(chunk_tokens, k_BTHF.dtype))

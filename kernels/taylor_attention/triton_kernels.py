@@ -1,0 +1,604 @@
+"""Triton kernels of Taylor linear attention; `triton_attention.py` launches them and holds the maths around them.
+
+Legend: B batch, T sequence, H heads, F feature dim, V value head dim, N chunks, M tokens of a tile, X rows of a block.
+
+A sequence is cut into chunks. `sweep` walks over them and leaves, for every chunk, the state of what came before it;
+`outputs`, `query_gradients` and `key_gradients` then treat all tiles of all chunks at once: tokens of the own chunk pair
+by pair, all others through the chunk's state. Packed features never reach memory. They are products of two factors,
+picked out of a token's vector x by products with one-hot columns: exact, and left in the registers where the next
+matrix product reads them.
+
+Rows of a chunk's state, with P = F rounded up to a power of two (`period`), differ from the public packed order:
+
+    r < P                     x_r
+    P + s P + a               x_a x_{(a+s) mod P}, for s = 0 .. P/2 (the last with a < P/2): every pair once
+    the next row              1, then rows of zeros
+
+so that the first factor of row r is x_{r mod P} in every block, and neither factor needs a table. States of chunks
+carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1. The column of ones that the
+normaliser comes from is kept apart from the values, as a vector.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def one_hot(index_X, width: tl.constexpr, dtype: tl.constexpr):
+    """[width, X] columns that pick entry index[x]; a column of zeros where it is negative."""
+    return tl.where(tl.arange(0, width)[:, None] == index_X[None, :], 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def second_factor(rows_X, period: tl.constexpr):
+    """Index of the second factor of each row; -1 where the row is no pair."""
+    pairs: tl.constexpr = period * (period + 1) // 2
+    shift = rows_X // period - 1
+    is_pair = (rows_X >= period) & (rows_X < period + pairs)
+    return tl.where(is_pair, (rows_X + shift) % period, -1)
+
+
+@triton.jit
+def row_weights(rows_X, period: tl.constexpr, feature_dim: tl.constexpr):
+    """Factors that turn packed(q).packed(k) into 1 + s + s^2/2."""
+    scale: tl.constexpr = 1.0 / feature_dim**0.5
+    pairs: tl.constexpr = period * (period + 1) // 2
+    pair_weights = tl.where(rows_X < 2 * period, 0.5 * scale * scale, scale * scale)
+    return tl.where(rows_X < period, scale, tl.where(rows_X < period + pairs, pair_weights, 1.0))
+
+
+@triton.jit
+def public_rows(rows_X, period: tl.constexpr, feature_dim: tl.constexpr):
+    """Where a row lies in the public packed order [1 | x_a | x_a x_b, a <= b]; -1 for rows of zeros."""
+    pairs: tl.constexpr = period * (period + 1) // 2
+    first = rows_X % period
+    second = second_factor(rows_X, period)
+    low = tl.minimum(first, second)
+    high = tl.maximum(first, second)
+    pair = 1 + feature_dim + low * feature_dim - low * (low - 1) // 2 + high - low
+    row = tl.where(rows_X < period, 1 + first, tl.where(rows_X < period + pairs, pair, 0))
+    return tl.where(
+        (rows_X > period + pairs) | ((rows_X < period + pairs) & (tl.maximum(first, high) >= feature_dim)), -1, row
+    )
+
+
+@triton.jit
+def first_factors(x_MF, block_rows: tl.constexpr, period: tl.constexpr, width: tl.constexpr, precision: tl.constexpr):
+    """First factors [M, X] fp32, the same for every block of rows."""
+    picks = one_hot(tl.arange(0, block_rows) % period, width, x_MF.dtype)
+    return tl.dot(x_MF, picks, input_precision=precision)
+
+
+@triton.jit
+def second_factors(
+    x_MF,
+    row0: tl.constexpr,
+    block_rows: tl.constexpr,
+    period: tl.constexpr,
+    width: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Second factors [M, X] fp32 of one block of rows; zero in the constant row."""
+    rows = row0 + tl.arange(0, block_rows)
+    b_MX = tl.dot(x_MF, one_hot(second_factor(rows, period), width, x_MF.dtype), input_precision=precision)
+    if row0 < period:
+        b_MX += tl.where(rows < period, 1.0, 0.0)[None, :]
+    return b_MX
+
+
+@triton.jit
+def features(a_MX, b_MX, row0: tl.constexpr, block_rows: tl.constexpr, period: tl.constexpr):
+    """packed(x) of a block of rows from its factors."""
+    constant: tl.constexpr = period + period * (period + 1) // 2
+    phi_MX = a_MX * b_MX
+    if row0 <= constant and constant < row0 + block_rows:
+        phi_MX += tl.where(row0 + tl.arange(0, block_rows) == constant, 1.0, 0.0)[None, :]
+    return phi_MX
+
+
+@triton.jit
+def as_columns(x_X, dtype: tl.constexpr):
+    """[X, 16] that brings a vector of fp32 into matrix products: columns 0 and 1 add up to it, column 2 is column 0."""
+    column = tl.arange(0, 16)[None, :]
+    high = x_X.to(dtype)
+    low = (x_X - high.to(tl.float32)).to(dtype)
+    return tl.where((column == 0) | (column == 2), high[:, None], tl.where(column == 1, low[:, None], 0.0).to(dtype))
+
+
+@triton.jit
+def as_factors(x_X, dtype: tl.constexpr):
+    """[X, 16] so that as_factors(x) @ as_columns(y)^T is the outer product of x and y, to twice the digits of dtype."""
+    column = tl.arange(0, 16)[None, :]
+    high = x_X.to(dtype)
+    low = (x_X - high.to(tl.float32)).to(dtype)
+    return tl.where(column < 2, high[:, None], tl.where(column == 2, low[:, None], 0.0).to(dtype))
+
+
+@triton.jit
+def sum_columns(x_M16):
+    """[M] from a product with as_columns."""
+    return tl.sum(tl.where(tl.arange(0, 16)[None, :] < 2, x_M16, 0.0), 1)
+
+
+@triton.jit
+def load_tile(
+    ptr, rows_M, stride, limit, columns_X, columns: tl.constexpr, columns_width: tl.constexpr, even: tl.constexpr
+):
+    """[M, X] of a matrix with dense rows; zeros outside of it."""
+    ptrs = ptr + rows_M.to(tl.int64)[:, None] * stride + columns_X[None, :]
+    if even and columns == columns_width:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(rows_M < limit)[:, None] & (columns_X < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def load_vector(ptr, rows_M, limit, even: tl.constexpr):
+    """[M] entries; zeros outside."""
+    if even:
+        return tl.load(ptr + rows_M)
+    return tl.load(ptr + rows_M, mask=rows_M < limit, other=0)
+
+
+@triton.jit
+def store_tile(ptr, rows_M, stride, limit, columns_X, columns: tl.constexpr, x_MX):
+    """Stores the part of [M, X] that is inside of the matrix."""
+    tl.store(
+        ptr + rows_M.to(tl.int64)[:, None] * stride + columns_X[None, :], x_MX.to(ptr.dtype.element_ty),
+        mask=(rows_M < limit)[:, None] & (columns_X < columns)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def output_gradients(
+    do_ptr, o_ptr, inverse_z_ptr, g_ptr, gz_ptr, do_stride_b, do_stride_t, do_stride_h, o_stride_b, o_stride_t, o_stride_h,
+    T, H, value_dim: tl.constexpr, value_width: tl.constexpr, tile_tokens: tl.constexpr, even: tl.constexpr,
+):  # fmt: skip
+    """Gradients to the numerators, g = do / Z, and to the normaliser, gz = -g.o: [B, H, T, V] and [B, H, T]."""
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), bh % H
+    bh64 = bh.to(tl.int64)
+    tokens = tile * tile_tokens + tl.arange(0, tile_tokens)
+    columns = tl.arange(0, value_width)
+    do_ptr += b * do_stride_b + h * do_stride_h
+    o_ptr += b * o_stride_b + h * o_stride_h
+    do = load_tile(do_ptr, tokens, do_stride_t, T, columns, value_dim, value_width, even)
+    o = load_tile(o_ptr, tokens, o_stride_t, T, columns, value_dim, value_width, even)
+    inverse_z = load_vector(inverse_z_ptr + bh64 * T, tokens, T, even)
+    g = (do.to(tl.float32) * inverse_z[:, None]).to(g_ptr.dtype.element_ty)
+    # The rounded g: an error that both gradients share moves a gradient, but does not break their balance.
+    gz = -tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    store_tile(g_ptr + bh64 * T * value_dim, tokens, value_dim, T, columns, value_dim, g)
+    tl.store(gz_ptr + bh64 * T + tokens, gz, mask=tokens < T)
+
+
+@triton.jit
+def sweep(
+    x_ptr, y_ptr, yz_ptr, ids_ptr, start_ptr, states_ptr, normalisers_ptr, end_ptr,
+    x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, ids_stride_b,
+    T, H, chunks, segments, segment_chunks, first_segment,
+    feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
+    value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
+    tile_tokens: tl.constexpr, adjoint: tl.constexpr, has_ids: tl.constexpr, has_start: tl.constexpr,
+    writes_states: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The state before each chunk of a segment, and the state that leaves the segment, for one block of rows.
+
+    Forward (x = k, y = v): left to right, sum_j packed(k_j) [v_j; 1].
+    Adjoint (x = q, y = g, yz = gz): right to left, sum_i packed(q_i) [g_i; gz_i].
+    """
+    block, segment, bh = tl.program_id(0), tl.program_id(1) + first_segment, tl.program_id(2)
+    b, h = (bh // H).to(tl.int64), bh % H
+    bh64 = bh.to(tl.int64)
+    x_ptr += b * x_stride_b + h * x_stride_h
+    y_ptr += b * y_stride_b + h * y_stride_h
+    yz_ptr += bh64 * T
+    ids_ptr += b * ids_stride_b
+    E: tl.constexpr = value_dim + 1
+    R: tl.constexpr = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+    constant: tl.constexpr = period + period * (period + 1) // 2
+    dtype = x_ptr.dtype.element_ty
+
+    rows = block * block_rows + tl.arange(0, block_rows)
+    columns = tl.arange(0, value_width)
+    vector = tl.arange(0, width)
+    pick_first = tl.trans(one_hot(rows % period, width, dtype))
+    pick_second = tl.trans(one_hot(second_factor(rows, period), width, dtype))
+    is_linear = tl.where(rows < period, 1.0, 0.0)[:, None]
+    is_constant = tl.where(rows == constant, 1.0, 0.0)[:, None]
+    weights = row_weights(rows, period, feature_dim)
+    packed = public_rows(rows, period, feature_dim)
+    in_state = (packed >= 0)[:, None] & (columns < value_dim)[None, :]
+    state_offsets = packed[:, None] * E + columns[None, :]
+    column_offsets = packed * E + value_dim
+
+    if has_start:
+        start_ptr += (bh64 * segments + segment) * R * E
+        state = tl.load(start_ptr + state_offsets, mask=in_state, other=0.0)
+        normaliser = tl.load(start_ptr + column_offsets, mask=packed >= 0, other=0.0)
+        if adjoint:
+            state = state / weights[:, None]
+            normaliser = normaliser / weights
+    else:
+        state = tl.zeros([block_rows, value_width], tl.float32)
+        normaliser = tl.zeros([block_rows], tl.float32)
+
+    begin_chunk = segment * segment_chunks
+    count = tl.minimum(segment_chunks, chunks - begin_chunk)
+    tiles: tl.constexpr = chunk_tokens // tile_tokens
+    # One loop and no branch in it, so that the loads of several tiles ahead are under way.
+    for step in range(0, count * tiles):
+        if adjoint:
+            chunk = begin_chunk + count - 1 - step // tiles
+        else:
+            chunk = begin_chunk + step // tiles
+        enters_chunk = step % tiles == 0
+        begin = chunk * chunk_tokens
+        tokens = begin + (step % tiles) * tile_tokens + tl.arange(0, tile_tokens)
+        x_t = tl.trans(load_tile(x_ptr, tokens, x_stride_t, T, vector, feature_dim, width, even))
+        y = load_tile(y_ptr, tokens, y_stride_t, T, columns, value_dim, value_width, even)
+        if writes_states:
+            out = (bh64 * chunks + chunk) * rows_stored
+            tl.store(
+                states_ptr + (out + rows[:, None]) * value_dim + columns[None, :],
+                (state * weights[:, None]).to(states_ptr.dtype.element_ty),
+                mask=(rows < rows_stored)[:, None] & (columns < value_dim)[None, :] & enters_chunk,
+            )
+            tl.store(normalisers_ptr + out + rows, normaliser * weights, mask=(rows < rows_stored) & enters_chunk)
+        if has_ids:
+            carried_id = tl.load(ids_ptr + tl.maximum(begin - 1, 0))
+            last_id = tl.load(ids_ptr + tl.minimum(begin + chunk_tokens, T) - 1)
+            keeps = tl.where((last_id == carried_id) | (step % tiles != 0), 1.0, 0.0)
+            state = state * keeps
+            normaliser = normaliser * keeps
+            seen_id = carried_id if adjoint else last_id
+        a = tl.dot(pick_first, x_t, input_precision=precision)
+        b_plus = tl.dot(pick_second, x_t, input_precision=precision) + is_linear
+        phi = a * b_plus + is_constant
+        if has_ids:
+            ids = load_vector(ids_ptr, tokens, T, even)
+            phi = tl.where(((ids == seen_id) & (tokens < T))[None, :], phi, 0.0)
+        elif not even:
+            phi = tl.where((tokens < T)[None, :], phi, 0.0)
+        if adjoint:
+            normaliser += tl.sum(phi * load_vector(yz_ptr, tokens, T, even)[None, :], 1)
+        else:
+            normaliser += tl.sum(phi, 1)
+        state = tl.dot(phi.to(dtype), y, state, input_precision=precision)
+
+    if adjoint:
+        state *= weights[:, None]
+        normaliser *= weights
+    end_ptr += (bh64 * segments + segment) * R * E
+    tl.store(end_ptr + state_offsets, state, mask=in_state)
+    tl.store(end_ptr + column_offsets, normaliser, mask=packed >= 0)
+
+
+@triton.jit
+def combine(
+    moments_ptr, initial_ptr, starts_ptr, ids_ptr, ids_stride_b, T, H, segments, segment_tokens, elements,
+    adjoint: tl.constexpr, has_initial: tl.constexpr, has_ids: tl.constexpr, add_last: tl.constexpr,
+    block_elements: tl.constexpr,
+):  # fmt: skip
+    """The state before each segment, from the moments of every segment: a gated exclusive sum, in a fixed order.
+
+    With `add_last`, only the state after all segments; without, the last segment's moments are not read.
+    """
+    offsets = tl.program_id(0) * block_elements + tl.arange(0, block_elements)
+    bh = tl.program_id(1).to(tl.int64)
+    ids_ptr += (bh // H) * ids_stride_b
+    inside = offsets < elements
+    running = tl.zeros([block_elements], tl.float32)
+    if has_initial:
+        running = tl.load(initial_ptr + bh * elements + offsets, mask=inside, other=0.0)
+    for step in range(0, segments):
+        segment = segments - 1 - step if adjoint else step
+        here = (bh * segments + segment) * elements + offsets
+        if not add_last:
+            tl.store(starts_ptr + here, running, mask=inside)
+        moments = tl.load(moments_ptr + here, mask=inside & (add_last | (step < segments - 1)), other=0.0)
+        if has_ids:
+            carried_id = tl.load(ids_ptr + tl.maximum(segment * segment_tokens - 1, 0))
+            last_id = tl.load(ids_ptr + tl.minimum((segment + 1) * segment_tokens, T) - 1)
+            running = running * tl.where(last_id == carried_id, 1.0, 0.0)
+        running += moments
+    if add_last:
+        tl.store(starts_ptr + bh * elements + offsets, running, mask=inside)
+
+
+@triton.jit
+def load_state(
+    states_ptr, normalisers_ptr, columns_V, rows_stored: tl.constexpr, block_rows: tl.constexpr, value_dim: tl.constexpr,
+    value_width: tl.constexpr,
+):  # fmt: skip
+    """A chunk's state as tuples of blocks: values [X, V] and normalisers as columns [X, 16].
+
+    Loaded before anything is computed: a program is short, and would wait for each load in turn.
+    """
+    values = ()
+    normalisers = ()
+    for block in tl.static_range(rows_stored // block_rows):
+        rows = block * block_rows + tl.arange(0, block_rows)
+        values += (load_tile(states_ptr, rows, value_dim, rows_stored, columns_V, value_dim, value_width, True),)
+        normalisers += (as_columns(tl.load(normalisers_ptr + rows), states_ptr.dtype.element_ty),)
+    return values, normalisers
+
+
+@triton.jit
+def output_pairs(
+    acc_MV, z_M, q_MF, k_NF, v_NV, queries, keys, ids_ptr, T, feature_dim: tl.constexpr, has_ids: tl.constexpr,
+    diagonal: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Adds the pairs of a tile of queries and a tile of keys to the numerators and the normaliser."""
+    scale: tl.constexpr = 1.0 / feature_dim**0.5
+    s = tl.dot(q_MF, tl.trans(k_NF), input_precision=precision)
+    w = s * (s * (0.5 * scale * scale) + scale) + 1.0
+    if diagonal:
+        w = tl.where(queries[:, None] >= keys[None, :], w, 0.0)
+    if has_ids:
+        query_ids = load_vector(ids_ptr, queries, T, even)
+        w = tl.where(query_ids[:, None] == load_vector(ids_ptr, keys, T, even)[None, :], w, 0.0)
+    return tl.dot(w.to(v_NV.dtype), v_NV, acc_MV, input_precision=precision), z_M + tl.sum(w, 1)
+
+
+@triton.jit
+def outputs(
+    q_ptr, k_ptr, v_ptr, ids_ptr, states_ptr, normalisers_ptr, o_ptr, inverse_z_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    o_stride_b, o_stride_t, o_stride_h, ids_stride_b, T, H, chunks,
+    feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
+    value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
+    tile_tokens: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """o and 1/Z of one tile of queries."""
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), bh % H
+    bh64 = bh.to(tl.int64)
+    q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + h * k_stride_h
+    v_ptr += b * v_stride_b + h * v_stride_h
+    o_ptr += b * o_stride_b + h * o_stride_h
+    ids_ptr += b * ids_stride_b
+    begin = tile * tile_tokens
+    chunk = begin // chunk_tokens
+    chunk_begin = chunk * chunk_tokens
+    queries = begin + tl.arange(0, tile_tokens)
+    vector = tl.arange(0, width)
+    columns = tl.arange(0, value_width)
+    q = load_tile(q_ptr, queries, q_stride_t, T, vector, feature_dim, width, even)
+    state_index = bh64 * chunks + chunk
+    states, normalisers = load_state(
+        states_ptr + state_index * rows_stored * value_dim, normalisers_ptr + state_index * rows_stored, columns,
+        rows_stored, block_rows, value_dim, value_width,
+    )  # fmt: skip
+    k = load_tile(k_ptr, queries, k_stride_t, T, vector, feature_dim, width, even)
+    v = load_tile(v_ptr, queries, v_stride_t, T, columns, value_dim, value_width, even)
+
+    acc = tl.zeros([tile_tokens, value_width], tl.float32)
+    z_columns = tl.zeros([tile_tokens, 16], tl.float32)
+    a = first_factors(q, block_rows, period, width, precision)
+    for block in tl.static_range(rows_stored // block_rows):
+        b_plus = second_factors(q, block * block_rows, block_rows, period, width, precision)
+        phi = features(a, b_plus, block * block_rows, block_rows, period)
+        z_columns = tl.dot(phi.to(v.dtype), normalisers[block], z_columns, input_precision=precision)
+        acc = tl.dot(phi.to(v.dtype), states[block], acc, input_precision=precision)
+    z = sum_columns(z_columns)
+    if has_ids:
+        query_ids = load_vector(ids_ptr, queries, T, even)
+        reads = tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)
+        acc *= reads[:, None]
+        z *= reads
+
+    acc, z = output_pairs(acc, z, q, k, v, queries, queries, ids_ptr, T, feature_dim, has_ids, True, even, precision)
+    for key_begin in range(chunk_begin, begin, tile_tokens):
+        keys = key_begin + tl.arange(0, tile_tokens)
+        k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
+        v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
+        acc, z = output_pairs(acc, z, q, k, v, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision)
+
+    inverse_z = 1.0 / z
+    store_tile(o_ptr, queries, o_stride_t, T, columns, value_dim, acc * inverse_z[:, None])
+    tl.store(inverse_z_ptr + bh64 * T + queries, inverse_z, mask=queries < T)
+
+
+@triton.jit
+def to_second_factors(
+    row0: tl.constexpr, block_rows: tl.constexpr, period: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr
+):
+    """[X, F] rows that add what flows to second factors up in their entries of x."""
+    return tl.trans(one_hot(second_factor(row0 + tl.arange(0, block_rows), period), width, dtype))
+
+
+@triton.jit
+def to_first_factors(block_rows: tl.constexpr, period: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr):
+    """The same for first factors, in every block."""
+    return tl.trans(one_hot(tl.arange(0, block_rows) % period, width, dtype))
+
+
+@triton.jit
+def query_pairs(
+    dq_MF, q_MF, g_MV, gz_M, k_NF, v_NV, queries, keys, ids_ptr, T, feature_dim: tl.constexpr, has_ids: tl.constexpr,
+    diagonal: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Adds the pairs of a tile of queries and a tile of keys to dq."""
+    scale: tl.constexpr = 1.0 / feature_dim**0.5
+    s = tl.dot(q_MF, tl.trans(k_NF), input_precision=precision)
+    ds = tl.dot(g_MV, tl.trans(v_NV), input_precision=precision) + gz_M[:, None]
+    ds *= s * (scale * scale) + scale
+    if diagonal:
+        ds = tl.where(queries[:, None] >= keys[None, :], ds, 0.0)
+    if has_ids:
+        query_ids = load_vector(ids_ptr, queries, T, even)
+        ds = tl.where(query_ids[:, None] == load_vector(ids_ptr, keys, T, even)[None, :], ds, 0.0)
+    return tl.dot(ds.to(k_NF.dtype), k_NF, dq_MF, input_precision=precision)
+
+
+@triton.jit
+def query_gradients(
+    q_ptr, k_ptr, v_ptr, g_ptr, gz_ptr, ids_ptr, states_ptr, normalisers_ptr, dq_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    dq_stride_b, dq_stride_t, dq_stride_h, ids_stride_b, T, H, chunks,
+    feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
+    value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
+    tile_tokens: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries, from the states before the chunks."""
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), bh % H
+    bh64 = bh.to(tl.int64)
+    q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + h * k_stride_h
+    v_ptr += b * v_stride_b + h * v_stride_h
+    dq_ptr += b * dq_stride_b + h * dq_stride_h
+    ids_ptr += b * ids_stride_b
+    dtype = q_ptr.dtype.element_ty
+
+    begin = tile * tile_tokens
+    chunk = begin // chunk_tokens
+    chunk_begin = chunk * chunk_tokens
+    queries = begin + tl.arange(0, tile_tokens)
+    vector = tl.arange(0, width)
+    columns = tl.arange(0, value_width)
+    q = load_tile(q_ptr, queries, q_stride_t, T, vector, feature_dim, width, even)
+    g = load_tile(g_ptr + bh64 * T * value_dim, queries, value_dim, T, columns, value_dim, value_width, even)
+    gz = load_vector(gz_ptr + bh64 * T, queries, T, even)
+    state_index = bh64 * chunks + chunk
+    states, normalisers = load_state(
+        states_ptr + state_index * rows_stored * value_dim, normalisers_ptr + state_index * rows_stored, columns,
+        rows_stored, block_rows, value_dim, value_width,
+    )  # fmt: skip
+    k = load_tile(k_ptr, queries, k_stride_t, T, vector, feature_dim, width, even)
+    v = load_tile(v_ptr, queries, v_stride_t, T, columns, value_dim, value_width, even)
+
+    dq = tl.zeros([tile_tokens, width], tl.float32)
+    da = tl.zeros([tile_tokens, block_rows], tl.float32)
+    gz_factors = as_factors(gz, dtype)
+    a = first_factors(q, block_rows, period, width, precision)
+    for block in tl.static_range(rows_stored // block_rows):
+        dphi = tl.dot(gz_factors, tl.trans(normalisers[block]), input_precision=precision)
+        dphi = tl.dot(g, tl.trans(states[block]), dphi, input_precision=precision)
+        da += dphi * second_factors(q, block * block_rows, block_rows, period, width, precision)
+        to_second = to_second_factors(block * block_rows, block_rows, period, width, dtype)
+        dq = tl.dot((dphi * a).to(dtype), to_second, dq, input_precision=precision)
+    dq = tl.dot(da.to(dtype), to_first_factors(block_rows, period, width, dtype), dq, input_precision=precision)
+    if has_ids:
+        query_ids = load_vector(ids_ptr, queries, T, even)
+        dq *= tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)[:, None]
+
+    dq = query_pairs(dq, q, g, gz, k, v, queries, queries, ids_ptr, T, feature_dim, has_ids, True, even, precision)
+    for key_begin in range(chunk_begin, begin, tile_tokens):
+        keys = key_begin + tl.arange(0, tile_tokens)
+        k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
+        v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
+        dq = query_pairs(dq, q, g, gz, k, v, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision)
+    store_tile(dq_ptr, queries, dq_stride_t, T, vector, feature_dim, dq)
+
+
+@triton.jit
+def key_pairs(
+    dk_NF, dv_NV, k_NF, v_NV, ones_N16, q_MF, g_MV, gz_M16, queries, keys, ids_ptr, T, feature_dim: tl.constexpr,
+    has_ids: tl.constexpr, diagonal: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Adds the pairs of a tile of queries and a tile of keys to dk and dv."""
+    scale: tl.constexpr = 1.0 / feature_dim**0.5
+    s = tl.dot(k_NF, tl.trans(q_MF), input_precision=precision)
+    ds = tl.dot(ones_N16, tl.trans(gz_M16), input_precision=precision)
+    ds = tl.dot(v_NV, tl.trans(g_MV), ds, input_precision=precision)
+    ds *= s * (scale * scale) + scale
+    w = s * (s * (0.5 * scale * scale) + scale) + 1.0
+    if diagonal:
+        visible = queries[None, :] >= keys[:, None]
+        ds = tl.where(visible, ds, 0.0)
+        w = tl.where(visible, w, 0.0)
+    if has_ids:
+        key_ids = load_vector(ids_ptr, keys, T, even)
+        visible = key_ids[:, None] == load_vector(ids_ptr, queries, T, even)[None, :]
+        ds = tl.where(visible, ds, 0.0)
+        w = tl.where(visible, w, 0.0)
+    # Queries beyond T: g and gz are zeros there, and so is all that they give.
+    dv_NV = tl.dot(w.to(g_MV.dtype), g_MV, dv_NV, input_precision=precision)
+    return tl.dot(ds.to(q_MF.dtype), q_MF, dk_NF, input_precision=precision), dv_NV
+
+
+@triton.jit
+def key_gradients(
+    q_ptr, k_ptr, v_ptr, g_ptr, gz_ptr, ids_ptr, states_ptr, normalisers_ptr, dk_ptr, dv_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    dk_stride_b, dk_stride_t, dk_stride_h, dv_stride_b, dv_stride_t, dv_stride_h, ids_stride_b, T, H, chunks,
+    feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
+    value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
+    tile_tokens: tl.constexpr, has_ids: tl.constexpr, has_pairs: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, from the adjoint states after the chunks.
+
+    Without pairs (the gradient of a segment's state alone) one adjoint state serves all chunks.
+    """
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), bh % H
+    bh64 = bh.to(tl.int64)
+    k_ptr += b * k_stride_b + h * k_stride_h
+    v_ptr += b * v_stride_b + h * v_stride_h
+    dk_ptr += b * dk_stride_b + h * dk_stride_h
+    dv_ptr += b * dv_stride_b + h * dv_stride_h
+    ids_ptr += b * ids_stride_b
+    dtype = k_ptr.dtype.element_ty
+
+    begin = tile * tile_tokens
+    chunk = begin // chunk_tokens
+    chunk_end = tl.minimum((chunk + 1) * chunk_tokens, T)
+    keys = begin + tl.arange(0, tile_tokens)
+    vector = tl.arange(0, width)
+    columns = tl.arange(0, value_width)
+    k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
+    v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
+    state_index = bh64 * chunks + chunk if has_pairs else bh64
+    states, normalisers = load_state(
+        states_ptr + state_index * rows_stored * value_dim, normalisers_ptr + state_index * rows_stored, columns,
+        rows_stored, block_rows, value_dim, value_width,
+    )  # fmt: skip
+    if has_pairs:
+        q_ptr += b * q_stride_b + h * q_stride_h
+        g_ptr += bh64 * T * value_dim
+        gz_ptr += bh64 * T
+        q = load_tile(q_ptr, keys, q_stride_t, T, vector, feature_dim, width, even)
+        g = load_tile(g_ptr, keys, value_dim, T, columns, value_dim, value_width, even)
+        gz = as_columns(load_vector(gz_ptr, keys, T, even), dtype)
+
+    dk = tl.zeros([tile_tokens, width], tl.float32)
+    dv = tl.zeros([tile_tokens, value_width], tl.float32)
+    da = tl.zeros([tile_tokens, block_rows], tl.float32)
+    ones = as_factors(tl.full([tile_tokens], 1.0, tl.float32), dtype)
+    a = first_factors(k, block_rows, period, width, precision)
+    for block in tl.static_range(rows_stored // block_rows):
+        b_plus = second_factors(k, block * block_rows, block_rows, period, width, precision)
+        phi = features(a, b_plus, block * block_rows, block_rows, period)
+        dv = tl.dot(phi.to(dtype), states[block], dv, input_precision=precision)
+        dphi = tl.dot(ones, tl.trans(normalisers[block]), input_precision=precision)
+        dphi = tl.dot(v, tl.trans(states[block]), dphi, input_precision=precision)
+        da += dphi * b_plus
+        to_second = to_second_factors(block * block_rows, block_rows, period, width, dtype)
+        dk = tl.dot((dphi * a).to(dtype), to_second, dk, input_precision=precision)
+    dk = tl.dot(da.to(dtype), to_first_factors(block_rows, period, width, dtype), dk, input_precision=precision)
+    if has_ids:
+        last = (chunk_end if has_pairs else T) - 1
+        key_ids = load_vector(ids_ptr, keys, T, even)
+        writes = tl.where(key_ids == tl.load(ids_ptr + last), 1.0, 0.0)
+        dk *= writes[:, None]
+        dv *= writes[:, None]
+
+    if has_pairs:
+        dk, dv = key_pairs(
+            dk, dv, k, v, ones, q, g, gz, keys, keys, ids_ptr, T, feature_dim, has_ids, True, even, precision
+        )
+        for query_begin in range(begin + tile_tokens, chunk_end, tile_tokens):
+            queries = query_begin + tl.arange(0, tile_tokens)
+            q = load_tile(q_ptr, queries, q_stride_t, T, vector, feature_dim, width, even)
+            g = load_tile(g_ptr, queries, value_dim, T, columns, value_dim, value_width, even)
+            gz = as_columns(load_vector(gz_ptr, queries, T, even), dtype)
+            dk, dv = key_pairs(
+                dk, dv, k, v, ones, q, g, gz, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision
+            )
+
+    store_tile(dk_ptr, keys, dk_stride_t, T, vector, feature_dim, dk)
+    store_tile(dv_ptr, keys, dv_stride_t, T, columns, value_dim, dv)

@@ -1,0 +1,211 @@
+"""Prefill and decoding equal the full forward, however a sequence is split and whatever is beside it in the batch."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from based_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from based_megatron.errors import ConfigError
+from based_megatron.inference.engine import Engine
+from based_megatron.model.based_model import BasedModel
+from based_megatron.model.build import build_model
+from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.topology import build_topology
+from support.pool import rank_device
+
+DOUBLE = torch.float64
+MODEL = ModelConfig(
+    layer_pattern="cLSc LS",
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_heads=4,
+    feature_dim=4,
+    window_left=5,
+    conv_kernel=3,
+    rotary_fraction=0.5,
+    vocab_size=91,
+    vocab_multiple=8,
+    init_std=0.3,
+)
+TOKENS = 14
+
+
+def build(dtype: torch.dtype = DOUBLE, backend: Any = "reference", **model: Any) -> tuple[BasedModel, Any]:
+    config = Config(model=dataclasses.replace(MODEL, **model), train=TrainConfig(backend=backend))
+    topology = build_topology(ParallelConfig(), rank_device(0))
+    return build_model(config, topology, dtype)[0].eval(), topology
+
+
+def some_tokens(batch: int = 3, tokens: int = TOKENS) -> Tensor:
+    return torch.randint(0, 91, (batch, tokens), generator=torch.Generator().manual_seed(5)).to(rank_device(0))
+
+
+@torch.no_grad()
+def full_logits(model: BasedModel, topology: Any, tokens: Tensor) -> Tensor:
+    """[B, L, V] of the training forward."""
+    plan = SequencePlan.build(None, tokens.shape[1], topology.context, topology.device)
+    return model(tokens, plan).transpose(0, 1)
+
+
+def decoded_logits(engine: Engine, tokens: Tensor, prompt: int) -> Tensor:
+    """Logits [B, L - prompt + 1, V] from the last prompt token on."""
+    logits, states = engine.prefill(tokens[:, :prompt])
+    found = [logits, *(engine.decode_step(tokens[:, t], states) for t in range(prompt, tokens.shape[1]))]
+    assert states.position_B.tolist() == [tokens.shape[1]] * len(tokens)
+    return torch.stack(found, dim=1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def split_errors(dtype: torch.dtype, backend: str, prompts: list[int], pieces: list[int | None], **model: Any) -> Any:
+    """{(prompt tokens, longest piece): largest relative error}."""
+    built, topology = build(dtype, backend, **model)
+    tokens = some_tokens()
+    expected = full_logits(built, topology, tokens)
+    return {
+        (prompt, piece): error(decoded_logits(Engine(built, piece), tokens, prompt), expected[:, prompt - 1 :])
+        for prompt in prompts
+        for piece in pieces
+    }
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"conv_kernel": 4, "window_left": 1, "tie_embeddings": False}, {"conv_kernel": 1, "window_left": 0}]
+)
+def test_every_split_equals_the_full_forward(worker_pool, model):
+    """And prompts in pieces: shorter and longer than the window and the convolution."""
+    prompts = list(range(1, TOKENS + 1))
+    (errors,) = worker_pool(1).run(split_errors, DOUBLE, "reference", prompts, [None, 1, 2, 4, 7], **model)
+    assert {case: value for case, value in errors.items() if not value < 1e-10} == {}
+
+
+def test_splits_in_single_precision(worker_pool):
+    (errors,) = worker_pool(1).run(split_errors, torch.float32, "reference", [1, 6, TOKENS], [None, 4])
+    assert max(errors.values()) < 1e-5
+
+
+def test_splits_with_the_kernels(worker_pool):
+    (errors,) = worker_pool(1).run(split_errors, torch.float32, "triton", [1, 9], [None, 4], layer_pattern="cLS")
+    assert max(errors.values()) < 1e-5
+
+
+def batch_changes() -> dict[str, float]:
+    """Largest changes of the logits of row 1, in single precision, when other rows come and go."""
+    model, _ = build(torch.float32)
+    engine, tokens = Engine(model), some_tokens()
+    together = decoded_logits(engine, tokens, 6)[1:2]
+    others = tokens.clone()
+    others[[0, 2]] = 90 - others[[0, 2]]
+    changes = {"alone": tokens[1:2], "elsewhere": tokens[[1, 0]], "beside others": others}
+    rows = {"alone": 0, "elsewhere": 0, "beside others": 1}
+    return {
+        name: error(decoded_logits(engine, batch, 6)[rows[name]][None], together) for name, batch in changes.items()
+    }
+
+
+def test_the_batch_never_changes_a_row(worker_pool):
+    (changes,) = worker_pool(1).run(batch_changes)
+    assert changes["beside others"] == 0 and changes["elsewhere"] == 0 and changes["alone"] < 1e-5
+
+
+def rows_at_different_positions() -> float:
+    """Sequences of 4 and 9 tokens, put into one batch, go on as they do alone."""
+    model, topology = build()
+    engine, tokens = Engine(model), some_tokens(2)
+    lengths = (4, 9)
+    alone = [engine.prefill(tokens[i : i + 1, :length])[1] for i, length in enumerate(lengths)]
+    merged = model.zero_states(2)
+    merged.is_start = False
+    for i, states in enumerate(alone):
+        merged.position_B[i] = states.position_B[0]
+        for name, layer in merged.layers.items():
+            for key, x in vars(layer).items():
+                x[i] = vars(states.layers[name])[key][0]
+    new = torch.stack([tokens[i, length : length + 5] for i, length in enumerate(lengths)])
+    expected = [full_logits(model, topology, tokens[i : i + 1, : n + 5])[0, n:] for i, n in enumerate(lengths)]
+    piece, _ = engine.prefill(new[:, :3], merged)
+    found = torch.stack([piece, *(engine.decode_step(new[:, t], merged) for t in (3, 4))], dim=1)
+    return error(found, torch.stack(expected)[:, 2:])
+
+
+def test_rows_may_be_at_different_positions(worker_pool):
+    assert worker_pool(1).run(rows_at_different_positions)[0] < 1e-10
+
+
+def generated() -> dict[str, Any]:
+    model, topology = build(vocab_size=89)
+    engine, prompts = Engine(model, piece_tokens=1), some_tokens(tokens=5) % 89
+    found = engine.generate(prompts, 8)
+    sequence = prompts
+    for _ in range(8):
+        best = full_logits(model, topology, sequence)[:, -1, :89].argmax(-1)
+        sequence = torch.cat([sequence, best[:, None]], dim=1)
+    again, other = engine.generate(prompts, 8), engine.generate(prompts[:1], 8)
+    states = model.zero_states(3)
+    copy = engine.prefill(prompts, states)[1].clone()
+    engine.decode_step(found[:, 0], states)
+    return {
+        "found": found.tolist(),
+        "expected": sequence[:, 5:].tolist(),
+        "again": again.tolist(),
+        "alone": other.tolist(),
+        "copied": (
+            copy.position_B.tolist(),
+            error(engine.decode_step(found[:, 0], copy)[:, :89], states_logits(engine, prompts, found)),
+        ),
+        "bytes": states.bytes_per_sequence(),
+    }
+
+
+def states_logits(engine: Engine, prompts: Tensor, found: Tensor) -> Tensor:
+    """Logits after the prompts and the first token found."""
+    return engine.decode_step(found[:, 0], engine.prefill(prompts)[1])[:, :89]
+
+
+def test_greedy_generation_is_the_repeated_forward(worker_pool):
+    """Of tokens only: the vocabulary's padding rows are never chosen. A second run starts anew."""
+    (result,) = worker_pool(1).run(generated)
+    assert result["found"] == result["expected"] == result["again"]
+    assert result["alone"] == result["found"][:1]
+    assert result["copied"][0] == [5, 5, 5] and result["copied"][1] < 1e-12
+    # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1], 2 windows of [4, 6, 8] keys and values, and the position.
+    assert result["bytes"] == 8 * (2 * 2 * 64 + 2 * 4 * 15 * 9 + 2 * 2 * 4 * 6 * 8 + 1)
+
+
+def refusals() -> list[str]:
+    messages = []
+    full, _ = build(layer_pattern="cLSA")
+    model, _ = build()
+    for attempt in (
+        lambda: Engine(full),
+        lambda: Engine(model, piece_tokens=0),
+        lambda: Engine(model).prefill(some_tokens(tokens=0)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_refusals_name_the_key(worker_pool):
+    (messages,) = worker_pool(1).run(refusals)
+    for message, key in zip(messages, ("model.layer_pattern", "piece_tokens", "prompt is empty"), strict=True):
+        assert key in message
+
+
+def cut_model() -> str:
+    config = Config(model=MODEL, parallel=ParallelConfig(tensor=2))
+    topology = build_topology(config.parallel, rank_device(0))
+    with pytest.raises(ConfigError) as caught:
+        Engine(build_model(config, topology, torch.float32)[0])
+    return str(caught.value)
+
+
+def test_a_model_over_several_ranks_is_refused(worker_pool):
+    assert "parallel.tensor" in worker_pool(2).run(cut_model)[0]
