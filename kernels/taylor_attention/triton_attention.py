@@ -25,24 +25,27 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tile sizes in tokens or rows, all powers of two, and warps of a program. A chunk is a multiple of its tiles."""
+    """Tile sizes in tokens or rows, all powers of two. A chunk is a multiple of its tiles."""
 
     chunk_tokens: int = 128
     sweep_tokens: int = 64
-    tile_tokens: int = 64
-    """Of the kernels that treat all tiles at once."""
+    output_tokens: int = 64
+    gradient_tokens: int = 64
+    pair_tokens: int = 64
+    """Keys that a tile of queries meets at a time."""
     sweep_rows: int = 64
     tile_rows: int = 32
-    warps: int = 4
-    sweep_registers: int | None = 168
-    """Of a thread: 168 let three programs of four warps share a multiprocessor, 128 four, 255 two."""
-    output_registers: int | None = 168
-    gradient_registers: int | None = 168
-    sweep_stages: int = 3
-    """Tiles whose loads are under way."""
-    tile_stages: int = 2
+    sweep_stages: int = 2
+    """Chunks whose loads are under way."""
+    state_stages: int = 3
+    """The same for blocks of a chunk's state."""
     programs_wanted: int = 384
     """Programs of a sweep that fill a GPU: shorter segments of the sequence are swept side by side to reach it."""
+
+
+def _warps(tile_tokens: int) -> int:
+    """One warp group for every 64 tokens."""
+    return 4 * max(1, tile_tokens // 64)
 
 
 class ChunkStates(NamedTuple):
@@ -50,8 +53,8 @@ class ChunkStates(NamedTuple):
 
     values_BHNPV: Tensor
     """In the dtype of the inputs."""
-    normalisers_BHNP: Tensor
-    """fp32."""
+    normalisers_BHNP4: Tensor
+    """Rounded parts: the first and the second, which add up to the normaliser; the first again; unused."""
 
 
 def _period(feature_dim: int) -> int:
@@ -125,22 +128,21 @@ class _Launch:
         shape = (self.B, self.H, self.chunks, self.rows_stored)
         return ChunkStates(
             torch.empty(*shape, self.constants["value_dim"], dtype=dtype, device=self.device),
-            torch.empty(*shape, dtype=torch.float32, device=self.device),
+            torch.empty(*shape, 4, dtype=dtype, device=self.device),
         )
 
-    @property
-    def tiles(self) -> tuple[int, int]:
+    def tiles(self, tokens: int) -> tuple[int, int]:
         """Grid of the kernels that treat all tiles at once."""
-        return triton.cdiv(self.T, self.schedule.tile_tokens), self.B * self.H
+        return triton.cdiv(self.T, tokens), self.B * self.H
 
-    def tile_options(self, registers: int | None) -> dict[str, Any]:
+    def tile_options(self, tokens: int) -> dict[str, Any]:
         """Constants and launch options of these kernels."""
         return {
-            "tile_tokens": self.schedule.tile_tokens,
+            "tile_tokens": tokens,
             "block_rows": self.schedule.tile_rows,
-            "num_warps": self.schedule.warps,
-            "num_stages": self.schedule.tile_stages,
-            "maxnreg": registers,
+            "state_stages": self.schedule.state_stages,
+            "num_warps": _warps(tokens),
+            "num_stages": 2,
             **self.constants,
         }
 
@@ -149,10 +151,10 @@ class _Sweep:
     """One direction over the sequence: x are the tokens' vectors, y their values."""
 
     def __init__(
-        self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
+        self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT4: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
     ) -> None:
         """Forward without yz, where it is a one for each token; adjoint with it."""
-        self.x, self.y, self.yz, self.adjoint = x_BTHF, y_BTHV, yz_BHT, yz_BHT is not None
+        self.x, self.y, self.yz, self.adjoint = x_BTHF, y_BTHV, yz_BHT4, yz_BHT4 is not None
         self.launch = _Launch(x_BTHF, y_BTHV, ids_BT, schedule)
         self.segments = self.launch.segments
         self.segment_chunks = triton.cdiv(self.launch.chunks, self.segments)
@@ -167,10 +169,8 @@ class _Sweep:
             ends if starts is None else starts, *((ends, ends) if states is None else states), ends,
             *_strides(self.x), *_strides(self.y), launch.ids_stride, launch.T, H, launch.chunks,
             self.segments, self.segment_chunks, first_segment,
-            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self.adjoint, has_start=starts is not None,
-            writes_states=states is not None, num_warps=schedule.warps, num_stages=schedule.sweep_stages,
-            maxnreg=schedule.sweep_registers,
-            **launch.constants,
+            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows,
+            adjoint=self.adjoint, has_start=starts is not None, writes_states=states is not None, num_warps=4, num_stages=schedule.sweep_stages, **launch.constants,
         )  # fmt: skip
         return ends
 
@@ -224,54 +224,57 @@ def attend(
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     o_BTHV = _empty_like(v_BTHV)
     inverse_z_BHT = torch.empty(launch.B, launch.H, launch.T, dtype=torch.float32, device=launch.device)
-    triton_kernels.outputs[launch.tiles](
+    triton_kernels.outputs[launch.tiles(schedule.output_tokens)](
         q_BTHF, k_BTHF, v_BTHV, launch.ids, *states, o_BTHV, inverse_z_BHT,
         *_strides(q_BTHF), *_strides(k_BTHF), *_strides(v_BTHV), *_strides(o_BTHV),
-        launch.ids_stride, launch.T, launch.H, launch.chunks, **launch.tile_options(schedule.output_registers),
+        launch.ids_stride, launch.T, launch.H, launch.chunks,
+        key_tokens=min(schedule.pair_tokens, schedule.output_tokens), **launch.tile_options(schedule.output_tokens),
     )  # fmt: skip
     return o_BTHV, inverse_z_BHT
 
 
 def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients to the numerators, g_BHTV in the dtype of o, and to the normalisers, gz_BHT in fp32."""
+    """Gradients to the numerators, g_BHTV in the dtype of o, and to the normalisers, gz_BHT4 as in ChunkStates."""
     B, T, H, V = o_BTHV.shape
     g_BHTV = torch.empty(B, H, T, V, dtype=o_BTHV.dtype, device=o_BTHV.device)
-    gz_BHT = torch.empty_like(inverse_z_BHT)
+    gz_BHT4 = torch.empty(B, H, T, 4, dtype=o_BTHV.dtype, device=o_BTHV.device)
     tile = 64
     triton_kernels.output_gradients[triton.cdiv(T, tile), B * H](
-        do_BTHV, o_BTHV, inverse_z_BHT, g_BHTV, gz_BHT, *_strides(do_BTHV), *_strides(o_BTHV), T, H,
+        do_BTHV, o_BTHV, inverse_z_BHT, g_BHTV, gz_BHT4, *_strides(do_BTHV), *_strides(o_BTHV), T, H,
         value_dim=V, value_width=max(16, triton.next_power_of_2(V)), tile_tokens=tile, even=T % tile == 0, num_warps=4,
     )  # fmt: skip
-    return g_BHTV, gz_BHT
+    return g_BHTV, gz_BHT4
 
 
 def adjoint_states(
     q_BTHF: Tensor,
     g_BHTV: Tensor,
-    gz_BHT: Tensor,
+    gz_BHT4: Tensor,
     dfinal_BHRE: Tensor | None,
     ids_BT: Tensor | None,
     schedule: Schedule,
 ) -> tuple[ChunkStates, Tensor]:
     """Adjoint states after the chunks, and the gradient to the initial state [B, H, R, V + 1] fp32."""
-    return _Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT, ids_BT, schedule).states(dfinal_BHRE)
+    return _Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule).states(dfinal_BHRE)
 
 
 def gradients(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT: Tensor, states: ChunkStates,
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, states: ChunkStates,
     adjoints: ChunkStates, ids_BT: Tensor | None, schedule: Schedule,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv, given the states before and the adjoint states after the chunks."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     dq_BTHF, dk_BTHF, dv_BTHV = _empty_like(q_BTHF), _empty_like(k_BTHF), _empty_like(v_BTHV)
-    inputs = (q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT, launch.ids)
+    inputs = (q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids)
     strides = (*_strides(q_BTHF), *_strides(k_BTHF), *_strides(v_BTHV))
     sizes = (launch.ids_stride, launch.T, launch.H, launch.chunks)
-    options = launch.tile_options(schedule.gradient_registers)
-    triton_kernels.query_gradients[launch.tiles](
-        *inputs, *states, dq_BTHF, *strides, *_strides(dq_BTHF), *sizes, **options
-    )
-    triton_kernels.key_gradients[launch.tiles](
+    tokens = schedule.gradient_tokens
+    options = launch.tile_options(tokens)
+    triton_kernels.query_gradients[launch.tiles(tokens)](
+        *inputs, *states, dq_BTHF, *strides, *_strides(dq_BTHF), *sizes,
+        key_tokens=min(schedule.pair_tokens, tokens), **options,
+    )  # fmt: skip
+    triton_kernels.key_gradients[launch.tiles(tokens)](
         *inputs, *adjoints, dk_BTHF, dv_BTHV, *strides, *_strides(dk_BTHF), *_strides(dv_BTHV), *sizes,
         has_pairs=True, **options,
     )  # fmt: skip
@@ -286,11 +289,11 @@ def moment_gradients(
     adjoint = _packed_operand(dmoments_BHRE, k_BTHF.shape[-1], launch.rows_stored, k_BTHF.dtype)
     dk_BTHF, dv_BTHV = _empty_like(k_BTHF), _empty_like(v_BTHV)
     unused, no_strides = dmoments_BHRE, (0, 0, 0)
-    triton_kernels.key_gradients[launch.tiles](
+    triton_kernels.key_gradients[launch.tiles(schedule.gradient_tokens)](
         k_BTHF, k_BTHF, v_BTHV, v_BTHV, unused, launch.ids, *adjoint, dk_BTHF, dv_BTHV,
         *no_strides, *_strides(k_BTHF), *_strides(v_BTHV), *_strides(dk_BTHF), *_strides(dv_BTHV),
         launch.ids_stride, launch.T, launch.H, launch.chunks,
-        has_pairs=False, **launch.tile_options(schedule.gradient_registers),
+        has_pairs=False, **launch.tile_options(schedule.gradient_tokens),
     )  # fmt: skip
     return dk_BTHF, dv_BTHV
 
@@ -306,7 +309,11 @@ def _packed_operand(state_BHRE: Tensor, feature_dim: int, rows_stored: int, dtyp
     packed = torch.where(rows < P, 1 + first, packed)
     exists = torch.where(rows < P, first < F, high < F) & (rows < P + pairs) | (rows == P + pairs)
     ordered = torch.where(exists[:, None], state_BHRE[:, :, packed * exists], 0)
-    return ChunkStates(ordered[..., :-1].to(dtype).contiguous(), ordered[..., -1].float().contiguous())
+    high = ordered[..., -1].to(dtype)
+    low = (ordered[..., -1] - high).to(dtype)
+    return ChunkStates(
+        ordered[..., :-1].to(dtype).contiguous(), torch.stack([high, low, high, torch.zeros_like(low)], dim=-1)
+    )
 
 
 class TaylorAttention(torch.autograd.Function):
@@ -335,10 +342,10 @@ class TaylorAttention(torch.autograd.Function):
         do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else _rows_dense(do_BTHV)
         if dfinal_BHRE is not None:
             dfinal_BHRE = dfinal_BHRE.contiguous()
-        g_BHTV, gz_BHT = output_gradients(do_BTHV, o_BTHV, inverse_z_BHT)
-        adjoints, dinitial_BHRE = adjoint_states(q_BTHF, g_BHTV, gz_BHT, dfinal_BHRE, ids_BT, schedule)
+        g_BHTV, gz_BHT4 = output_gradients(do_BTHV, o_BTHV, inverse_z_BHT)
+        adjoints, dinitial_BHRE = adjoint_states(q_BTHF, g_BHTV, gz_BHT4, dfinal_BHRE, ids_BT, schedule)
         dq_BTHF, dk_BTHF, dv_BTHV = gradients(
-            q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT, states, adjoints, ids_BT, schedule
+            q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, states, adjoints, ids_BT, schedule
         )  # fmt: skip
         return dq_BTHF, dk_BTHF, dv_BTHV, dinitial_BHRE if ctx.has_initial else None, None, None
 
@@ -367,7 +374,7 @@ def _schedule(chunk_tokens: int | None, dtype: torch.dtype) -> Schedule:
     if chunk_tokens < 16 or chunk_tokens & (chunk_tokens - 1):
         raise ValueError(f"chunk_tokens is {chunk_tokens}: the Triton kernels take powers of two from 16 on")
     tile = min(chunk_tokens, 64)
-    return Schedule(chunk_tokens=chunk_tokens, sweep_tokens=tile, tile_tokens=tile)
+    return Schedule(chunk_tokens=chunk_tokens, sweep_tokens=tile, output_tokens=tile, gradient_tokens=tile)
 
 
 def _check_dtypes(*tensors: Tensor) -> None:

@@ -15,8 +15,8 @@ Rows of a chunk's state, with P = F rounded up to a power of two (`period`), dif
     the next row              1, then rows of zeros
 
 so that the first factor of row r is x_{r mod P} in every block, and neither factor needs a table. States of chunks
-carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1. The column of ones that the
-normaliser comes from is kept apart from the values, as a vector.
+carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1. What belongs to the normaliser is a
+vector in fp32; `as_columns` splits it into two rounded parts, so that matrix products can take it.
 """
 
 from __future__ import annotations
@@ -72,30 +72,18 @@ def first_factors(x_MF, block_rows: tl.constexpr, period: tl.constexpr, width: t
 
 
 @triton.jit
-def second_factors(
-    x_MF,
-    row0: tl.constexpr,
-    block_rows: tl.constexpr,
-    period: tl.constexpr,
-    width: tl.constexpr,
-    precision: tl.constexpr,
-):
-    """Second factors [M, X] fp32 of one block of rows; zero in the constant row."""
-    rows = row0 + tl.arange(0, block_rows)
-    b_MX = tl.dot(x_MF, one_hot(second_factor(rows, period), width, x_MF.dtype), input_precision=precision)
-    if row0 < period:
-        b_MX += tl.where(rows < period, 1.0, 0.0)[None, :]
-    return b_MX
+def second_factors(x_MF, rows_X, period: tl.constexpr, width: tl.constexpr, precision: tl.constexpr):
+    """Second factors [M, X] fp32 of a block of rows; zero in the constant row."""
+    picks = one_hot(second_factor(rows_X, period), width, x_MF.dtype)
+    linear = tl.where(rows_X < period, 1.0, 0.0)
+    return tl.dot(x_MF, picks, input_precision=precision) + linear[None, :]
 
 
 @triton.jit
-def features(a_MX, b_MX, row0: tl.constexpr, block_rows: tl.constexpr, period: tl.constexpr):
+def features(a_MX, b_MX, rows_X, period: tl.constexpr):
     """packed(x) of a block of rows from its factors."""
     constant: tl.constexpr = period + period * (period + 1) // 2
-    phi_MX = a_MX * b_MX
-    if row0 <= constant and constant < row0 + block_rows:
-        phi_MX += tl.where(row0 + tl.arange(0, block_rows) == constant, 1.0, 0.0)[None, :]
-    return phi_MX
+    return a_MX * b_MX + tl.where(rows_X == constant, 1.0, 0.0)[None, :]
 
 
 @triton.jit
@@ -155,7 +143,7 @@ def output_gradients(
     do_ptr, o_ptr, inverse_z_ptr, g_ptr, gz_ptr, do_stride_b, do_stride_t, do_stride_h, o_stride_b, o_stride_t, o_stride_h,
     T, H, value_dim: tl.constexpr, value_width: tl.constexpr, tile_tokens: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
-    """Gradients to the numerators, g = do / Z, and to the normaliser, gz = -g.o: [B, H, T, V] and [B, H, T]."""
+    """Gradients to the numerators, g = do / Z, and to the normaliser, gz = -g.o as columns: [B, H, T, V] and [B, H, T, 4]."""
     tile, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), bh % H
     bh64 = bh.to(tl.int64)
@@ -170,7 +158,8 @@ def output_gradients(
     # The rounded g: an error that both gradients share moves a gradient, but does not break their balance.
     gz = -tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     store_tile(g_ptr + bh64 * T * value_dim, tokens, value_dim, T, columns, value_dim, g)
-    tl.store(gz_ptr + bh64 * T + tokens, gz, mask=tokens < T)
+    gz_columns = as_columns(gz, g_ptr.dtype.element_ty)
+    store_tile(gz_ptr + bh64 * T * 4, tokens, 4, T, tl.arange(0, 16), 4, gz_columns)
 
 
 @triton.jit
@@ -193,7 +182,7 @@ def sweep(
     bh64 = bh.to(tl.int64)
     x_ptr += b * x_stride_b + h * x_stride_h
     y_ptr += b * y_stride_b + h * y_stride_h
-    yz_ptr += bh64 * T
+    yz_ptr += bh64 * T * 4
     ids_ptr += b * ids_stride_b
     E: tl.constexpr = value_dim + 1
     R: tl.constexpr = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
@@ -216,63 +205,67 @@ def sweep(
     if has_start:
         start_ptr += (bh64 * segments + segment) * R * E
         state = tl.load(start_ptr + state_offsets, mask=in_state, other=0.0)
-        normaliser = tl.load(start_ptr + column_offsets, mask=packed >= 0, other=0.0)
+        total = tl.load(start_ptr + column_offsets, mask=packed >= 0, other=0.0)
         if adjoint:
             state = state / weights[:, None]
-            normaliser = normaliser / weights
+            total = total / weights
+        # As the products below leave it: in two columns that add up to it.
+        normaliser = tl.where(tl.arange(0, 16)[None, :] == 0, total[:, None], 0.0)
     else:
         state = tl.zeros([block_rows, value_width], tl.float32)
-        normaliser = tl.zeros([block_rows], tl.float32)
+        normaliser = tl.zeros([block_rows, 16], tl.float32)
 
     begin_chunk = segment * segment_chunks
     count = tl.minimum(segment_chunks, chunks - begin_chunk)
-    tiles: tl.constexpr = chunk_tokens // tile_tokens
-    # One loop and no branch in it, so that the loads of several tiles ahead are under way.
-    for step in range(0, count * tiles):
+    ones = as_columns(tl.full([tile_tokens], 1.0, tl.float32), dtype)
+    columns16 = tl.arange(0, 16)
+    for step in range(0, count):
         if adjoint:
-            chunk = begin_chunk + count - 1 - step // tiles
+            chunk = begin_chunk + count - 1 - step
         else:
-            chunk = begin_chunk + step // tiles
-        enters_chunk = step % tiles == 0
+            chunk = begin_chunk + step
         begin = chunk * chunk_tokens
-        tokens = begin + (step % tiles) * tile_tokens + tl.arange(0, tile_tokens)
-        x_t = tl.trans(load_tile(x_ptr, tokens, x_stride_t, T, vector, feature_dim, width, even))
-        y = load_tile(y_ptr, tokens, y_stride_t, T, columns, value_dim, value_width, even)
         if writes_states:
             out = (bh64 * chunks + chunk) * rows_stored
-            tl.store(
-                states_ptr + (out + rows[:, None]) * value_dim + columns[None, :],
-                (state * weights[:, None]).to(states_ptr.dtype.element_ty),
-                mask=(rows < rows_stored)[:, None] & (columns < value_dim)[None, :] & enters_chunk,
-            )
-            tl.store(normalisers_ptr + out + rows, normaliser * weights, mask=(rows < rows_stored) & enters_chunk)
+            state_rows = states_ptr + out * value_dim
+            store_tile(state_rows, rows, value_dim, rows_stored, columns, value_dim, state * weights[:, None])
+            normaliser_columns = as_columns(sum_columns(normaliser) * weights, dtype)
+            store_tile(normalisers_ptr + out * 4, rows, 4, rows_stored, columns16, 4, normaliser_columns)
         if has_ids:
             carried_id = tl.load(ids_ptr + tl.maximum(begin - 1, 0))
             last_id = tl.load(ids_ptr + tl.minimum(begin + chunk_tokens, T) - 1)
-            keeps = tl.where((last_id == carried_id) | (step % tiles != 0), 1.0, 0.0)
+            keeps = tl.where(last_id == carried_id, 1.0, 0.0)
             state = state * keeps
             normaliser = normaliser * keeps
             seen_id = carried_id if adjoint else last_id
-        a = tl.dot(pick_first, x_t, input_precision=precision)
-        b_plus = tl.dot(pick_second, x_t, input_precision=precision) + is_linear
-        phi = a * b_plus + is_constant
-        if has_ids:
-            ids = load_vector(ids_ptr, tokens, T, even)
-            phi = tl.where(((ids == seen_id) & (tokens < T))[None, :], phi, 0.0)
-        elif not even:
-            phi = tl.where((tokens < T)[None, :], phi, 0.0)
-        if adjoint:
-            normaliser += tl.sum(phi * load_vector(yz_ptr, tokens, T, even)[None, :], 1)
-        else:
-            normaliser += tl.sum(phi, 1)
-        state = tl.dot(phi.to(dtype), y, state, input_precision=precision)
+        # Unrolled, so that the loads of all tiles of the chunks ahead are under way.
+        for tile in tl.static_range(chunk_tokens // tile_tokens):
+            tokens = begin + tile * tile_tokens + tl.arange(0, tile_tokens)
+            x_t = tl.trans(load_tile(x_ptr, tokens, x_stride_t, T, vector, feature_dim, width, even))
+            y = load_tile(y_ptr, tokens, y_stride_t, T, columns, value_dim, value_width, even)
+            a = tl.dot(pick_first, x_t, input_precision=precision)
+            b_plus = tl.dot(pick_second, x_t, input_precision=precision) + is_linear
+            phi = a * b_plus + is_constant
+            if has_ids:
+                ids = load_vector(ids_ptr, tokens, T, even)
+                phi = tl.where(((ids == seen_id) & (tokens < T))[None, :], phi, 0.0)
+            elif not even:
+                phi = tl.where((tokens < T)[None, :], phi, 0.0)
+            operand = phi.to(dtype)
+            if adjoint:
+                yz = load_tile(yz_ptr, tokens, 4, T, columns16, 4, 16, even)
+            else:
+                yz = ones
+            normaliser = tl.dot(operand, yz, normaliser, input_precision=precision)
+            state = tl.dot(operand, y, state, input_precision=precision)
 
+    total = sum_columns(normaliser)
     if adjoint:
         state *= weights[:, None]
-        normaliser *= weights
+        total *= weights
     end_ptr += (bh64 * segments + segment) * R * E
     tl.store(end_ptr + state_offsets, state, mask=in_state)
-    tl.store(end_ptr + column_offsets, normaliser, mask=packed >= 0)
+    tl.store(end_ptr + column_offsets, total, mask=packed >= 0)
 
 
 @triton.jit
@@ -308,26 +301,18 @@ def combine(
 
 
 @triton.jit
-def load_state(
-    states_ptr, normalisers_ptr, columns_V, rows_stored: tl.constexpr, block_rows: tl.constexpr, value_dim: tl.constexpr,
+def load_block(
+    states_ptr, normalisers_ptr, rows_X, columns_V, rows_stored: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's state as tuples of blocks: values [X, V] and normalisers as columns [X, 16].
-
-    Loaded before anything is computed: a program is short, and would wait for each load in turn.
-    """
-    values = ()
-    normalisers = ()
-    for block in tl.static_range(rows_stored // block_rows):
-        rows = block * block_rows + tl.arange(0, block_rows)
-        values += (load_tile(states_ptr, rows, value_dim, rows_stored, columns_V, value_dim, value_width, True),)
-        normalisers += (as_columns(tl.load(normalisers_ptr + rows), states_ptr.dtype.element_ty),)
-    return values, normalisers
+    """A block of rows of a chunk's state: values [X, V], and normalisers as columns [X, 16]."""
+    values = load_tile(states_ptr, rows_X, value_dim, rows_stored, columns_V, value_dim, value_width, True)
+    return values, load_tile(normalisers_ptr, rows_X, 4, rows_stored, tl.arange(0, 16), 4, 16, True)
 
 
 @triton.jit
 def output_pairs(
-    acc_MV, z_M, q_MF, k_NF, v_NV, queries, keys, ids_ptr, T, feature_dim: tl.constexpr, has_ids: tl.constexpr,
+    acc_MV, z_M16, q_MF, k_NF, v_NV, ones_N16, queries, keys, ids_ptr, T, feature_dim: tl.constexpr, has_ids: tl.constexpr,
     diagonal: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Adds the pairs of a tile of queries and a tile of keys to the numerators and the normaliser."""
@@ -339,7 +324,9 @@ def output_pairs(
     if has_ids:
         query_ids = load_vector(ids_ptr, queries, T, even)
         w = tl.where(query_ids[:, None] == load_vector(ids_ptr, keys, T, even)[None, :], w, 0.0)
-    return tl.dot(w.to(v_NV.dtype), v_NV, acc_MV, input_precision=precision), z_M + tl.sum(w, 1)
+    w = w.to(v_NV.dtype)
+    z_M16 = tl.dot(w, ones_N16, z_M16, input_precision=precision)
+    return tl.dot(w, v_NV, acc_MV, input_precision=precision), z_M16
 
 
 @triton.jit
@@ -349,7 +336,8 @@ def outputs(
     o_stride_b, o_stride_t, o_stride_h, ids_stride_b, T, H, chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    tile_tokens: tl.constexpr, key_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr,
+    even: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """o and 1/Z of one tile of queries."""
     tile, bh = tl.program_id(0), tl.program_id(1)
@@ -360,6 +348,8 @@ def outputs(
     v_ptr += b * v_stride_b + h * v_stride_h
     o_ptr += b * o_stride_b + h * o_stride_h
     ids_ptr += b * ids_stride_b
+    dtype = q_ptr.dtype.element_ty
+
     begin = tile * tile_tokens
     chunk = begin // chunk_tokens
     chunk_begin = chunk * chunk_tokens
@@ -368,46 +358,49 @@ def outputs(
     columns = tl.arange(0, value_width)
     q = load_tile(q_ptr, queries, q_stride_t, T, vector, feature_dim, width, even)
     state_index = bh64 * chunks + chunk
-    states, normalisers = load_state(
-        states_ptr + state_index * rows_stored * value_dim, normalisers_ptr + state_index * rows_stored, columns,
-        rows_stored, block_rows, value_dim, value_width,
-    )  # fmt: skip
-    k = load_tile(k_ptr, queries, k_stride_t, T, vector, feature_dim, width, even)
-    v = load_tile(v_ptr, queries, v_stride_t, T, columns, value_dim, value_width, even)
+    states_ptr += state_index * rows_stored * value_dim
+    normalisers_ptr += state_index * rows_stored * 4
 
     acc = tl.zeros([tile_tokens, value_width], tl.float32)
-    z_columns = tl.zeros([tile_tokens, 16], tl.float32)
+    z = tl.zeros([tile_tokens, 16], tl.float32)
     a = first_factors(q, block_rows, period, width, precision)
-    for block in tl.static_range(rows_stored // block_rows):
-        b_plus = second_factors(q, block * block_rows, block_rows, period, width, precision)
-        phi = features(a, b_plus, block * block_rows, block_rows, period)
-        z_columns = tl.dot(phi.to(v.dtype), normalisers[block], z_columns, input_precision=precision)
-        acc = tl.dot(phi.to(v.dtype), states[block], acc, input_precision=precision)
-    z = sum_columns(z_columns)
+    for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
+        rows = row0 + tl.arange(0, block_rows)
+        state, normaliser = load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width)
+        phi = features(a, second_factors(q, rows, period, width, precision), rows, period).to(dtype)
+        z = tl.dot(phi, normaliser, z, input_precision=precision)
+        acc = tl.dot(phi, state, acc, input_precision=precision)
     if has_ids:
         query_ids = load_vector(ids_ptr, queries, T, even)
         reads = tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)
         acc *= reads[:, None]
-        z *= reads
+        z *= reads[:, None]
 
-    acc, z = output_pairs(acc, z, q, k, v, queries, queries, ids_ptr, T, feature_dim, has_ids, True, even, precision)
-    for key_begin in range(chunk_begin, begin, tile_tokens):
-        keys = key_begin + tl.arange(0, tile_tokens)
+    ones = as_columns(tl.full([key_tokens], 1.0, tl.float32), dtype)
+    for key_begin in tl.range(chunk_begin, begin, key_tokens):
+        keys = key_begin + tl.arange(0, key_tokens)
         k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
         v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
-        acc, z = output_pairs(acc, z, q, k, v, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision)
+        acc, z = output_pairs(
+            acc, z, q, k, v, ones, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision
+        )
+    for part in tl.static_range(tile_tokens // key_tokens):
+        keys = begin + part * key_tokens + tl.arange(0, key_tokens)
+        k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
+        v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
+        acc, z = output_pairs(
+            acc, z, q, k, v, ones, queries, keys, ids_ptr, T, feature_dim, has_ids, True, even, precision
+        )
 
-    inverse_z = 1.0 / z
+    inverse_z = 1.0 / sum_columns(z)
     store_tile(o_ptr, queries, o_stride_t, T, columns, value_dim, acc * inverse_z[:, None])
     tl.store(inverse_z_ptr + bh64 * T + queries, inverse_z, mask=queries < T)
 
 
 @triton.jit
-def to_second_factors(
-    row0: tl.constexpr, block_rows: tl.constexpr, period: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr
-):
+def to_second_factors(rows_X, period: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr):
     """[X, F] rows that add what flows to second factors up in their entries of x."""
-    return tl.trans(one_hot(second_factor(row0 + tl.arange(0, block_rows), period), width, dtype))
+    return tl.trans(one_hot(second_factor(rows_X, period), width, dtype))
 
 
 @triton.jit
@@ -441,7 +434,8 @@ def query_gradients(
     dq_stride_b, dq_stride_t, dq_stride_h, ids_stride_b, T, H, chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    tile_tokens: tl.constexpr, key_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr,
+    even: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, from the states before the chunks."""
     tile, bh = tl.program_id(0), tl.program_id(1)
@@ -462,36 +456,38 @@ def query_gradients(
     columns = tl.arange(0, value_width)
     q = load_tile(q_ptr, queries, q_stride_t, T, vector, feature_dim, width, even)
     g = load_tile(g_ptr + bh64 * T * value_dim, queries, value_dim, T, columns, value_dim, value_width, even)
-    gz = load_vector(gz_ptr + bh64 * T, queries, T, even)
+    gz_columns = load_tile(gz_ptr + bh64 * T * 4, queries, 4, T, tl.arange(0, 16), 4, 16, even)
+    gz = sum_columns(gz_columns.to(tl.float32))
     state_index = bh64 * chunks + chunk
-    states, normalisers = load_state(
-        states_ptr + state_index * rows_stored * value_dim, normalisers_ptr + state_index * rows_stored, columns,
-        rows_stored, block_rows, value_dim, value_width,
-    )  # fmt: skip
-    k = load_tile(k_ptr, queries, k_stride_t, T, vector, feature_dim, width, even)
-    v = load_tile(v_ptr, queries, v_stride_t, T, columns, value_dim, value_width, even)
+    states_ptr += state_index * rows_stored * value_dim
+    normalisers_ptr += state_index * rows_stored * 4
 
     dq = tl.zeros([tile_tokens, width], tl.float32)
     da = tl.zeros([tile_tokens, block_rows], tl.float32)
     gz_factors = as_factors(gz, dtype)
     a = first_factors(q, block_rows, period, width, precision)
-    for block in tl.static_range(rows_stored // block_rows):
-        dphi = tl.dot(gz_factors, tl.trans(normalisers[block]), input_precision=precision)
-        dphi = tl.dot(g, tl.trans(states[block]), dphi, input_precision=precision)
-        da += dphi * second_factors(q, block * block_rows, block_rows, period, width, precision)
-        to_second = to_second_factors(block * block_rows, block_rows, period, width, dtype)
-        dq = tl.dot((dphi * a).to(dtype), to_second, dq, input_precision=precision)
+    for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
+        rows = row0 + tl.arange(0, block_rows)
+        state, normaliser = load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width)
+        dphi = tl.dot(gz_factors, tl.trans(normaliser), input_precision=precision)
+        dphi = tl.dot(g, tl.trans(state), dphi, input_precision=precision)
+        da += dphi * second_factors(q, rows, period, width, precision)
+        dq = tl.dot((dphi * a).to(dtype), to_second_factors(rows, period, width, dtype), dq, input_precision=precision)
     dq = tl.dot(da.to(dtype), to_first_factors(block_rows, period, width, dtype), dq, input_precision=precision)
     if has_ids:
         query_ids = load_vector(ids_ptr, queries, T, even)
         dq *= tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)[:, None]
 
-    dq = query_pairs(dq, q, g, gz, k, v, queries, queries, ids_ptr, T, feature_dim, has_ids, True, even, precision)
-    for key_begin in range(chunk_begin, begin, tile_tokens):
-        keys = key_begin + tl.arange(0, tile_tokens)
+    for key_begin in tl.range(chunk_begin, begin, key_tokens):
+        keys = key_begin + tl.arange(0, key_tokens)
         k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
         v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
         dq = query_pairs(dq, q, g, gz, k, v, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision)
+    for part in tl.static_range(tile_tokens // key_tokens):
+        keys = begin + part * key_tokens + tl.arange(0, key_tokens)
+        k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
+        v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
+        dq = query_pairs(dq, q, g, gz, k, v, queries, keys, ids_ptr, T, feature_dim, has_ids, True, even, precision)
     store_tile(dq_ptr, queries, dq_stride_t, T, vector, feature_dim, dq)
 
 
@@ -528,7 +524,8 @@ def key_gradients(
     dk_stride_b, dk_stride_t, dk_stride_h, dv_stride_b, dv_stride_t, dv_stride_h, ids_stride_b, T, H, chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, has_ids: tl.constexpr, has_pairs: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, has_pairs: tl.constexpr,
+    even: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the adjoint states after the chunks.
 
@@ -553,32 +550,23 @@ def key_gradients(
     k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
     v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
     state_index = bh64 * chunks + chunk if has_pairs else bh64
-    states, normalisers = load_state(
-        states_ptr + state_index * rows_stored * value_dim, normalisers_ptr + state_index * rows_stored, columns,
-        rows_stored, block_rows, value_dim, value_width,
-    )  # fmt: skip
-    if has_pairs:
-        q_ptr += b * q_stride_b + h * q_stride_h
-        g_ptr += bh64 * T * value_dim
-        gz_ptr += bh64 * T
-        q = load_tile(q_ptr, keys, q_stride_t, T, vector, feature_dim, width, even)
-        g = load_tile(g_ptr, keys, value_dim, T, columns, value_dim, value_width, even)
-        gz = as_columns(load_vector(gz_ptr, keys, T, even), dtype)
+    states_ptr += state_index * rows_stored * value_dim
+    normalisers_ptr += state_index * rows_stored * 4
 
     dk = tl.zeros([tile_tokens, width], tl.float32)
     dv = tl.zeros([tile_tokens, value_width], tl.float32)
     da = tl.zeros([tile_tokens, block_rows], tl.float32)
     ones = as_factors(tl.full([tile_tokens], 1.0, tl.float32), dtype)
     a = first_factors(k, block_rows, period, width, precision)
-    for block in tl.static_range(rows_stored // block_rows):
-        b_plus = second_factors(k, block * block_rows, block_rows, period, width, precision)
-        phi = features(a, b_plus, block * block_rows, block_rows, period)
-        dv = tl.dot(phi.to(dtype), states[block], dv, input_precision=precision)
-        dphi = tl.dot(ones, tl.trans(normalisers[block]), input_precision=precision)
-        dphi = tl.dot(v, tl.trans(states[block]), dphi, input_precision=precision)
+    for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
+        rows = row0 + tl.arange(0, block_rows)
+        state, normaliser = load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width)
+        b_plus = second_factors(k, rows, period, width, precision)
+        dv = tl.dot(features(a, b_plus, rows, period).to(dtype), state, dv, input_precision=precision)
+        dphi = tl.dot(ones, tl.trans(normaliser), input_precision=precision)
+        dphi = tl.dot(v, tl.trans(state), dphi, input_precision=precision)
         da += dphi * b_plus
-        to_second = to_second_factors(block * block_rows, block_rows, period, width, dtype)
-        dk = tl.dot((dphi * a).to(dtype), to_second, dk, input_precision=precision)
+        dk = tl.dot((dphi * a).to(dtype), to_second_factors(rows, period, width, dtype), dk, input_precision=precision)
     dk = tl.dot(da.to(dtype), to_first_factors(block_rows, period, width, dtype), dk, input_precision=precision)
     if has_ids:
         last = (chunk_end if has_pairs else T) - 1
@@ -588,14 +576,21 @@ def key_gradients(
         dv *= writes[:, None]
 
     if has_pairs:
+        q_ptr += b * q_stride_b + h * q_stride_h
+        g_ptr += bh64 * T * value_dim
+        gz_ptr += bh64 * T * 4
+        columns16 = tl.arange(0, 16)
+        q = load_tile(q_ptr, keys, q_stride_t, T, vector, feature_dim, width, even)
+        g = load_tile(g_ptr, keys, value_dim, T, columns, value_dim, value_width, even)
+        gz = load_tile(gz_ptr, keys, 4, T, columns16, 4, 16, even)
         dk, dv = key_pairs(
             dk, dv, k, v, ones, q, g, gz, keys, keys, ids_ptr, T, feature_dim, has_ids, True, even, precision
         )
-        for query_begin in range(begin + tile_tokens, chunk_end, tile_tokens):
+        for query_begin in tl.range(begin + tile_tokens, chunk_end, tile_tokens):
             queries = query_begin + tl.arange(0, tile_tokens)
             q = load_tile(q_ptr, queries, q_stride_t, T, vector, feature_dim, width, even)
             g = load_tile(g_ptr, queries, value_dim, T, columns, value_dim, value_width, even)
-            gz = as_columns(load_vector(gz_ptr, queries, T, even), dtype)
+            gz = load_tile(gz_ptr, queries, 4, T, columns16, 4, 16, even)
             dk, dv = key_pairs(
                 dk, dv, k, v, ones, q, g, gz, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision
             )
