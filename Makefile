@@ -36,9 +36,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The same layouts over NCCL, one GPU a rank; those that need more GPUs than there are say so.
+# The kernels compiled, and the same layouts over NCCL, one GPU a rank; those that need more GPUs than there are say so.
 test-gpu: setup
-	BASED_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/parallel tests/train/test_step.py tests/checkpoint/test_checkpoint_store.py
+	BASED_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/inference tests/model tests/parallel tests/train/test_step.py \
+	  tests/checkpoint/test_checkpoint_store.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,13 +13,19 @@ from based_megatron.kernels.backend import implementation
 
 
 def rotary_tables(
-    positions_T: Tensor, head_dim: int, fraction: float, base: float, dtype: torch.dtype = torch.float32
+    positions_T: Tensor,
+    head_dim: int,
+    fraction: float,
+    base: float,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [T, R] of the rotation angles at integer positions.
 
     R is half of d = int(head_dim * fraction), rounded up: an odd d rotates one dim more, with the frequencies base^(-2r / d) of the
     odd number, as flash-attn does in the published 1B transformer (35 of 70 dims). Angles are computed in fp64: at position
-    1e6 fp32 ones would be off by 0.03. Leading dims of positions_T are kept.
+    1e6 fp32 ones would be off by 0.03. Leading dims of positions_T are kept. The Triton kernel is one launch, where PyTorch has ten.
     Raises: ConfigError when the rotated part is longer than the head.
     """
     rotated = int(head_dim * fraction)
@@ -28,9 +34,22 @@ def rotary_tables(
             f"model.rotary_fraction {fraction} rotates {rotated + rotated % 2} of {head_dim} head dims; lower it, or change "
             "model.num_heads"
         )
+    run = implementation("rotary_tables", backend, {"reference": _reference_tables, "triton": _triton_tables})
+    return run(positions_T, rotated, base, dtype)
+
+
+def _reference_tables(positions_T: Tensor, rotated: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     exponents_R = torch.arange(0, rotated, 2, dtype=torch.float64, device=positions_T.device) / max(rotated, 1)
     angles_TR = positions_T.to(torch.float64).unsqueeze(-1) * base**-exponents_R
     return angles_TR.cos().to(dtype), angles_TR.sin().to(dtype)
+
+
+def _triton_tables(positions_T: Tensor, rotated: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if rotated == 0:
+        return _reference_tables(positions_T, rotated, base, dtype)
+    from based_megatron.kernels import triton_rotary
+
+    return triton_rotary.rotary_tables(positions_T, rotated, base, dtype)
 
 
 def apply_rotary(x_BTHV: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, backend: str = "reference") -> Tensor:

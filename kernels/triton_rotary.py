@@ -5,6 +5,7 @@ Legend: B batch, T sequence, H heads, V head dim, R rotated pairs.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 HEADS_OF_PROGRAM, WARPS = 64, 4
 """Heads, of one or several tokens, that one program turns."""
+POSITIONS_OF_PROGRAM = 4
 
 
 @triton.jit
@@ -105,3 +107,35 @@ def rotate(x_BTHV: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 def apply_rotary(x_BTHV: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotary embedding; see the package's function of the same name."""
     return Rotate.apply(x_BTHV, cos_TR, sin_TR) if cos_TR.shape[-1] else x_BTHV
+
+
+@triton.jit
+def _tables_kernel(
+    positions, cos, sin, N, SLOPE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, POSITIONS: tl.constexpr
+):
+    n = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    r = tl.arange(0, RP)
+    position = tl.load(positions + n, mask=n < N, other=0).to(tl.float64)
+    angle = position[:, None] * tl.exp(r.to(tl.float64) * SLOPE)[None, :]
+    exists = (n < N)[:, None] & (r < R)[None, :]
+    place = n[:, None].to(tl.int64) * R + r[None, :]
+    tl.store(cos + place, tl.cos(angle).to(cos.dtype.element_ty), mask=exists)
+    tl.store(sin + place, tl.sin(angle).to(sin.dtype.element_ty), mask=exists)
+
+
+def rotary_tables(positions_T: Tensor, rotated: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, R] for `rotated` dims; see the package's function of the same name."""
+    R = (rotated + 1) // 2
+    cos_TR, sin_TR = (torch.empty(*positions_T.shape, R, dtype=dtype, device=positions_T.device) for _ in range(2))
+    _tables_kernel[(triton.cdiv(positions_T.numel(), POSITIONS_OF_PROGRAM),)](
+        positions_T.contiguous(),
+        cos_TR,
+        sin_TR,
+        positions_T.numel(),
+        SLOPE=-2 * math.log(base) / rotated,
+        R=R,
+        RP=triton.next_power_of_2(R),
+        POSITIONS=POSITIONS_OF_PROGRAM,
+        num_warps=WARPS,
+    )
+    return cos_TR, sin_TR

@@ -56,15 +56,16 @@ def main(argv: Sequence[str]) -> int:
         names = "; ".join(case.name for case in cases)
         raise ConfigError(f"--only {config.only!r} is in no case of `based bench {config.what}`: {names}")
     rows: list[Row] = []
+    facts = facts_of(bench, shlex.join(["based", "bench", *argv]))
     for case in chosen:
         for row in case.rows():
             rows.append(row)
             print(summary(row), flush=True)
+        # What has been measured is kept, whatever ends the run.
+        written = write_report(rows, facts, config.output, config.what, plot=case is chosen[-1])
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    command = shlex.join(["based", "bench", *argv])
-    for path in write_report(rows, facts_of(bench, command), config.output, config.what):
-        print(path)
+    print(*written, sep="\n")
     failed = [f"{row.work} {row.shape}".strip() for row in rows if not row.passed]
     if failed:
         print(f"based bench: failed: {'; '.join(failed)}", file=sys.stderr)

@@ -20,7 +20,15 @@ from based_megatron.bench.models import based_model, llama, one_rank, parameters
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
 from based_megatron.bench.timing import Bench
 from based_megatron.inference.engine import Engine
-from based_megatron.kernels.decode import ConvState, TaylorState, WindowState, conv_step, taylor_step, window_step
+from based_megatron.kernels.decode import (
+    WAITING_KEYS,
+    ConvState,
+    TaylorState,
+    WindowState,
+    conv_step,
+    taylor_step,
+    window_step,
+)
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.rotary import rotary_tables
 from based_megatron.model.based_model import BasedModel
@@ -44,15 +52,21 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
-    """Every entry of the state is read and written once."""
-    B, H, F = bench.size(128, 2), bench.size(16, 2), 16
-    shape = (B, H, packed_rows(F), V)
-    moved = 2 * 4 * B * H * packed_rows(F) * (V + 1) + 2 * B * H * 2 * (F + V)
+    """Every moment is read, and written in one of N + 1 steps; the mean of N / 2 waiting keys is read, one is written.
+
+    Heads begin with different numbers of waiting keys, so that every step absorbs the same part of them.
+    """
+    B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, WAITING_KEYS
+    moments = 4 * packed_rows(F) * (V + 1) * (1 + 1 / (N + 1))
+    moved = int(B * H * (moments + 2 * (F + V) * (N / 2 + 1) + 2 * 2 * (F + V)))
 
     def inputs() -> tuple[Any, ...]:
-        # A normaliser as of many tokens: it is positive.
-        normaliser = 100 * torch.eye(1, shape[2], device=bench.device).expand(B, H, -1).contiguous()
-        state = TaylorState(bench.random(*shape, dtype=torch.float32), normaliser)
+        state = TaylorState.zeros(B, H, F, V, dtype=bench.dtype, device=bench.device)
+        state.moments_BHRV.copy_(bench.random(*state.moments_BHRV.shape))
+        state.normaliser_BHR[..., 0] = 100  # as of many tokens: it is positive
+        state.k_BHNF.copy_(bench.random(*state.k_BHNF.shape))
+        state.v_BHNV.copy_(bench.random(*state.v_BHNV.shape))
+        state.waiting_BH.random_(0, N + 1)
         return bench.random(B, H, F), bench.random(B, H, F), bench.random(B, H, V), state
 
     row = _step_row(bench, ceilings, "taylor step", f"B{B} H{H} F{F} V{V}", taylor_step, inputs, moved)
@@ -106,7 +120,10 @@ def _step_row(
     rough = bench.dtype == torch.bfloat16
     checks = {"o": Check(relative_error(found, expected), 3e-3 if rough else 1e-5)}
     for got, want in zip(sets[0], exact, strict=True):
-        if dataclasses.is_dataclass(got):
+        if isinstance(got, TaylorState):
+            # Where a token is, absorbed or waiting, is up to the implementation.
+            checks["state"] = Check(relative_error(got.joined(), want.joined()), 1e-5)
+        elif dataclasses.is_dataclass(got):
             for field, x in vars(got).items():
                 limit = 1e-5 if x.dtype == torch.float32 else 3e-3
                 checks[field] = Check(relative_error(x, vars(want)[field]), limit)
@@ -155,11 +172,10 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
 
 
 def bytes_of_step(model: BasedModel, batch: int) -> float:
-    """What one step must move: weights once, Taylor and convolution states in and out, windows in."""
+    """What one step must move: weights once, convolution states in and out, windows in, Taylor states in and sometimes out."""
+    passes = {WindowState: 1.0, TaylorState: 1 + 1 / (WAITING_KEYS + 1), ConvState: 2.0}
     states = model.zero_states(1).layers.values()
-    each = sum(
-        (1 if isinstance(state, WindowState) else 2) * x.nbytes for state in states for x in vars(state).values()
-    )
+    each = sum(passes[type(state)] * x.nbytes for state in states for x in vars(state).values())
     return sum(parameter.nbytes for parameter in model.parameters()) + batch * each
 
 

@@ -108,12 +108,16 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def write_report(rows: Sequence[Row], facts: Mapping[str, str], folder: Path, name: str) -> list[Path]:
+def write_report(
+    rows: Sequence[Row], facts: Mapping[str, str], folder: Path, name: str, plot: bool = True
+) -> list[Path]:
     """Write NAME.md, NAME.json and, where matplotlib is installed, NAME.png. Returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown, data = folder / f"{name}.md", folder / f"{name}.json"
     markdown.write_text(to_markdown(rows, facts, name))
     data.write_text(json.dumps({"facts": dict(facts), "rows": [_plain(row) for row in rows]}, indent=1) + "\n")
+    if not plot:
+        return [markdown, data]
     try:
         return [markdown, data, draw(rows, folder / f"{name}.png", facts)]
     except ImportError:

@@ -53,7 +53,7 @@ class Bench:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return max(1, min(16, -(-4 * cache // max(1, bytes_of_one))))
 
-    def time(self, calls: Sequence[Call] | Call, *, graph: bool = True, budget_ms: float = 200.0) -> Timing:
+    def time(self, calls: Sequence[Call] | Call, *, graph: bool = True, budget_ms: float = 100.0) -> Timing:
         """Median time of one of `calls`, which do the same work on different inputs.
 
         graph: replay CUDA graphs of the calls, so that launches cost nothing; where a call cannot be captured, time
@@ -62,11 +62,14 @@ class Bench:
         calls = [calls] if callable(calls) else list(calls)
         if self.device.type != "cuda":
             return Timing(_clock(calls, 1 if self.quick else 5), "clock")
-        if graph:
+        if graph and not _waits(calls[0]):
             try:
                 return Timing(_graph(calls, budget_ms), "graph")
+            except torch.cuda.OutOfMemoryError:
+                raise
             except Exception:
                 torch.cuda.synchronize()
+                _new_generator(self.device)
         return Timing(_events(calls, budget_ms), "events")
 
     def peer(self, build: Callable[[], Sequence[Call] | Call], *, graph: bool = True) -> Timing | str:
@@ -83,7 +86,7 @@ class Bench:
             return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
-def forward_backward(run: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> Call:
+def forward_backward(run: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> Callable[[], Any]:
     """A call that runs `run(*inputs)` and its backward pass; gradients are returned, not accumulated."""
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     wanted = [x for x in leaves if x.requires_grad]
@@ -92,6 +95,30 @@ def forward_backward(run: Callable[..., Any], inputs: Sequence[Tensor], grads: A
         return torch.autograd.grad(run(*leaves), wanted, grads)
 
     return call
+
+
+def _waits(call: Call) -> bool:
+    """Whether a call waits for the GPU (`.item()`), so that it cannot be captured. The first call may compile: it does not count."""
+    call()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def _new_generator(device: torch.device) -> None:
+    """A capture that failed leaves the default generator waiting for its end: every later random number would raise."""
+    fresh = torch.Generator(device)
+    fresh.manual_seed(0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh)
 
 
 def _graph(calls: Sequence[Call], budget_ms: float) -> float:

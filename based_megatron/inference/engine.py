@@ -1,12 +1,18 @@
 """Prefill and decoding of the training model on one device, with states of constant size.
 
+On a GPU, `GreedyLoop` and `PromptGraph` replay CUDA graphs: a step of decoding, or a short prompt, is some hundreds of
+kernels that take less time than their launches.
+
 Legend: B sequences, L prompt tokens, N new tokens, V vocabulary rows.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from based_megatron.errors import ConfigError
+from based_megatron.kernels.decode import choose_token
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.states import ModelStates
 
@@ -98,18 +104,50 @@ class GreedyLoop:
 
     def _choose(self, logits_BV: Tensor) -> None:
         # Rows that only round the vocabulary up are no tokens.
-        self.token_B.copy_(logits_BV[:, : self.engine.model.config.model.vocab_size].argmax(-1))
+        config = self.engine.model.config
+        choose_token(logits_BV, config.model.vocab_size, self.token_B, backend=config.backend)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record one step; what the warm-up leaves in the states is cleared by `start`."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Threads of a process group may look at the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
-        return graph
+        return _captured(self._step)
+
+
+class PromptGraph:
+    """New sequences from prompts of one shape, [B, L]: one replay of a CUDA graph on a GPU."""
+
+    def __init__(self, engine: Engine, batch: int, tokens: int) -> None:
+        self.engine = engine
+        self.states = engine.model.zero_states(batch)
+        self.tokens_BL = torch.zeros(batch, tokens, dtype=torch.int64, device=self.states.position_B.device)
+        self._graph = _captured(self._prefill) if self.tokens_BL.is_cuda else None
+
+    def run(self, tokens_BL: Tensor) -> tuple[Tensor, ModelStates]:
+        """Logits [B, V] of the last token, and the states: buffers that the next run overwrites."""
+        if tokens_BL.shape != self.tokens_BL.shape:
+            raise ConfigError(f"prompts are {list(tokens_BL.shape)}: this graph is of {list(self.tokens_BL.shape)}")
+        self.tokens_BL.copy_(tokens_BL)
+        if self._graph is None:
+            self._prefill()
+        else:
+            self._graph.replay()
+        self.states.is_start = False
+        return self._logits_BV, self.states
+
+    def _prefill(self) -> None:
+        self.states.restart()
+        self._logits_BV = self.engine.prefill(self.tokens_BL, self.states)[0]
+
+
+def _captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of what `call` launches, after two calls that compile kernels and allocate what they keep."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Threads of a process group may look at the device meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph

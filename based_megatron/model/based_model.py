@@ -115,7 +115,8 @@ class BasedModel(MegatronModule):
 
     def _rotary_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         model = self.config.model
-        return rotary_tables(positions, model.hidden_size // model.num_heads, model.rotary_fraction, model.rotary_base)
+        head_dim, backend = model.hidden_size // model.num_heads, self.config.backend
+        return rotary_tables(positions, head_dim, model.rotary_fraction, model.rotary_base, backend=backend)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         x = self.embedding(tokens_BL)

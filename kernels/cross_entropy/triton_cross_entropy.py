@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from based_megatron.kernels.cross_entropy.reference import combine, local_labels
 
-BLOCK = 4096
-WARPS = 8
+BLOCK = 2048
+WARPS = 4
 
 
 @triton.jit

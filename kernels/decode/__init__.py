@@ -1,6 +1,7 @@
 """Decoding: one more token through each mixer, with a state of constant size.
 
-Legend: B batch, H heads, F feature dim, V value head dim, W window_left, P rotated pairs, D channels, K taps.
+Legend: B batch, H heads, F feature dim, V value head dim, W window_left, P rotated pairs, D channels, K taps,
+C vocabulary rows.
 
 States (see states.py) are updated in place and nothing waits for the host, so that a whole step can be a CUDA graph. There are
 no gradients. Inputs may be views with any stride but that of the last dim, such as parts of a fused projection.
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
 from based_megatron.kernels.decode import reference
-from based_megatron.kernels.decode.states import ConvState, TaylorState, WindowState
+from based_megatron.kernels.decode.states import WAITING_KEYS, ConvState, TaylorState, WindowState
 
 __all__ = [
+    "WAITING_KEYS",
     "ConvState",
     "TaylorState",
     "WindowState",
+    "choose_token",
     "conv_step",
     "taylor_step",
     "window_step",
@@ -30,9 +33,9 @@ __all__ = [
 def taylor_step(
     q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState, *, backend: str = "reference"
 ) -> Tensor:
-    """Absorb (k, v) into the state, then attend with q: `taylor_attention` at the next position.
+    """Append (k, v) to the state, then attend with q: `taylor_attention` at the next position.
 
-    Returns: o_BHV in the dtype of v; the state is fp32 (fp64 under fp64 models) and each of its entries is read and written once.
+    Returns: o_BHV in the dtype of v. The kernel reads the moments once, and writes them in one of 16 steps.
     """
     return _run("taylor_step", backend)(q_BHF, k_BHF, v_BHV, state)
 
@@ -65,6 +68,11 @@ def conv_step(
 ) -> Tensor:
     """silu(sum_k weight[:, k] * u_{t-(K-1)+k}) * gate_t: `gated_conv` at the next position. Returns y_BD in the dtype of u."""
     return _run("conv_step", backend)(u_BD, gate_BD, weight_DK, state)
+
+
+def choose_token(logits_BC: Tensor, vocab_size: int, token_B: Tensor, *, backend: str = "reference") -> None:
+    """Put the most likely of the first `vocab_size` tokens into token_B, int64; the kernel takes the first of equals."""
+    _run("choose_token", backend)(logits_BC, vocab_size, token_B)
 
 
 def _run(op: str, backend: str) -> Callable[..., Any]:

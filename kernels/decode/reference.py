@@ -1,7 +1,7 @@
 """Steps of one token in plain PyTorch: any device and dtype, fp32 (fp64 for fp64 inputs) where the kernels are.
 
-Legend: B batch, H heads, F feature dim, R packed rows, V value head dim, W window_left, P rotated pairs, D channels, K taps,
-h = K - 1.
+Legend: B batch, H heads, F feature dim, R packed rows, E = V + 1, V value head dim, W window_left, P rotated pairs, D channels,
+K taps, h = K - 1, C vocabulary rows.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from based_megatron.kernels.rotary import apply_rotary
 
 
 def taylor_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState) -> Tensor:
-    """Absorb (k, v), then attend with q; see the package's function of the same name."""
-    moments_BHRV, normaliser_BHR = state.moments_BHRV, state.normaliser_BHR
-    dtype = moments_BHRV.dtype
+    """Absorb (k, v), then attend with q; see the package's function of the same name. Nobody is left to wait."""
+    dtype = state.moments_BHRV.dtype
     layout = PackedLayout.build(q_BHF.shape[-1], q_BHF.device, dtype)
-    k_BHR = layout.features(k_BHF.to(dtype))
-    normaliser_BHR += k_BHR
-    moments_BHRV += k_BHR.unsqueeze(-1) * v_BHV.to(dtype).unsqueeze(-2)
-    q_BHR = layout.features(q_BHF.to(dtype)) * layout.weights
-    numerator_BHV = (q_BHR.unsqueeze(-2) @ moments_BHRV).squeeze(-2)
-    return (numerator_BHV / (q_BHR * normaliser_BHR).sum(-1, keepdim=True)).to(v_BHV.dtype)
+    k_BHR, q_BHR = layout.features(k_BHF.to(dtype)), layout.features(q_BHF.to(dtype)) * layout.weights
+    v_BHE = functional.pad(v_BHV.to(dtype), (0, 1), value=1.0)
+    state_BHRE = state.joined() + k_BHR.unsqueeze(-1) * v_BHE.unsqueeze(-2)
+    state.set_joined(state_BHRE)
+    sums_BHE = (q_BHR.unsqueeze(-2) @ state_BHRE).squeeze(-2)
+    return (sums_BHE[..., :-1] / sums_BHE[..., -1:]).to(v_BHV.dtype)
 
 
 def window_step(
@@ -55,3 +54,8 @@ def conv_step(u_BD: Tensor, gate_BD: Tensor, weight_DK: Tensor, state: ConvState
     c_BD = torch.einsum("bkd,dk->bd", inputs_BKD.to(dtype), weight_DK.to(dtype))
     state.inputs_BhD.copy_(inputs_BKD[:, 1:])
     return (functional.silu(c_BD) * gate_BD).to(u_BD.dtype)
+
+
+def choose_token(logits_BC: Tensor, vocab_size: int, token_B: Tensor) -> None:
+    """The most likely token; see the package's function of the same name."""
+    token_B.copy_(logits_BC[:, :vocab_size].argmax(-1))

@@ -1,6 +1,7 @@
 """What a sequence leaves behind for its next token: one state per mixer, of constant size, updated in place.
 
-Legend: B batch, T tokens, H heads, R packed rows, V value head dim, W window_left, D channels, K taps, h = K - 1.
+Legend: B batch, T tokens, H heads, F feature dim, R packed rows, V value head dim, N keys of a waiting line, W window_left,
+D channels, K taps, h = K - 1.
 
 Buffers keep their addresses, so that a CUDA graph of a step can be replayed; positions are tensors on the device.
 """
@@ -13,37 +14,60 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from based_megatron.kernels.packing import packed_rows
+from based_megatron.kernels.packing import PackedLayout, packed_rows
+
+WAITING_KEYS = 15
+"""Tokens that a Taylor state lets wait: with the one that finds the line full, 16 are absorbed at a time."""
 
 
 @dataclass(frozen=True)
 class TaylorState:
-    """Moments of the Taylor features, the column of ones apart: rows of V floats start on 16 bytes, rows of V + 1 would not."""
+    """Moments of the Taylor features, and the last keys and values, that wait to be absorbed into them.
+
+    A step reads all moments but need not write them: it attends to the waiting keys one by one, which is the same sum, and
+    only the step that finds the line full absorbs them, and empties it. Normalisers lie apart from the moments: rows of V
+    floats start on 16 bytes, rows of V + 1 would not.
+    """
 
     moments_BHRV: Tensor
-    """fp32 (fp64 under fp64 models), sum of packed(k) v^T."""
+    """fp32 (fp64 under fp64 models), sum of packed(k) v^T over absorbed tokens."""
     normaliser_BHR: Tensor
     """Same dtype, sum of packed(k)."""
+    k_BHNF: Tensor
+    """Keys that wait, in the model's dtype; places from `waiting` on are not read."""
+    v_BHNV: Tensor
+    waiting_BH: Tensor
+    """int32, how many wait. Each head has its own count, so that the program of a head can advance it."""
 
     @classmethod
     def zeros(
         cls, batch: int, heads: int, feature_dim: int, value_dim: int, *, dtype: torch.dtype, device: torch.device
     ) -> TaylorState:
-        """The state of an empty sequence."""
-        rows = packed_rows(feature_dim)
+        """The state of an empty sequence, for keys and values of `dtype`; moments are fp32 or wider."""
+        rows, wide = packed_rows(feature_dim), torch.promote_types(dtype, torch.float32)
         return cls(
-            torch.zeros(batch, heads, rows, value_dim, dtype=dtype, device=device),
-            torch.zeros(batch, heads, rows, dtype=dtype, device=device),
+            torch.zeros(batch, heads, rows, value_dim, dtype=wide, device=device),
+            torch.zeros(batch, heads, rows, dtype=wide, device=device),
+            torch.zeros(batch, heads, WAITING_KEYS, feature_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, WAITING_KEYS, value_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, dtype=torch.int32, device=device),
         )
 
     def joined(self) -> Tensor:
-        """A copy in the form [B, H, R, V + 1] that `taylor_attention` takes as its initial state."""
-        return torch.cat([self.moments_BHRV, self.normaliser_BHR.unsqueeze(-1)], dim=-1)
+        """A copy in the form [B, H, R, V + 1] that `taylor_attention` takes as its initial state; nobody waits in it."""
+        layout = PackedLayout.build(self.k_BHNF.shape[-1], self.k_BHNF.device, self.moments_BHRV.dtype)
+        free_BHN1 = (torch.arange(WAITING_KEYS, device=self.k_BHNF.device) >= self.waiting_BH[..., None])[..., None]
+        # What is left in free places may be anything, even NaN.
+        k_BHNR = layout.features(self.k_BHNF.to(layout.weights.dtype)).masked_fill(free_BHN1, 0)
+        v_BHNE = functional.pad(self.v_BHNV.to(layout.weights.dtype), (0, 1), value=1.0).masked_fill(free_BHN1, 0)
+        absorbed_BHRE = torch.cat([self.moments_BHRV, self.normaliser_BHR.unsqueeze(-1)], dim=-1)
+        return absorbed_BHRE + k_BHNR.transpose(-1, -2) @ v_BHNE
 
     def set_joined(self, state_BHRE: Tensor) -> None:
         """Take over a final state [B, H, R, V + 1] of `taylor_attention`."""
         self.moments_BHRV.copy_(state_BHRE[..., :-1])
         self.normaliser_BHR.copy_(state_BHRE[..., -1])
+        self.waiting_BH.zero_()
 
 
 @dataclass(frozen=True)

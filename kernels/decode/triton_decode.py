@@ -1,7 +1,7 @@
 """Steps of one token as Triton kernels: one launch each, bound by the bytes of the states.
 
-Legend: B batch, H heads, F feature dim, R packed rows, V value head dim, W window_left, P rotated pairs, D channels, K taps,
-h = K - 1.
+Legend: B batch, H heads, F feature dim, R packed rows, V value head dim, N keys of a waiting line, W window_left, P rotated pairs,
+D channels, K taps, h = K - 1, C vocabulary rows.
 
 Programs are independent and hold no more than a tile at a time, so that many share a multiprocessor and their loads overlap.
 Each entry of a state is loaded and stored by the one program that owns it.
@@ -46,6 +46,9 @@ def _taylor_step(
     v_ptr,
     moments_ptr,
     normaliser_ptr,
+    k_line_ptr,
+    v_line_ptr,
+    waiting_ptr,
     o_ptr,
     q_stride_b,
     q_stride_h,
@@ -57,9 +60,13 @@ def _taylor_step(
     F: tl.constexpr,
     R: tl.constexpr,
     V: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     TAIL: tl.constexpr,
+    ABSORBED_ROWS: tl.constexpr,
 ):
     """One program is one head of one row: tiles of ROWS rows of the state, the last one of TAIL if that is enough."""
     program = tl.program_id(0).to(tl.int64)
@@ -68,10 +75,35 @@ def _taylor_step(
     k_ptr += b * k_stride_b + h * k_stride_h
     moments_ptr += program * R * V
     normaliser_ptr += program * R
+    k_line_ptr += program * N * F
+    v_line_ptr += program * N * V
+    waiting = tl.load(waiting_ptr + program)
+    absorbs = waiting == N
 
     column = tl.arange(0, BLOCK_V)
     inside = column < V
-    v = tl.load(v_ptr + b * v_stride_b + h * v_stride_h + column, mask=inside, other=0.0).to(tl.float32)
+    v_own = tl.load(v_ptr + b * v_stride_b + h * v_stride_h + column, mask=inside, other=0.0)
+    v = v_own.to(tl.float32)
+    if absorbs:
+        for start in range(0, R, ABSORBED_ROWS):
+            row = start + tl.arange(0, ABSORBED_ROWS)
+            real = row < R
+            place = row[:, None] * V + column[None, :]
+            mask = real[:, None] & inside[None, :]
+            first, second = _packed_pair(row, F)
+            k_packed = _packed(k_ptr, first, second, F)
+            z = tl.load(normaliser_ptr + row, mask=real, other=0.0) + k_packed
+            moments = tl.load(moments_ptr + place, mask=mask, other=0.0) + k_packed[:, None] * v[None, :]
+            for n in range(N):
+                k_packed = _packed(k_line_ptr + n * F, first, second, F)
+                v_waiting = tl.load(v_line_ptr + n * V + column, mask=inside, other=0.0).to(tl.float32)
+                z += k_packed
+                moments += k_packed[:, None] * v_waiting[None, :]
+            tl.store(normaliser_ptr + row, z, mask=real)
+            tl.store(moments_ptr + place, moments, mask=mask)
+        # Other threads may read what this one has written.
+        tl.debug_barrier()
+
     numerator = tl.zeros([BLOCK_V], dtype=tl.float32)
     denominator = 0.0
     for start in tl.static_range(0, R, ROWS):
@@ -82,16 +114,33 @@ def _taylor_step(
         moments = tl.load(moments_ptr + place, mask=mask, other=0.0)
         z = tl.load(normaliser_ptr + row, mask=real, other=0.0)
         first, second = _packed_pair(row, F)
-        k_packed = tl.where(real, _packed(k_ptr, first, second, F), 0.0)
         weight = tl.where(second == F, F**-0.5, tl.where(first == second, 0.5 / F, 1.0 / F))
         weight = tl.where(row == 0, 1.0, weight)
         q_packed = tl.where(real, _packed(q_ptr, first, second, F) * weight, 0.0)
-        z += k_packed
-        tl.store(normaliser_ptr + row, z, mask=real)
         denominator += tl.sum(q_packed * z, axis=0)
-        moments += k_packed[:, None] * v[None, :]
-        tl.store(moments_ptr + place, moments, mask=mask)
         numerator += tl.sum(q_packed[:, None] * moments, axis=0)
+
+    if not absorbs:
+        feature, n = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N)
+        real_feature, waits = feature < F, n < waiting
+        q = tl.load(q_ptr + feature, mask=real_feature, other=0.0).to(tl.float32) * F**-0.5
+        k_own = tl.load(k_ptr + feature, mask=real_feature, other=0.0)
+        score = tl.sum(q * k_own.to(tl.float32), axis=0)
+        weight_own = 1.0 + score + 0.5 * score * score
+        keys_mask = waits[:, None] & real_feature[None, :]
+        keys = tl.load(k_line_ptr + n[:, None] * F + feature[None, :], mask=keys_mask, other=0.0).to(tl.float32)
+        values_mask = waits[:, None] & inside[None, :]
+        values = tl.load(v_line_ptr + n[:, None] * V + column[None, :], mask=values_mask, other=0.0).to(tl.float32)
+        scores = tl.sum(keys * q[None, :], axis=1)
+        weights = tl.where(waits, 1.0 + scores + 0.5 * scores * scores, 0.0)
+        denominator += weight_own + tl.sum(weights, axis=0)
+        numerator += weight_own * v + tl.sum(weights[:, None] * values, axis=0)
+        # The own place is none of those read above.
+        tl.store(k_line_ptr + waiting * F + feature, k_own, mask=real_feature)
+        tl.store(v_line_ptr + waiting * V + column, v_own, mask=inside)
+    # All threads have read the count before one of them changes it.
+    tl.debug_barrier()
+    tl.store(waiting_ptr + program, tl.where(absorbs, 0, waiting + 1))
     tl.store(o_ptr + program * V + column, (numerator / denominator).to(o_ptr.dtype.element_ty), mask=inside)
 
 
@@ -101,16 +150,16 @@ def taylor_step(
     v_BHV: Tensor,
     state: TaylorState,
     *,
-    rows: int = 128,
-    num_warps: int | None = None,
+    rows: int | None = None,
+    num_warps: int = 4,
 ) -> Tensor:
-    """Absorb (k, v), then attend with q; see the package's function of the same name.
+    """Append (k, v), then attend with q; see the package's function of the same name.
 
     rows, num_warps: tile of the state; they change speed, not the result.
     """
     B, H, F = q_BHF.shape
-    V, R = v_BHV.shape[-1], packed_rows(F)
-    block_v = triton.next_power_of_2(V)
+    rows = rows or (128 if v_BHV.shape[-1] <= 64 else 64)
+    V, R, N = v_BHV.shape[-1], packed_rows(F), state.k_BHNF.shape[2]
     o_BHV = torch.empty(B, H, V, dtype=v_BHV.dtype, device=v_BHV.device)
     assert q_BHF.stride(-1) == k_BHF.stride(-1) == v_BHV.stride(-1) == 1, "features must be dense"
     _taylor_step[(B * H,)](
@@ -119,6 +168,9 @@ def taylor_step(
         v_BHV,
         state.moments_BHRV,
         state.normaliser_BHR,
+        state.k_BHNF,
+        state.v_BHNV,
+        state.waiting_BH,
         o_BHV,
         *q_BHF.stride()[:2],
         *k_BHF.stride()[:2],
@@ -127,10 +179,14 @@ def taylor_step(
         F=F,
         R=R,
         V=V,
-        BLOCK_V=block_v,
+        N=N,
+        BLOCK_F=triton.next_power_of_2(F),
+        BLOCK_V=triton.next_power_of_2(V),
+        BLOCK_N=triton.next_power_of_2(N),
         ROWS=rows,
         TAIL=min(rows, triton.next_power_of_2(R - (R - 1) // rows * rows)),
-        num_warps=num_warps or (4 if block_v <= 64 else 8),
+        ABSORBED_ROWS=16,
+        num_warps=num_warps,
     )
     return o_BHV
 
@@ -229,8 +285,8 @@ def window_step(
     state: WindowState,
     position_B: Tensor,
     *,
-    rows: int = 64,
-    num_warps: int = 4,
+    rows: int = 32,
+    num_warps: int = 2,
 ) -> Tensor:
     """Rotate, store the key and value, attend; see the package's function of the same name.
 
@@ -335,3 +391,33 @@ def conv_step(
         num_warps=num_warps,
     )
     return y_BD
+
+
+@triton.jit
+def _choose_token(logits_ptr, token_ptr, stride_b, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program is one row: each lane keeps the best of its columns, the first of equals."""
+    b = tl.program_id(0).to(tl.int64)
+    logits_ptr += b * stride_b
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in tl.static_range(0, COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        # Without a mask, loads are of 16 bytes.
+        if start + BLOCK <= COLUMNS:
+            x = tl.load(logits_ptr + column).to(tl.float32)
+        else:
+            x = tl.load(logits_ptr + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
+        place = tl.where(x > largest, column, place)
+        largest = tl.maximum(largest, x)
+    best = tl.min(tl.where(largest == tl.max(largest, axis=0), place, COLUMNS), axis=0)
+    tl.store(token_ptr + b, best.to(tl.int64))
+
+
+def choose_token(
+    logits_BC: Tensor, vocab_size: int, token_B: Tensor, *, block: int = 8192, num_warps: int = 16
+) -> None:
+    """The most likely token; see the package's function of the same name. block, num_warps: change speed, not the result."""
+    assert logits_BC.stride(-1) == 1
+    _choose_token[(len(logits_BC),)](
+        logits_BC, token_B, logits_BC.stride(0), COLUMNS=vocab_size, BLOCK=block, num_warps=num_warps
+    )

@@ -30,8 +30,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD_TILE = Tile(tokens=16, rows=16, channels=256, warps=4)
-BACKWARD_TILE = Tile(tokens=64, rows=4, channels=128, warps=1)
+FORWARD_TILE = Tile(tokens=8, rows=8, channels=256, warps=4)
+BACKWARD_TILE = Tile(tokens=128, rows=4, channels=128, warps=1)
 
 
 @triton.jit

@@ -47,9 +47,10 @@ def default_tiles(padded_head_dim: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         tile = Tile(32, 32, 8, 1)
         return Tiles(tile, tile, tile)
+    # The fastest of those measured on an H200 at head dims 64 and 112.
     if padded_head_dim <= 64:
-        return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-    return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
+        return Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
+    return Tiles(Tile(64, 64, 4, 1), Tile(64, 32, 4, 2), Tile(32, 64, 4, 1))
 
 
 @triton.jit

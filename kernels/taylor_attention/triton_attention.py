@@ -31,13 +31,11 @@ class Schedule:
     sweep_tokens: int = 64
     output_tokens: int = 64
     gradient_tokens: int = 64
-    pair_tokens: int = 64
-    """Keys that a tile of queries meets at a time."""
     sweep_rows: int = 64
     tile_rows: int = 32
     sweep_stages: int = 2
     """Chunks whose loads are under way."""
-    state_stages: int = 3
+    state_stages: int = 2
     """The same for blocks of a chunk's state."""
     programs_wanted: int = 384
     """Programs of a sweep that fill a GPU: shorter segments of the sequence are swept side by side to reach it."""
@@ -139,8 +137,8 @@ class _Launch:
         """Constants and launch options of these kernels."""
         return {
             "tile_tokens": tokens,
-            "block_rows": self.schedule.tile_rows,
             "state_stages": self.schedule.state_stages,
+            "block_rows": self.schedule.tile_rows,
             "num_warps": _warps(tokens),
             "num_stages": 2,
             **self.constants,
@@ -169,8 +167,9 @@ class _Sweep:
             ends if starts is None else starts, *((ends, ends) if states is None else states), ends,
             *_strides(self.x), *_strides(self.y), launch.ids_stride, launch.T, H, launch.chunks,
             self.segments, self.segment_chunks, first_segment,
-            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows,
-            adjoint=self.adjoint, has_start=starts is not None, writes_states=states is not None, num_warps=4, num_stages=schedule.sweep_stages, **launch.constants,
+            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self.adjoint,
+            has_start=starts is not None, writes_states=states is not None,
+            num_warps=4, num_stages=schedule.sweep_stages, **launch.constants,
         )  # fmt: skip
         return ends
 
@@ -227,8 +226,7 @@ def attend(
     triton_kernels.outputs[launch.tiles(schedule.output_tokens)](
         q_BTHF, k_BTHF, v_BTHV, launch.ids, *states, o_BTHV, inverse_z_BHT,
         *_strides(q_BTHF), *_strides(k_BTHF), *_strides(v_BTHV), *_strides(o_BTHV),
-        launch.ids_stride, launch.T, launch.H, launch.chunks,
-        key_tokens=min(schedule.pair_tokens, schedule.output_tokens), **launch.tile_options(schedule.output_tokens),
+        launch.ids_stride, launch.T, launch.H, launch.chunks, **launch.tile_options(schedule.output_tokens),
     )  # fmt: skip
     return o_BTHV, inverse_z_BHT
 
@@ -271,8 +269,7 @@ def gradients(
     tokens = schedule.gradient_tokens
     options = launch.tile_options(tokens)
     triton_kernels.query_gradients[launch.tiles(tokens)](
-        *inputs, *states, dq_BTHF, *strides, *_strides(dq_BTHF), *sizes,
-        key_tokens=min(schedule.pair_tokens, tokens), **options,
+        *inputs, *states, dq_BTHF, *strides, *_strides(dq_BTHF), *sizes, **options,
     )  # fmt: skip
     triton_kernels.key_gradients[launch.tiles(tokens)](
         *inputs, *adjoints, dk_BTHF, dv_BTHV, *strides, *_strides(dk_BTHF), *_strides(dv_BTHV), *sizes,
@@ -378,10 +375,11 @@ def _schedule(chunk_tokens: int | None, dtype: torch.dtype) -> Schedule:
 
 
 def _check_dtypes(*tensors: Tensor) -> None:
-    dtypes = {x.dtype for x in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in tensors})
+    if len(dtypes) > 1 or tensors[0].dtype not in DTYPES:
         raise TypeError(
-            f"Triton kernels take inputs of one dtype, bf16, fp16 or fp32, not {dtypes}: train.backend reference takes others"
+            f"q, k and v are {', '.join(dtypes)}: the Triton kernels take one of bfloat16, float16 and float32 for all; "
+            "set train.backend to reference for others"
         )
 
 

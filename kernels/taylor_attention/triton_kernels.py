@@ -336,8 +336,8 @@ def outputs(
     o_stride_b, o_stride_t, o_stride_h, ids_stride_b, T, H, chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, key_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr,
-    even: tl.constexpr, precision: tl.constexpr,
+    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr,
+    precision: tl.constexpr,
 ):  # fmt: skip
     """o and 1/Z of one tile of queries."""
     tile, bh = tl.program_id(0), tl.program_id(1)
@@ -357,6 +357,9 @@ def outputs(
     vector = tl.arange(0, width)
     columns = tl.arange(0, value_width)
     q = load_tile(q_ptr, queries, q_stride_t, T, vector, feature_dim, width, even)
+    # Loaded early: a program is short, and would wait for each load in turn.
+    own_k = load_tile(k_ptr, queries, k_stride_t, T, vector, feature_dim, width, even)
+    own_v = load_tile(v_ptr, queries, v_stride_t, T, columns, value_dim, value_width, even)
     state_index = bh64 * chunks + chunk
     states_ptr += state_index * rows_stored * value_dim
     normalisers_ptr += state_index * rows_stored * 4
@@ -364,33 +367,43 @@ def outputs(
     acc = tl.zeros([tile_tokens, value_width], tl.float32)
     z = tl.zeros([tile_tokens, 16], tl.float32)
     a = first_factors(q, block_rows, period, width, precision)
-    for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
-        rows = row0 + tl.arange(0, block_rows)
-        state, normaliser = load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width)
-        phi = features(a, second_factors(q, rows, period, width, precision), rows, period).to(dtype)
-        z = tl.dot(phi, normaliser, z, input_precision=precision)
-        acc = tl.dot(phi, state, acc, input_precision=precision)
+    # A small state is loaded at once, which is faster; of a larger one, that would fill the registers.
+    if rows_stored * value_width <= 192 * 64:
+        blocks = ()
+        for block in tl.static_range(rows_stored // block_rows):
+            rows = block * block_rows + tl.arange(0, block_rows)
+            blocks += (load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width),)
+        for block in tl.static_range(rows_stored // block_rows):
+            rows = block * block_rows + tl.arange(0, block_rows)
+            phi = features(a, second_factors(q, rows, period, width, precision), rows, period).to(dtype)
+            z = tl.dot(phi, blocks[block][1], z, input_precision=precision)
+            acc = tl.dot(phi, blocks[block][0], acc, input_precision=precision)
+    else:
+        for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
+            rows = row0 + tl.arange(0, block_rows)
+            state, normaliser = load_block(
+                states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width
+            )
+            phi = features(a, second_factors(q, rows, period, width, precision), rows, period).to(dtype)
+            z = tl.dot(phi, normaliser, z, input_precision=precision)
+            acc = tl.dot(phi, state, acc, input_precision=precision)
     if has_ids:
         query_ids = load_vector(ids_ptr, queries, T, even)
         reads = tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)
         acc *= reads[:, None]
         z *= reads[:, None]
 
-    ones = as_columns(tl.full([key_tokens], 1.0, tl.float32), dtype)
-    for key_begin in tl.range(chunk_begin, begin, key_tokens):
-        keys = key_begin + tl.arange(0, key_tokens)
+    ones = as_columns(tl.full([tile_tokens], 1.0, tl.float32), dtype)
+    for key_begin in tl.range(chunk_begin, begin, tile_tokens):
+        keys = key_begin + tl.arange(0, tile_tokens)
         k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
         v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
         acc, z = output_pairs(
             acc, z, q, k, v, ones, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision
         )
-    for part in tl.static_range(tile_tokens // key_tokens):
-        keys = begin + part * key_tokens + tl.arange(0, key_tokens)
-        k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
-        v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
-        acc, z = output_pairs(
-            acc, z, q, k, v, ones, queries, keys, ids_ptr, T, feature_dim, has_ids, True, even, precision
-        )
+    acc, z = output_pairs(
+        acc, z, q, own_k, own_v, ones, queries, queries, ids_ptr, T, feature_dim, has_ids, True, even, precision
+    )
 
     inverse_z = 1.0 / sum_columns(z)
     store_tile(o_ptr, queries, o_stride_t, T, columns, value_dim, acc * inverse_z[:, None])
@@ -434,8 +447,8 @@ def query_gradients(
     dq_stride_b, dq_stride_t, dq_stride_h, ids_stride_b, T, H, chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, key_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr,
-    even: tl.constexpr, precision: tl.constexpr,
+    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr,
+    precision: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, from the states before the chunks."""
     tile, bh = tl.program_id(0), tl.program_id(1)
@@ -478,16 +491,16 @@ def query_gradients(
         query_ids = load_vector(ids_ptr, queries, T, even)
         dq *= tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)[:, None]
 
-    for key_begin in tl.range(chunk_begin, begin, key_tokens):
-        keys = key_begin + tl.arange(0, key_tokens)
+    for key_begin in tl.range(chunk_begin, begin, tile_tokens):
+        keys = key_begin + tl.arange(0, tile_tokens)
         k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
         v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
         dq = query_pairs(dq, q, g, gz, k, v, queries, keys, ids_ptr, T, feature_dim, has_ids, False, even, precision)
-    for part in tl.static_range(tile_tokens // key_tokens):
-        keys = begin + part * key_tokens + tl.arange(0, key_tokens)
-        k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
-        v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
-        dq = query_pairs(dq, q, g, gz, k, v, queries, keys, ids_ptr, T, feature_dim, has_ids, True, even, precision)
+    own_k = load_tile(k_ptr, queries, k_stride_t, T, vector, feature_dim, width, even)
+    own_v = load_tile(v_ptr, queries, v_stride_t, T, columns, value_dim, value_width, even)
+    dq = query_pairs(
+        dq, q, g, gz, own_k, own_v, queries, queries, ids_ptr, T, feature_dim, has_ids, True, even, precision
+    )
     store_tile(dq_ptr, queries, dq_stride_t, T, vector, feature_dim, dq)
 
 
@@ -549,6 +562,15 @@ def key_gradients(
     columns = tl.arange(0, value_width)
     k = load_tile(k_ptr, keys, k_stride_t, T, vector, feature_dim, width, even)
     v = load_tile(v_ptr, keys, v_stride_t, T, columns, value_dim, value_width, even)
+    if has_pairs:
+        # Loaded early: a program is short, and would wait for each load in turn.
+        q_ptr += b * q_stride_b + h * q_stride_h
+        g_ptr += bh64 * T * value_dim
+        gz_ptr += bh64 * T * 4
+        columns16 = tl.arange(0, 16)
+        own_q = load_tile(q_ptr, keys, q_stride_t, T, vector, feature_dim, width, even)
+        own_g = load_tile(g_ptr, keys, value_dim, T, columns, value_dim, value_width, even)
+        own_gz = load_tile(gz_ptr, keys, 4, T, columns16, 4, 16, even)
     state_index = bh64 * chunks + chunk if has_pairs else bh64
     states_ptr += state_index * rows_stored * value_dim
     normalisers_ptr += state_index * rows_stored * 4
@@ -576,15 +598,24 @@ def key_gradients(
         dv *= writes[:, None]
 
     if has_pairs:
-        q_ptr += b * q_stride_b + h * q_stride_h
-        g_ptr += bh64 * T * value_dim
-        gz_ptr += bh64 * T * 4
-        columns16 = tl.arange(0, 16)
-        q = load_tile(q_ptr, keys, q_stride_t, T, vector, feature_dim, width, even)
-        g = load_tile(g_ptr, keys, value_dim, T, columns, value_dim, value_width, even)
-        gz = load_tile(gz_ptr, keys, 4, T, columns16, 4, 16, even)
         dk, dv = key_pairs(
-            dk, dv, k, v, ones, q, g, gz, keys, keys, ids_ptr, T, feature_dim, has_ids, True, even, precision
+            dk,
+            dv,
+            k,
+            v,
+            ones,
+            own_q,
+            own_g,
+            own_gz,
+            keys,
+            keys,
+            ids_ptr,
+            T,
+            feature_dim,
+            has_ids,
+            True,
+            even,
+            precision,
         )
         for query_begin in tl.range(begin + tile_tokens, chunk_end, tile_tokens):
             queries = query_begin + tl.arange(0, tile_tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from based_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from based_megatron.errors import ConfigError
-from based_megatron.inference.engine import Engine
+from based_megatron.inference.engine import Engine, PromptGraph
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -174,8 +174,9 @@ def test_greedy_generation_is_the_repeated_forward(worker_pool):
     assert result["found"] == result["expected"] == result["again"]
     assert result["alone"] == result["found"][:1]
     assert result["copied"][0] == [5, 5, 5] and result["copied"][1] < 1e-12
-    # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1], 2 windows of [4, 6, 8] keys and values, and the position.
-    assert result["bytes"] == 8 * (2 * 2 * 64 + 2 * 4 * 15 * 9 + 2 * 2 * 4 * 6 * 8 + 1)
+    # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1] with 15 keys and values that wait for each of 4 heads, 2 windows of
+    # [4, 6, 8] keys and values, and the position; the counts of those who wait are int32.
+    assert result["bytes"] == 8 * (2 * 2 * 64 + 2 * 4 * 15 * (9 + 4 + 8) + 2 * 2 * 4 * 6 * 8 + 1) + 2 * 4 * 4
 
 
 def refusals() -> list[str]:
@@ -209,3 +210,25 @@ def cut_model() -> str:
 
 def test_a_model_over_several_ranks_is_refused(worker_pool):
     assert "parallel.tensor" in worker_pool(2).run(cut_model)[0]
+
+
+def prompts_of_one_shape() -> tuple[float, float, str]:
+    """Errors of the second prompt's logits and of a step after it; what another shape is told."""
+    model, topology = build(DOUBLE)
+    tokens, engine = some_tokens(), Engine(model)
+    prompts = PromptGraph(engine, 3, 6)
+    prompts.run(tokens[:, 3:9])
+    logits, states = prompts.run(tokens[:, :6])
+    expected = full_logits(model, topology, tokens[:, :7])
+    step = engine.decode_step(tokens[:, 6], states)
+    try:
+        prompts.run(tokens[:, :5])
+    except ConfigError as refusal:
+        return error(logits, expected[:, 5]), error(step, expected[:, 6]), str(refusal)
+    return 0.0, 0.0, "accepted"
+
+
+def test_prompts_of_one_shape_start_anew_in_their_buffers(worker_pool) -> None:
+    ((logits_error, step_error, refusal),) = worker_pool(1).run(prompts_of_one_shape)
+    assert max(logits_error, step_error) < 1e-10
+    assert "[3, 5]" in refusal and "[3, 6]" in refusal

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels run: conftest.py hides the GPUs unless BASED_TEST_DEVICE=cuda, and has Triton interpreted then."""
+
 
 def taylor_oracle(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, state_BHRV: Tensor | None = None, ids_BT: Tensor | None = None

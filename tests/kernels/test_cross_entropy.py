@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from kernel_oracles import DEVICE
 from torch import Tensor
 from torch.nn import functional
 
 from based_megatron.kernels.cross_entropy import vocab_cross_entropy
 from support.cases import each
+from support.pool import rank_device
 
 BACKENDS = ("reference", "triton")
 
@@ -15,7 +17,7 @@ BACKENDS = ("reference", "triton")
 def some(tokens: int, columns: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens + columns)
     logits = (scale * torch.randn(tokens, columns, generator=generator)).to(dtype)
-    return logits, torch.randint(0, columns, (tokens,), generator=generator)
+    return logits.to(DEVICE), torch.randint(0, columns, (tokens,), generator=generator).to(DEVICE)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -25,7 +27,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 def errors(logits: Tensor, labels: Tensor, backend: str, columns: int | None = None) -> tuple[float, float]:
     """Of the loss and of the gradient, against autograd in fp64 over the columns that count."""
     exact = logits.detach().double().requires_grad_()
-    weights = torch.linspace(-1, 2, len(labels))
+    weights = torch.linspace(-1, 2, len(labels), device=DEVICE)
     leaf = logits.detach().clone().requires_grad_()
     # The gradient is written over the logits: they must be an intermediate value, as in a model.
     loss = vocab_cross_entropy(leaf * 1, labels, columns=columns, backend=backend)
@@ -77,7 +79,7 @@ def errors_of_cut_columns(backend: str) -> float:
     """A vocabulary of 37 over the ranks, the last one padded; every rank checks its columns."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     vocab, width = 37, -(-37 // size)
-    logits, labels = some(8, vocab)
+    logits, labels = (x.to(rank_device(rank)) for x in some(8, vocab))
     padded = functional.pad(logits, (0, width * size - vocab), value=7.0)
     own = slice(rank * width, (rank + 1) * width)
     leaf = padded[:, own].clone().requires_grad_()

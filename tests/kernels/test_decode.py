@@ -9,9 +9,11 @@ from kernel_oracles import attention_oracle, conv_oracle, moments, taylor_oracle
 from torch import Tensor
 
 from based_megatron.kernels.decode import (
+    WAITING_KEYS,
     ConvState,
     TaylorState,
     WindowState,
+    choose_token,
     conv_step,
     taylor_step,
     window_step,
@@ -49,12 +51,18 @@ def in_double(*tensors: Tensor) -> list[Tensor]:
 # taylor
 
 
+def steps(q: Tensor, k: Tensor, v: Tensor, state: TaylorState, backend: str) -> Tensor:
+    return torch.stack(
+        [taylor_step(q[:, t], k[:, t], v[:, t], state, backend=backend) for t in range(q.shape[1])], dim=1
+    )
+
+
 @BACKENDS
 @pytest.mark.parametrize(("F", "V"), [(16, 64), (8, 24), (4, 16), (1, 8)])
 def test_taylor_steps_are_the_attention(backend, F, V):
     q, k, v = views(F, F, V)
     state = TaylorState.zeros(B, H, F, V, dtype=torch.float32, device=DEVICE)
-    o = torch.stack([taylor_step(q[:, t], k[:, t], v[:, t], state, backend=backend) for t in range(T)], dim=1)
+    o = steps(q, k, v, state, backend)
     expected_o, expected_state = taylor_oracle(*in_double(q, k, v))
     assert_close(o, expected_o)
     assert_close(state.joined(), expected_state)
@@ -70,14 +78,61 @@ def test_taylor_steps_continue_a_state(backend):
     assert_close(o, taylor_oracle(*in_double(q, k, v))[0][:, -1])
 
 
+@BACKENDS
+@pytest.mark.parametrize("T", [WAITING_KEYS, WAITING_KEYS + 1, 2 * WAITING_KEYS + 4])
+def test_keys_that_wait_count_like_absorbed_ones(backend, T):
+    """Up to a full line, the step that absorbs it, and again. Places that nobody wrote hold NaN."""
+    q, k, v = (torch.randn(B, T, H, width, device=DEVICE) for width in (4, 4, 24))
+    state = TaylorState.zeros(B, H, 4, 24, dtype=torch.float32, device=DEVICE)
+    state.k_BHNF.fill_(float("nan"))
+    state.v_BHNV.fill_(float("nan"))
+    expected_o, expected_state = taylor_oracle(*in_double(q, k, v))
+    assert_close(steps(q, k, v, state, backend), expected_o)
+    assert_close(state.joined(), expected_state)
+    waiting = 0 if backend == "reference" else T % (WAITING_KEYS + 1)
+    assert (state.waiting_BH == waiting).all()
+
+
+def test_heads_absorb_at_their_own_time():
+    """Rows and heads with different numbers of waiting keys, as merged batches have."""
+    T = WAITING_KEYS + 6
+    q, k, v = (torch.randn(B, T, H, width, device=DEVICE) for width in (4, 4, 8))
+    state = TaylorState.zeros(B, H, 4, 8, dtype=torch.float32, device=DEVICE)
+    for b in range(B):
+        for h in range(H):
+            one = TaylorState.zeros(1, 1, 4, 8, dtype=torch.float32, device=DEVICE)
+            here = tuple(x[b : b + 1, : 3 * b + 2 * h, h : h + 1] for x in (q, k, v))
+            if here[0].shape[1]:
+                steps(*here, one, "triton")
+            for name, x in vars(one).items():
+                vars(state)[name][b, h] = x[0, 0]
+    expected_o, _ = taylor_oracle(*in_double(q, k, v))
+    for t in range(WAITING_KEYS):
+        at = torch.tensor([[3 * b + 2 * h + t for h in range(H)] for b in range(B)], device=DEVICE)
+        now = [torch.take_along_dim(x, at[:, None, :, None], dim=1)[:, 0] for x in (q, k, v)]
+        o = taylor_step(*now, state, backend="triton")
+        assert_close(o, torch.take_along_dim(expected_o, at.cpu()[:, None, :, None], dim=1)[:, 0])
+
+
+@BACKENDS
+def test_the_reference_takes_over_keys_that_wait(backend):
+    q, k, v = views(4, 4, 8)
+    state = TaylorState.zeros(B, H, 4, 8, dtype=torch.float32, device=DEVICE)
+    first = steps(q[:, :4], k[:, :4], v[:, :4], state, "triton")
+    o = torch.cat([first, steps(q[:, 4:], k[:, 4:], v[:, 4:], state, backend)], dim=1)
+    assert_close(o, taylor_oracle(*in_double(q, k, v))[0])
+
+
 @pytest.mark.parametrize("tile", [dict(rows=8), dict(rows=64), dict(rows=256)])
 def test_the_tile_of_a_taylor_step_does_not_matter(tile):
     from based_megatron.kernels.decode import triton_decode
 
     q, k, v = views(16, 16, 24)
     state = TaylorState.zeros(B, H, 16, 24, dtype=torch.float32, device=DEVICE)
-    o = torch.stack([triton_decode.taylor_step(q[:, t], k[:, t], v[:, t], state, **tile) for t in range(3)], dim=1)
-    assert_close(o, taylor_oracle(*in_double(q, k, v))[0][:, :3])
+    *_, prefix = taylor_oracle(*in_double(*(x[:, : T - 2] for x in (q, k, v))))
+    state.set_joined(prefix.to(DEVICE))
+    o = torch.stack([triton_decode.taylor_step(q[:, t], k[:, t], v[:, t], state, **tile) for t in (-2, -1)], dim=1)
+    assert_close(o, taylor_oracle(*in_double(q, k, v))[0][:, -2:])
 
 
 @pytest.mark.parametrize("F", range(1, 33))
@@ -86,25 +141,26 @@ def test_the_kernel_finds_every_pair(F):
     k = torch.rand(1, 1, F, device=DEVICE) + 0.5
     v = torch.ones(1, 1, 1, device=DEVICE)
     state = TaylorState.zeros(1, 1, F, 1, dtype=torch.float32, device=DEVICE)
-    taylor_step(k, k, v, state, backend="triton")
-    assert_close(state.normaliser_BHR, moments(k.double().cpu()), 1e-6)
+    for _ in range(WAITING_KEYS + 1):
+        taylor_step(k, k, v, state, backend="triton")
+    assert_close(state.normaliser_BHR, (WAITING_KEYS + 1) * moments(k.double().cpu()), 1e-6)
 
 
 @BACKENDS
 def test_a_long_count_is_exact(backend):
     """fp32 sums: a bf16 state would stop counting at 256 tokens."""
     q, k, v = (x.bfloat16() for x in views(8, 8, 24))
-    state = TaylorState.zeros(B, H, 8, 24, dtype=torch.float32, device=DEVICE)
+    state = TaylorState.zeros(B, H, 8, 24, dtype=torch.bfloat16, device=DEVICE)
     state.normaliser_BHR[..., 0] = 100_000
     taylor_step(q[:, 0], k[:, 0], v[:, 0], state, backend=backend)
-    assert (state.normaliser_BHR[..., 0] == 100_001).all()
+    assert (state.joined()[..., 0, -1] == 100_001).all()
 
 
 @BACKENDS
 def test_bf16_taylor_steps(backend):
     q, k, v = (x.bfloat16() for x in views(8, 8, 112))
-    state = TaylorState.zeros(B, H, 8, 112, dtype=torch.float32, device=DEVICE)
-    o = torch.stack([taylor_step(q[:, t], k[:, t], v[:, t], state, backend=backend) for t in range(T)], dim=1)
+    state = TaylorState.zeros(B, H, 8, 112, dtype=torch.bfloat16, device=DEVICE)
+    o = steps(q, k, v, state, backend)
     assert o.dtype == torch.bfloat16
     assert_close(o, taylor_oracle(*in_double(q, k, v))[0], BF16)
 
@@ -211,3 +267,26 @@ def test_a_conv_state_holds_the_last_inputs(sizes):
     for part in u.split(sizes, dim=1):
         state.store(part)
     assert torch.equal(state.inputs_BhD, u[:, -3:])
+
+
+# token
+
+
+@BACKENDS
+@pytest.mark.parametrize("vocab_size", [1, 8191, 8192, 8193, 20_000])
+def test_the_most_likely_token(backend, vocab_size):
+    """Never one of the padding, whatever is there."""
+    logits = torch.randn(5, 20_008, device=DEVICE)
+    logits[:, vocab_size:] = 100.0
+    logits[0, 0] = logits[1, vocab_size - 1] = 50.0
+    token = torch.full((5,), -1, device=DEVICE)
+    choose_token(logits, vocab_size, token, backend=backend)
+    assert token.tolist() == logits[:, :vocab_size].argmax(-1).tolist()
+
+
+def test_the_first_of_equal_tokens():
+    logits = torch.zeros(1, 20_000, device=DEVICE)
+    logits[0, [19_999, 8200 + 8192, 8200]] = 1.0  # the last two in one lane of the kernel
+    token = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    choose_token(logits, 20_000, token, backend="triton")
+    assert token.item() == 8200

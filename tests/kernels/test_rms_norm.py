@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_oracles import assert_same_gradients
+from kernel_oracles import DEVICE, assert_same_gradients
 from torch import Tensor
 
 from based_megatron.kernels.rms_norm import add_rms_norm
@@ -16,7 +16,7 @@ def oracle(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float) 
 
 
 def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def as_leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -34,7 +34,7 @@ def test_values_and_gradients(backend: str, with_update: bool, shape: tuple[int,
     found = add_rms_norm(inputs[0], inputs[2] if with_update else None, inputs[1], eps, backend=backend)
     expected = oracle(exact[0], exact[2] if with_update else None, exact[1], eps)
     torch.manual_seed(1)
-    cotangents = [torch.randn(shape) for _ in range(2)]
+    cotangents = [torch.randn(shape, device=DEVICE) for _ in range(2)]
     grads = torch.autograd.grad(found, inputs, cotangents)
     expected_grads = torch.autograd.grad(expected, exact, [x.double() for x in cotangents])
     for got, want in zip([*found, *grads], [*expected, *expected_grads], strict=True):
@@ -47,13 +47,13 @@ def test_either_output_may_go_unused(backend: str, used: int) -> None:
     torch.manual_seed(used)
     tensors = some(5, 16), some(5, 16), some(16)
     inputs, exact = as_leaves(*tensors), as_leaves(*tensors, dtype=torch.float64)
-    cotangent = torch.randn(5, 16)
+    cotangent = torch.randn(5, 16, device=DEVICE)
     found = add_rms_norm(*inputs, 1e-5, backend=backend)[used]
     expected = oracle(*exact, 1e-5)[used]
     grads = torch.autograd.grad(found, inputs, cotangent, allow_unused=True)
     wanted = torch.autograd.grad(expected, exact, cotangent.double(), allow_unused=True)
     for got, want in zip(grads, wanted, strict=True):
-        got, want = (torch.zeros(1) if x is None else x.double() for x in (got, want))
+        got, want = (torch.zeros(1, device=DEVICE) if x is None else x.double() for x in (got, want))
         torch.testing.assert_close(got.double(), want.double().expand_as(got), rtol=1e-5, atol=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_bf16_updates_and_weights_on_an_fp32_residual(backend: str) -> None:
     inputs, exact = as_leaves(*tensors), as_leaves(*tensors, dtype=torch.float64)
     found, expected = add_rms_norm(*inputs, 1e-5, backend=backend), oracle(*exact, 1e-5)
     assert [x.dtype for x in found] == [torch.float32, torch.bfloat16]
-    cotangents = torch.randn(9, 48), torch.randn(9, 48).bfloat16()
+    cotangents = torch.randn(9, 48, device=DEVICE), torch.randn(9, 48, device=DEVICE).bfloat16()
     grads = torch.autograd.grad(found, inputs, cotangents)
     wanted = torch.autograd.grad(expected, exact, [x.double() for x in cotangents])
     assert [x.dtype for x in grads] == [x.dtype for x in inputs]

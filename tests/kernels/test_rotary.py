@@ -123,3 +123,16 @@ def test_the_kernel_rounds_bf16_once() -> None:
     assert got.dtype == torch.bfloat16
     step = 2**-8 if DEVICE.type == "cuda" else 2**-7  # Triton's interpreter cuts off where a GPU rounds
     assert ((got.float() - want).abs() <= want.abs() * step).all()
+
+
+@pytest.mark.parametrize(("head_dim", "fraction"), [(112, 1.0), (70, 0.5), (16, 0.5), (8, 0.0)])
+def test_the_kernel_makes_the_same_tables(head_dim, fraction):
+    """Angles in fp64: at position 1e6 fp32 ones would be off by 0.03."""
+    positions = torch.tensor([[0, 1, 77], [4095, 10**6, 10**6 + 1]], device=DEVICE)
+    for found, expected in zip(
+        rotary_tables(positions, head_dim, fraction, 1e4, backend="triton"),
+        rotary_tables(positions, head_dim, fraction, 1e4),
+        strict=True,
+    ):
+        assert found.shape == expected.shape and found.dtype == torch.float32
+        assert torch.allclose(found, expected, rtol=0, atol=2e-7)

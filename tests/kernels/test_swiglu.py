@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_oracles import saved_elements
+from kernel_oracles import DEVICE, saved_elements
 
 from based_megatron.kernels.swiglu import swiglu
 
@@ -20,7 +20,7 @@ def oracle(x: torch.Tensor) -> torch.Tensor:
 def test_values_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch.dtype, limit: float) -> None:
     """In bf16 the reference rounds silu(gate) as well, and Triton's interpreter cuts off where a GPU rounds."""
     torch.manual_seed(shape[-1])
-    x = (2 * torch.randn(shape)).to(dtype).requires_grad_()
+    x = (2 * torch.randn(shape)).to(DEVICE, dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
     found, expected = swiglu(x, backend=backend), oracle(exact)
     cotangent = torch.randn_like(found)
@@ -33,7 +33,7 @@ def test_values_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_may_be_views(backend: str) -> None:
-    x = torch.randn(6, 3, 16, requires_grad=True)
+    x = torch.randn(6, 3, 16, device=DEVICE, requires_grad=True)
     turned = swiglu(x.transpose(0, 1), backend=backend)
     torch.testing.assert_close(turned, oracle(x).transpose(0, 1))
     (grad,) = torch.autograd.grad(turned[:, ::2].sum(), x)
@@ -42,7 +42,7 @@ def test_inputs_may_be_views(backend: str) -> None:
 
 
 def test_only_the_input_is_kept() -> None:
-    x = torch.randn(4, 32, requires_grad=True)
+    x = torch.randn(4, 32, device=DEVICE, requires_grad=True)
     assert saved_elements(lambda: swiglu(x, backend="triton")) == x.numel()
 
 

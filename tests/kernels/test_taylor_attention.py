@@ -168,5 +168,5 @@ def test_state_layout() -> None:
 @pytest.mark.parametrize("op", [taylor_attention, lambda q, k, v, backend: segment_state(k, v, backend=backend)])
 def test_a_backend_that_is_not_built_is_refused(op) -> None:
     q, k, v, _ = make_inputs(1, 2)
-    with pytest.raises(ConfigError, match=r"no 'triton' implementation.*train\.backend"):
-        op(q, k, v, backend="triton")
+    with pytest.raises(ConfigError, match=r"no 'cutlass' implementation.*train\.backend"):
+        op(q, k, v, backend="cutlass")

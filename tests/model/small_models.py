@@ -31,6 +31,11 @@ def shared_config(dtype: torch.dtype, recompute: Any = "none", **model: Any) -> 
     return based_config(config.model, config.parallel, dtype=dtype, backend="reference", recompute=recompute)
 
 
+def here(x: Any) -> Any:
+    """A tensor or module, on the device of the tests."""
+    return x.to(rank_device(dist.get_rank()))
+
+
 def topology_of(parallel: ParallelConfig | None = None) -> Topology:
     """Groups of a layout, on the device of the tests."""
     return build_topology(parallel or ParallelConfig(), rank_device(dist.get_rank()))

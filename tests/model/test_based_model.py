@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import build, config_with, some_tokens, topology_of, whole_plan
+from small_models import build, config_with, here, some_tokens, topology_of, whole_plan
 from torch import Tensor
 from torch.nn import functional
 
@@ -119,11 +119,14 @@ def test_rows_of_the_vocabulary_multiple_take_part_in_the_softmax(worker_pool):
 def losses_with_other_tokens(document_ids: Tensor | None) -> Tensor:
     """Where the loss [24] of a sequence changes if its tokens 0 to 9 do."""
     model, topology = build(DOUBLE)
-    (tokens, labels), plan = some_tokens(topology), whole_plan(topology, document_ids=document_ids)
+    (tokens, labels), plan = (
+        some_tokens(topology),
+        whole_plan(topology, document_ids=None if document_ids is None else here(document_ids)),
+    )
     other = tokens.clone()
     other[:, :10] = (tokens[:, :10] + 1) % 91
     with torch.no_grad():
-        return ((model(tokens, plan, labels) - model(other, plan, labels)).abs() > 1e-12).all(0)
+        return ((model(tokens, plan, labels) - model(other, plan, labels)).abs() > 1e-12).all(0).cpu()
 
 
 def test_a_document_does_not_see_the_one_before(worker_pool):
@@ -139,7 +142,7 @@ def rotary_errors() -> float:
     plan = SequencePlan(Axis(topology.context.group, 2, 4), 6, None, None)
     found = model._rotary(plan, topology.device)
     assert found is not None
-    expected = rotary_tables(torch.arange(12, 18), 8, 1.0, 1e4)
+    expected = rotary_tables(here(torch.arange(12, 18)), 8, 1.0, 1e4)
     return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
 
 

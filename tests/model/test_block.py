@@ -1,7 +1,7 @@
 """A layer: the order of the MLP's halves, the fp32 residual, and what is recomputed."""
 
 import torch
-from small_models import shared_config, topology_of, whole_plan
+from small_models import here, shared_config, topology_of, whole_plan
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,7 +21,7 @@ def swiglu_error() -> tuple[float, float]:
     mlp = SwiGLU(shared_config(torch.float64), topology.tensor.group)
     for parameter in mlp.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
-    x = torch.randn(5, 2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mlp, x = here(mlp), here(torch.randn(5, 2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     value, gate = (functional.linear(x, half) for half in mlp.fc1.weight.split([48, 48]))
     right = functional.linear(value * (gate * torch.sigmoid(gate)), mlp.fc2.weight)
     swapped = functional.linear(gate * (value * torch.sigmoid(value)), mlp.fc2.weight)
@@ -40,13 +40,13 @@ def block_of(letter: str, dtype: torch.dtype, recompute: str = "none") -> tuple[
     block = Block(shared_config(dtype, recompute), letter, 1, topology.process_groups)
     for parameter in block.parameters():
         parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    return block, MixerInputs(whole_plan(topology), None)
+    return here(block), MixerInputs(whole_plan(topology), None)
 
 
 def residual_of_a_bf16_block() -> tuple[torch.dtype, bool, Tensor, Tensor]:
     """(dtype out, whether a block of zero outputs changes nothing, mixer's input dtype, out - in - parts)."""
     block, inputs = block_of("c", torch.bfloat16)
-    residual = 1 + torch.arange(24 * 32, dtype=torch.float32).reshape(24, 1, 32) * 2**-20
+    residual = here(1 + torch.arange(24 * 32, dtype=torch.float32).reshape(24, 1, 32) * 2**-20)
     output = add(*block(residual, None, inputs))
     mixed = block.mixer(block.mixer_norm(residual)[1], inputs=inputs)[0]
     middle = residual + mixed
@@ -57,8 +57,8 @@ def residual_of_a_bf16_block() -> tuple[torch.dtype, bool, Tensor, Tensor]:
     return (
         output.dtype,
         bool(torch.equal(add(*block(residual, None, inputs)), residual)),
-        output.detach(),
-        expected.detach(),
+        output.detach().cpu(),
+        expected.detach().cpu(),
     )
 
 
@@ -77,7 +77,7 @@ def calls_of(recompute: str, gradients: bool) -> tuple[int, int]:
         module = getattr(block, name)
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     with torch.set_grad_enabled(gradients):
-        output = add(*block(torch.randn(24, 1, 32, dtype=torch.float64, requires_grad=True), None, inputs))
+        output = add(*block(here(torch.randn(24, 1, 32, dtype=torch.float64)).requires_grad_(), None, inputs))
     if gradients:
         output.sum().backward()
     return calls["mixer"], calls["mlp"]
@@ -94,7 +94,7 @@ def test_what_is_asked_for_is_recomputed(worker_pool):
 def errors_of_a_pending_update(recompute: str) -> list[float]:
     """Differences between a block that adds an update first, and one that gets the sum: outputs and gradients."""
     block, inputs = block_of("c", torch.float64, recompute)
-    residual, update = (torch.randn(24, 1, 32, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    residual, update = (here(torch.randn(24, 1, 32, dtype=torch.float64)).requires_grad_() for _ in range(2))
     output = add(*block(residual, update, inputs))
     output.square().sum().backward()
     whole = (residual + update).detach().requires_grad_()

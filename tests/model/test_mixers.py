@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import shared_config, topology_of, whole_plan
+from small_models import here, shared_config, topology_of, whole_plan
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,20 +30,20 @@ def mixer_of(letter: str, submodules: MixerSubmodules | None = None, **model: An
     mixer = MIXERS[letter](config, submodules or MixerSubmodules(), 1, topology.process_groups)
     for parameter in mixer.parameters():
         parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    return mixer, topology
+    return here(mixer), topology
 
 
 def rotary(first: int) -> tuple[Tensor, Tensor]:
-    return rotary_tables(torch.arange(first, first + LENGTH), 8, 1.0, 1e4, torch.float64)
+    return rotary_tables(here(torch.arange(first, first + LENGTH)), 8, 1.0, 1e4, torch.float64)
 
 
 def inputs_at(topology: Any, first: int = 0, document_start: int | None = None) -> MixerInputs:
-    ids = None if document_start is None else (torch.arange(LENGTH) >= document_start).int()[None]
+    ids = None if document_start is None else here((torch.arange(LENGTH) >= document_start).int()[None])
     return MixerInputs(whole_plan(topology, LENGTH, ids), rotary(first))
 
 
 def some_x() -> Tensor:
-    return torch.randn(LENGTH, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return here(torch.randn(LENGTH, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
 
 
 def touched(letter: str, kernel: int, window: int, document_start: int | None) -> list[int]:
@@ -83,11 +83,11 @@ def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
     if letter == "c":
         u, gate = functional.linear(x, weights["in_proj.weight"], weights["in_proj.bias"]).split([64, 64], dim=-1)
         taps = weights["conv_weight"]
-        before = [torch.cat([torch.zeros(k, 64, dtype=u.dtype), u[: LENGTH - k]]) for k in range(3)]
+        before = [torch.cat([u.new_zeros(k, 64), u[: LENGTH - k]]) for k in range(3)]
         conv = sum(taps[:, 2 - k] * before[k] for k in range(3))
         return functional.linear(functional.silu(conv) * gate, weights["out_proj.weight"], weights["out_proj.bias"])
     q, k, v = (part.unflatten(-1, (4, 8)).transpose(0, 1) for part in (x @ weights["qkv.weight"].T).chunk(3, dim=-1))
-    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    distance = here(torch.arange(LENGTH)[:, None] - torch.arange(LENGTH))
     if letter == "L":
         scores = q @ k.transpose(1, 2) / 8**0.5
         weight = (1 + scores + scores**2 / 2) * (distance >= 0)
@@ -101,7 +101,7 @@ def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
 
 def turned(x_HTV: Tensor) -> Tensor:
     """Pairs (r, r + 4) of a head as complex numbers, turned by position x 10000^(-r / 4)."""
-    angles = torch.arange(LENGTH)[:, None] * 1e4 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    angles = here(torch.arange(LENGTH)[:, None] * 1e4 ** (-torch.arange(4, dtype=torch.float64) / 4))
     pairs = torch.complex(x_HTV[..., :4], x_HTV[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 

@@ -36,7 +36,13 @@ def small_config(parallel: ParallelConfig | None = None, **train: Any) -> Config
         data=DataConfig(path="unused", sequence_length_tokens=SEQUENCE_TOKENS),
         parallel=dataclasses.replace(parallel or ParallelConfig(), zero_bucket_elements=10_000),
         optimizer=OptimizerConfig(clip_grad_norm=train.pop("clip_grad_norm", 0.0)),
-        train=TrainConfig(precision="fp32", global_batch_sequences=GLOBAL_BATCH, micro_batch_sequences=2, **train),
+        # The reference takes fp64, as most of these tests do, on any device.
+        train=TrainConfig(
+            precision="fp32",
+            global_batch_sequences=GLOBAL_BATCH,
+            micro_batch_sequences=2,
+            **{"backend": "reference", **train},
+        ),
     )
 
 

@@ -77,7 +77,8 @@ class SlidingWindowAttention(SoftmaxAttention):
     def prefill(self, x: Tensor, state: WindowState, where: Continuation) -> Tensor:
         assert where.rotary is not None
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x)[0].chunk(3, dim=-1))
-        q, k, ids, length = apply_rotary(q, *where.rotary), apply_rotary(k, *where.rotary), None, x.shape[1]
+        q, k = (apply_rotary(x, *where.rotary, backend=self.config.backend) for x in (q, k))
+        ids, length = None, x.shape[1]
         if not where.is_start:
             k_before, v_before, ids = state.last(where.position_B)
             k, v, ids = (

@@ -44,7 +44,7 @@ class TaylorLinearAttention(Mixer):
             self.heads,
             self.config.model.feature_dim,
             self.head_dim,
-            dtype=self.config.residual_dtype,
+            dtype=self.config.params_dtype,
             device=device,
         )
 
