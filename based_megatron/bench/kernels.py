@@ -294,7 +294,8 @@ def taylor_scaling(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
             torch.cuda.empty_cache()
     if not bench.quick:
         for which, name in enumerate(("forward", "forward + backward")):
-            longest, eighth = rows[which - 2], rows[which - 8]
+            # Two rows a length: forward, and forward with backward.
+            eighth, longest = rows[2 * 4 + which], rows[2 * 7 + which]
             ratio = longest.value / (8 * eighth.value)
             rows.append(
                 Row(
