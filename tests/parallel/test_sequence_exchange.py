@@ -6,6 +6,7 @@ sequence/plan.py.
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.kernels.rotary import rotary_tables
 from based_megatron.model.config import based_config
 from based_megatron.model.mixers import MIXERS, MixerInputs, MixerSubmodules
+from based_megatron.model.mixers.linear_attention import TaylorLinearAttention
 from based_megatron.parallel.sequence.exchange import exclusive_prefix, with_halo
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Axis, Topology, build_topology
@@ -159,17 +161,19 @@ def test_a_halo_is_the_tokens_before_the_slice(worker_pool, size, length):
         assert wrong(errors) == {}
 
 
-def mixer_errors(letter: str, lengths: list[int], **model: Any) -> dict[str, float]:
+def mixer_errors(
+    letter: str, lengths: list[int], dtype: torch.dtype = torch.float64, backend: str = "reference", **model: Any
+) -> dict[str, float]:
     """Errors of a mixer over slices against the same mixer over the whole: output, input gradient, weight gradients."""
     parallel = ParallelConfig(context=dist.get_world_size())
     topology = build_topology(parallel, rank_device(dist.get_rank()))
-    mixer = double_mixer(letter, topology, parallel, model)
+    mixer = small_mixer(letter, topology, parallel, dtype, backend, model)
     axis = topology.context
     errors: dict[str, float] = {}
     for length, packed in itertools.product(lengths, [False, True]):
         ids = documents(length, axis.size) if packed else None
-        x = seeded(length * axis.size, 9, 16, seed=20)
-        cotangent = seeded(*x.shape, seed=21)
+        x = seeded(length * axis.size, 9, 16, seed=20).to(dtype)
+        cotangent = seeded(*x.shape, seed=21).to(dtype)
         here = slice(axis.rank * length, (axis.rank + 1) * length)
         whole = run_mixer(mixer, x, cotangent, SequencePlan.build(ids, len(x), Axis(axis.group, 0, 1), topology.device))
         mine = run_mixer(mixer, x[here], cotangent[here], SequencePlan.build(ids, length, axis, topology.device))
@@ -177,18 +181,20 @@ def mixer_errors(letter: str, lengths: list[int], **model: Any) -> dict[str, flo
         for name in weights:
             dist.all_reduce(mine[name], group=axis.group)
         case = f"slices of {length}, {'packed' if packed else 'one document'}: "
-        errors |= {case + name: gap(mine[name], whole[name][here]) for name in ("output", "input")}
-        errors |= {case + name: gap(mine[name], whole[name]) / float(whole[name].abs().max()) for name in weights}
+        parts = {name: whole[name][here] if name in ("output", "input") else whole[name] for name in mine}
+        errors |= {case + name: gap(mine[name], part) / float(part.abs().max()) for name, part in parts.items()}
     return errors
 
 
-def double_mixer(letter: str, topology: Topology, parallel: ParallelConfig, model: dict[str, Any]) -> Any:
-    """A small mixer in fp64, with the same weights on every rank."""
+def small_mixer(
+    letter: str, topology: Topology, parallel: ParallelConfig, dtype: torch.dtype, backend: str, model: dict[str, Any]
+) -> Any:
+    """A small mixer, with the same weights on every rank."""
     settings = ModelConfig(
         layer_pattern=letter, hidden_size=16, ffn_hidden_size=16, num_heads=2, feature_dim=4, window_left=5
     )
     config = based_config(
-        dataclasses.replace(settings, **model), parallel, dtype=torch.float64, backend="reference", recompute="none"
+        dataclasses.replace(settings, **model), parallel, dtype=dtype, backend=backend, recompute="none"
     )
     mixer = MIXERS[letter](config, MixerSubmodules(), 1, topology.process_groups)
     for number, parameter in enumerate(mixer.parameters()):
@@ -199,7 +205,7 @@ def double_mixer(letter: str, topology: Topology, parallel: ParallelConfig, mode
 def run_mixer(mixer: Any, x: Tensor, cotangent: Tensor, plan: SequencePlan) -> dict[str, Tensor]:
     """Output and all gradients."""
     x = x.clone().requires_grad_()
-    rotary = rotary_tables(torch.arange(plan.start, plan.start + plan.length), 8, 1.0, 1e4, torch.float64)
+    rotary = rotary_tables(torch.arange(plan.start, plan.start + plan.length), 8, 1.0, 1e4, x.dtype)
     mixer.zero_grad()
     output = mixer(x, inputs=MixerInputs(plan, rotary))[0]
     output.backward(cotangent)
@@ -225,3 +231,28 @@ def test_a_mixer_over_four_slices_is_the_mixer_over_the_whole(worker_pool, lette
     for errors in worker_pool(4).run(mixer_errors, letter, [1, 3, 8], **model):
         assert len(errors) > 2 * 3 * 3
         assert {case: error for case, error in errors.items() if not error < EXACT} == {}
+
+
+@pytest.mark.parametrize("letter", ["c", "L", "S"])
+def test_the_kernels_over_two_slices_are_the_kernels_over_the_whole(worker_pool, letter):
+    """States, halos and their gradients through the Triton kernels, interpreted on a CPU."""
+    for errors in worker_pool(2).run(mixer_errors, letter, [3, 20], torch.float32, "triton"):
+        assert {case: error for case, error in errors.items() if not error < 1e-5} == {}
+
+
+def test_the_state_of_a_slice_comes_from_the_kernels(monkeypatch):
+    """Its reference would be right, and many times slower on a GPU."""
+    asked: list[str] = []
+
+    def segment_state(*args: Any, backend: str) -> Tensor:
+        asked.append(backend)
+        raise NotImplementedError
+
+    monkeypatch.setattr("based_megatron.model.mixers.linear_attention.segment_state", segment_state)
+    mixer = SimpleNamespace(
+        qkv=lambda x: (x, None), heads=1, local_parts=[4, 4, 4], config=SimpleNamespace(backend="triton")
+    )
+    plan = SimpleNamespace(document_ids=lambda: None, axis=SimpleNamespace(size=2))
+    with pytest.raises(NotImplementedError):
+        TaylorLinearAttention.forward(mixer, torch.zeros(3, 1, 12), inputs=SimpleNamespace(plan=plan))
+    assert asked == ["triton"]

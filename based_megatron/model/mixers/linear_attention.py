@@ -31,11 +31,9 @@ class TaylorLinearAttention(Mixer):
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         q, k, v = (heads_first_batch(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
-        plan, ids = inputs.plan, inputs.plan.document_ids()
-        carried = exclusive_prefix(segment_state(k, v, document_ids_BT=ids), plan) if plan.axis.size > 1 else None
-        mixed, _state = taylor_attention(
-            q, k, v, initial_state_BHRV=carried, document_ids_BT=ids, backend=self.config.backend
-        )
+        plan, ids, backend = inputs.plan, inputs.plan.document_ids(), self.config.backend
+        carried = exclusive_prefix(segment_state(k, v, ids, backend=backend), plan) if plan.axis.size > 1 else None
+        mixed, _state = taylor_attention(q, k, v, initial_state_BHRV=carried, document_ids_BT=ids, backend=backend)
         return self.out_proj(merge_heads(mixed))[0], None
 
     def zero_state(self, batch: int, device: torch.device) -> TaylorState:
