@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.layout import laid_out_like, strides, unit_last_stride
+
 HEADS_OF_PROGRAM, WARPS = 64, 4
 """Heads, of one or several tokens, that one program turns."""
 POSITIONS_OF_PROGRAM = 4
@@ -77,12 +79,11 @@ class Rotate(torch.autograd.Function):
 
 def rotate(x_BTHV: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """x turned by sign times the angles of the tables ([T, R] or [B, T, R]); tokens or batch outermost in memory as in x."""
-    x_BTHV = x_BTHV if x_BTHV.stride(-1) == 1 else x_BTHV.contiguous()
+    x_BTHV = unit_last_stride(x_BTHV)
     B, T, H, V = x_BTHV.shape
     R = cos.shape[-1]
     rest = V - 2 * R
-    batch_first = x_BTHV.stride(0) >= x_BTHV.stride(1)
-    y_BTHV = x_BTHV.new_empty(B, T, H, V) if batch_first else x_BTHV.new_empty(T, B, H, V).transpose(0, 1)
+    y_BTHV = laid_out_like(x_BTHV)
     _rotate_kernel[(triton.cdiv(T * H, HEADS_OF_PROGRAM), B)](
         x_BTHV,
         y_BTHV,
@@ -91,8 +92,7 @@ def rotate(x_BTHV: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
         sign,
         T,
         H,
-        *x_BTHV.stride()[:3],
-        *y_BTHV.stride()[:3],
+        *strides(x_BTHV, y_BTHV),
         T * R if cos.ndim == 3 and cos.shape[0] > 1 else 0,
         V=V,
         R=R,

@@ -18,7 +18,7 @@ from torch import Tensor
 from based_megatron.bench.kernels import Ceilings, measure_ceilings
 from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
-from based_megatron.bench.timing import Bench
+from based_megatron.bench.timing import Bench, attempt
 from based_megatron.inference.engine import Engine
 from based_megatron.kernels.decode import (
     WAITING_KEYS,
@@ -214,14 +214,9 @@ def transformer(bench: Bench, B: int, L: int, N: int, kind: str) -> float | str:
     """Tokens per second of a Hugging Face Llama's decoding steps, or why there are none."""
     if kind != "dynamic" and bench.quick:
         return "not in a quick run"
-    try:
-        with torch.no_grad():
-            steps = _dynamic_steps if kind == "dynamic" else _static_steps
-            return 1e3 * B * N / steps(bench, llama(bench), B, L, N)
-    except ImportError:
-        return "not installed"
-    except Exception as error:
-        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    steps = _dynamic_steps if kind == "dynamic" else _static_steps
+    with torch.no_grad():
+        return attempt(lambda: 1e3 * B * N / steps(bench, llama(bench), B, L, N))
 
 
 def _dynamic_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from based_megatron.bench.decode import agreement
 from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions
 from based_megatron.bench.report import Case, Row, Target
-from based_megatron.bench.timing import Bench, Timing
+from based_megatron.bench.timing import Bench, Call, Timing, attempt
 from based_megatron.inference.engine import Engine, PromptGraph
 
 TARGET_SPEEDUP = 1.6
@@ -63,20 +63,17 @@ def _ours(bench: Bench, engine: Engine, B: int, L: int) -> Timing:
 
 def transformer(bench: Bench, batches: tuple[int, ...], L: int) -> list[Timing | str]:
     """The same of a Hugging Face Llama: it fills its cache and computes the last logits. Or why there is no time."""
-    try:
-        model = llama(bench)
-    except ImportError:
-        return ["not installed"] * len(batches)
+    model = attempt(lambda: llama(bench))
+    if isinstance(model, str):
+        return [model] * len(batches)
 
-    def call(B: int) -> None:
+    def prompts(B: int) -> Call:
         tokens_BL = torch.zeros(B, L, dtype=torch.int64, device=bench.device)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def call() -> None:
             model(input_ids=tokens_BL, use_cache=True, logits_to_keep=1)
 
-    found: list[Timing | str] = []
-    for B in batches:
-        try:
-            found.append(bench.time(functools.partial(call, B), budget_ms=BUDGET_MS))
-        except Exception as error:
-            found.append(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
-    return found
+        return call
+
+    return [bench.peer(functools.partial(prompts, B), budget_ms=BUDGET_MS) for B in batches]

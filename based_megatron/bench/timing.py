@@ -6,12 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+Found = TypeVar("Found")
 
 GRAPH_MS = 2.0
 """A graph holds as many calls as fill this time: the gaps at its ends and the events' resolution then do not count."""
@@ -68,22 +69,30 @@ class Bench:
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception:
+                # Timing by events runs the calls again: an error of their own is raised there.
                 torch.cuda.synchronize()
                 _new_generator(self.device)
         return Timing(_events(calls, budget_ms), "events")
 
-    def peer(self, build: Callable[[], Sequence[Call] | Call], *, graph: bool = True) -> Timing | str:
+    def peer(
+        self, build: Callable[[], Sequence[Call] | Call], *, graph: bool = True, budget_ms: float = 100.0
+    ) -> Timing | str:
         """Time what `build` returns, or say why there is no time: a peer that is missing or fails is never an error."""
-        try:
-            return self.time(build(), graph=graph)
-        except ImportError:
-            return "not installed"
-        except NotImplementedError as error:
-            return str(error)
-        except torch.cuda.OutOfMemoryError:
-            return "out of memory"
-        except Exception as error:
-            return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return attempt(lambda: self.time(build(), graph=graph, budget_ms=budget_ms))
+
+
+def attempt(run: Callable[[], Found]) -> Found | str:
+    """What a peer's run returns, or why there is nothing."""
+    try:
+        return run()
+    except ImportError:
+        return "not installed"
+    except NotImplementedError as error:
+        return str(error)
+    except torch.cuda.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def forward_backward(run: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> Callable[[], Any]:

@@ -20,7 +20,7 @@ from based_megatron.bench.models import (
     with_backend,
 )
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
-from based_megatron.bench.timing import Bench
+from based_megatron.bench.timing import Bench, attempt
 from based_megatron.model.based_model import BasedModel
 from based_megatron.monitor.flops import peak_flops, training_flops_per_token
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -122,7 +122,8 @@ def transformer(bench: Bench, B: int, L: int, compiled: bool) -> float | str:
     """
     if compiled and bench.quick:
         return "not in a quick run"
-    try:
+
+    def tokens_per_second() -> float:
         model = llama(bench)
         if compiled:
             for layer in model.model.layers:
@@ -135,10 +136,8 @@ def transformer(bench: Bench, B: int, L: int, compiled: bool) -> float | str:
             model(input_ids=tokens_BL, labels=tokens_BL, use_cache=False).loss.backward()
 
         return measure(bench, model, step, B * L)[0]
-    except ImportError:
-        return "not installed"
-    except Exception as error:
-        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+    return attempt(tokens_per_second)
 
 
 def measure(bench: Bench, model: nn.Module, step: Callable[[], object], tokens: int) -> tuple[float, float]:

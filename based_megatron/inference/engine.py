@@ -75,7 +75,8 @@ class GreedyLoop:
         self.states = engine.model.zero_states(batch)
         self.token_B = torch.zeros_like(self.states.position_B)
         """The newest token of each sequence, not yet absorbed."""
-        self._graph = self._capture() if self.token_B.is_cuda else None
+        # What the warm-up leaves in the states is cleared by `start`.
+        self._graph = _captured(self._step) if self.token_B.is_cuda else None
 
     def start(self, prompt_BL: Tensor) -> None:
         """Begin new sequences and choose their first token."""
@@ -106,10 +107,6 @@ class GreedyLoop:
         # Rows that only round the vocabulary up are no tokens.
         config = self.engine.model.config
         choose_token(logits_BV, config.model.vocab_size, self.token_B, backend=config.backend)
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Record one step; what the warm-up leaves in the states is cleared by `start`."""
-        return _captured(self._step)
 
 
 class PromptGraph:

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.layout import ids_or, laid_out_like, unit_last_stride
+
 
 class Tile(NamedTuple):
     """Work of one program: channels side by side and tokens of one sequence, of which `rows` are loaded at a time."""
@@ -238,8 +240,8 @@ class GatedConv(torch.autograd.Function):
     def forward(
         ctx: Any, weight_DK: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None, *projected: Tensor
     ) -> Tensor:
-        u_BTD, gate_BTD = (_unit_channel_stride(x) for x in _halves(projected))
-        halo_BhD = None if halo_BhD is None else _unit_channel_stride(halo_BhD)
+        u_BTD, gate_BTD = (unit_last_stride(x) for x in _halves(projected))
+        halo_BhD = None if halo_BhD is None else unit_last_stride(halo_BhD)
         ctx.save_for_backward(weight_DK, halo_BhD, ids_BS, *projected)
         return gated_conv_forward(u_BTD, gate_BTD, weight_DK, halo_BhD, ids_BS)
 
@@ -247,10 +249,10 @@ class GatedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
         weight_DK, halo_BhD, ids_BS, *projected = ctx.saved_tensors
-        u_BTD, gate_BTD = (_unit_channel_stride(x) for x in _halves(projected))
-        halo_BhD = None if halo_BhD is None else _unit_channel_stride(halo_BhD)
+        u_BTD, gate_BTD = (unit_last_stride(x) for x in _halves(projected))
+        halo_BhD = None if halo_BhD is None else unit_last_stride(halo_BhD)
         dprojected_BTE, dweight_DK, dhalo_BhD = gated_conv_backward(
-            u_BTD, gate_BTD, weight_DK, halo_BhD, ids_BS, _unit_channel_stride(dy_BTD)
+            u_BTD, gate_BTD, weight_DK, halo_BhD, ids_BS, unit_last_stride(dy_BTD)
         )
         dparts = (dprojected_BTE,) if len(projected) == 1 else dprojected_BTE.chunk(2, dim=-1)
         return dweight_DK, dhalo_BhD, None, *dparts
@@ -267,8 +269,9 @@ def gated_conv_forward(
     """y_BTD, laid out like u; last strides are 1."""
     B, T, D = u_BTD.shape
     K = weight_DK.shape[1]
-    y_BTD = _laid_out_like(u_BTD, D)
-    halo_or_u, ids_or_u, ids_b = _optional(halo_BhD, ids_BS, u_BTD)
+    y_BTD = laid_out_like(u_BTD, D)
+    halo_or_u = u_BTD if halo_BhD is None else halo_BhD
+    ids_or_u, ids_b = ids_or(u_BTD, ids_BS)
     grid = (triton.cdiv(D, tile.channels), B, triton.cdiv(T, tile.tokens))
     _forward_kernel[grid](
         u_BTD,
@@ -307,10 +310,11 @@ def gated_conv_backward(
     B, T, D = u_BTD.shape
     K = weight_DK.shape[1]
     assert tile.tokens >= K - 1, (tile, K)
-    dprojected_BTE = _laid_out_like(u_BTD, 2 * D)
+    dprojected_BTE = laid_out_like(u_BTD, 2 * D)
     du_BTD, dgate_BTD = dprojected_BTE.chunk(2, dim=-1)
     dhalo_BhD = None if halo_BhD is None else torch.empty(B, K - 1, D, dtype=halo_BhD.dtype, device=u_BTD.device)
-    halo_or_u, ids_or_u, ids_b = _optional(halo_BhD, ids_BS, u_BTD)
+    halo_or_u = u_BTD if halo_BhD is None else halo_BhD
+    ids_or_u, ids_b = ids_or(u_BTD, ids_BS)
     grid = (triton.cdiv(D, tile.channels), B, triton.cdiv(T, tile.tokens))
     dweight_PKD = torch.empty(grid[1] * grid[2], K, D, dtype=torch.float32, device=u_BTD.device)
     _backward_kernel[grid](
@@ -355,23 +359,3 @@ def gated_conv(
 
 def _halves(projected: Sequence[Tensor]) -> Sequence[Tensor]:
     return projected[0].chunk(2, dim=-1) if len(projected) == 1 else projected
-
-
-def _unit_channel_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _laid_out_like(x_BTD: Tensor, channels: int) -> Tensor:
-    """New [B, T, channels], with batch or tokens outermost in memory as in x: the next projection finds its rows in place."""
-    B, T, _ = x_BTD.shape
-    if x_BTD.stride(0) >= x_BTD.stride(1):
-        return x_BTD.new_empty(B, T, channels)
-    return x_BTD.new_empty(T, B, channels).transpose(0, 1)
-
-
-def _optional(halo_BhD: Tensor | None, ids_BS: Tensor | None, u_BTD: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Halo, ids and the batch stride of the ids; where there are none, any tensor stands in, and is not read."""
-    if ids_BS is None:
-        return u_BTD if halo_BhD is None else halo_BhD, u_BTD, 0
-    ids_BS = ids_BS if ids_BS.stride(1) == 1 else ids_BS.contiguous()
-    return u_BTD if halo_BhD is None else halo_BhD, ids_BS, 0 if ids_BS.shape[0] == 1 else ids_BS.stride(0)

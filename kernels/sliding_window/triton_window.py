@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.layout import ids_or, laid_out_like, strides, unit_last_stride
+
 BITS = 1.4426950408889634
 """log2(e)."""
 
@@ -308,7 +310,7 @@ class SlidingWindowAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, window_left: int, ids_BS: Tensor | None
     ) -> Tensor:
-        q_BTHV, k_BSHV, v_BSHV = (_unit_last_stride(x) for x in (q_BTHV, k_BSHV, v_BSHV))
+        q_BTHV, k_BSHV, v_BSHV = (unit_last_stride(x) for x in (q_BTHV, k_BSHV, v_BSHV))
         o_BTHV, lse_BHT = attention_forward(q_BTHV, k_BSHV, v_BSHV, window_left, ids_BS)
         ctx.save_for_backward(q_BTHV, k_BSHV, v_BSHV, o_BTHV, lse_BHT, ids_BS)
         ctx.window_left = window_left
@@ -318,7 +320,7 @@ class SlidingWindowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do_BTHV: Tensor) -> tuple[Tensor | None, ...]:
         *saved, ids_BS = ctx.saved_tensors
-        return *attention_backward(*saved, _unit_last_stride(do_BTHV), ctx.window_left, ids_BS), None, None
+        return *attention_backward(*saved, unit_last_stride(do_BTHV), ctx.window_left, ids_BS), None, None
 
 
 def attention_forward(
@@ -334,9 +336,9 @@ def attention_forward(
     S = k_BSHV.shape[1]
     shape = _shape_of_kernel(q_BTHV, ids_BS)
     tile = tile or default_tiles(shape["VP"], q_BTHV.dtype).forward
-    o_BTHV = _dense_like(q_BTHV)
+    o_BTHV = laid_out_like(q_BTHV)
     lse_BHT = torch.empty(B, H, T, dtype=torch.float32, device=q_BTHV.device)
-    ids, ids_b = _ids_or(q_BTHV, ids_BS)
+    ids, ids_b = ids_or(q_BTHV, ids_BS)
     _forward_kernel[(B * H, triton.cdiv(T, tile.queries))](
         q_BTHV,
         k_BSHV,
@@ -349,7 +351,7 @@ def attention_forward(
         H,
         min(window_left, S),
         V**-0.5 * BITS,
-        *_strides(q_BTHV, k_BSHV, v_BSHV, o_BTHV),
+        *strides(q_BTHV, k_BSHV, v_BSHV, o_BTHV),
         ids_b,
         **shape,
         M=tile.queries,
@@ -376,9 +378,9 @@ def attention_backward(
     S = k_BSHV.shape[1]
     shape = _shape_of_kernel(q_BTHV, ids_BS)
     _, dq_tile, dkdv_tile = tiles or default_tiles(shape["VP"], q_BTHV.dtype)
-    dq_BTHV, dk_BSHV, dv_BSHV = (_dense_like(x) for x in (q_BTHV, k_BSHV, v_BSHV))
+    dq_BTHV, dk_BSHV, dv_BSHV = (laid_out_like(x) for x in (q_BTHV, k_BSHV, v_BSHV))
     delta_BHT = torch.empty_like(lse_BHT)
-    ids, ids_b = _ids_or(q_BTHV, ids_BS)
+    ids, ids_b = ids_or(q_BTHV, ids_BS)
     sizes = (T, S, H, min(window_left, S), V**-0.5, V**-0.5 * BITS)
     # First dq, which leaves delta for dk.
     _dq_kernel[(B * H, triton.cdiv(T, dq_tile.queries))](
@@ -392,7 +394,7 @@ def attention_backward(
         delta_BHT,
         ids,
         *sizes,
-        *_strides(q_BTHV, k_BSHV, v_BSHV, o_BTHV, do_BTHV, dq_BTHV),
+        *strides(q_BTHV, k_BSHV, v_BSHV, o_BTHV, do_BTHV, dq_BTHV),
         ids_b,
         **shape,
         M=dq_tile.queries,
@@ -411,7 +413,7 @@ def attention_backward(
         dv_BSHV,
         ids,
         *sizes,
-        *_strides(q_BTHV, k_BSHV, v_BSHV, do_BTHV, dk_BSHV, dv_BSHV),
+        *strides(q_BTHV, k_BSHV, v_BSHV, do_BTHV, dk_BSHV, dv_BSHV),
         ids_b,
         **shape,
         M=dkdv_tile.queries,
@@ -438,28 +440,3 @@ def _shape_of_kernel(q_BTHV: Tensor, ids_BS: Tensor | None) -> dict[str, Any]:
         "HAS_IDS": ids_BS is not None,
         "PRECISION": "ieee" if q_BTHV.dtype == torch.float32 else "tf32",  # bf16 products are the same in either
     }
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Strides of batch, tokens and heads of each tensor."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _dense_like(x_BTHV: Tensor) -> Tensor:
-    """New tensor of the shape of x, with batch or tokens outermost in memory as in x."""
-    B, T, H, V = x_BTHV.shape
-    if x_BTHV.stride(0) >= x_BTHV.stride(1):
-        return x_BTHV.new_empty(B, T, H, V)
-    return x_BTHV.new_empty(T, B, H, V).transpose(0, 1)
-
-
-def _unit_last_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _ids_or(stand_in: Tensor, ids_BS: Tensor | None) -> tuple[Tensor, int]:
-    """Ids and their batch stride; where there are none, the stand-in is not read."""
-    if ids_BS is None:
-        return stand_in, 0
-    ids_BS = ids_BS if ids_BS.stride(1) == 1 else ids_BS.contiguous()
-    return ids_BS, 0 if ids_BS.shape[0] == 1 else ids_BS.stride(0)

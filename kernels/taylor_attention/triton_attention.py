@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.layout import ids_or, laid_out_like, strides, unit_last_stride
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.taylor_attention import triton_kernels
 
@@ -65,23 +66,6 @@ def _rows_stored(feature_dim: int, tile_rows: int) -> int:
     return triton.cdiv(packed_rows(_period(feature_dim)), tile_rows) * tile_rows
 
 
-def _strides(x_BTHX: Tensor) -> tuple[int, int, int]:
-    return x_BTHX.stride(0), x_BTHX.stride(1), x_BTHX.stride(2)
-
-
-def _rows_dense(x_BTHX: Tensor) -> Tensor:
-    """Kernels read any strides but that of the last dimension."""
-    return x_BTHX if x_BTHX.stride(-1) == 1 else x_BTHX.contiguous()
-
-
-def _empty_like(x_BTHX: Tensor) -> Tensor:
-    """Dense, in the order of x's dimensions in memory: a view of [T, B, ..] projections gives one of [T, B, H, X]."""
-    B, T, H, X = x_BTHX.shape
-    if B > 1 and x_BTHX.stride(0) < x_BTHX.stride(1):
-        return torch.empty(T, B, H, X, dtype=x_BTHX.dtype, device=x_BTHX.device).transpose(0, 1)
-    return torch.empty(B, T, H, X, dtype=x_BTHX.dtype, device=x_BTHX.device)
-
-
 class _Launch:
     """What all kernels of one call have in common."""
 
@@ -91,10 +75,7 @@ class _Launch:
         self.schedule, self.device = schedule, x_BTHF.device
         self.chunks = triton.cdiv(self.T, schedule.chunk_tokens)
         self.rows_stored = _rows_stored(F, schedule.tile_rows)
-        self.ids, self.ids_stride = x_BTHF, 0
-        if ids_BT is not None:
-            self.ids = ids_BT.to(torch.int32).contiguous()
-            self.ids_stride = self.T if ids_BT.shape[0] > 1 else 0
+        self.ids, self.ids_stride = ids_or(x_BTHF, None if ids_BT is None else ids_BT.to(torch.int32))
         self.constants = {
             "feature_dim": F,
             "period": _period(F),
@@ -114,13 +95,6 @@ class _Launch:
     def blocks(self) -> int:
         """Blocks of rows of a state."""
         return triton.cdiv(self.rows_stored, self.schedule.sweep_rows)
-
-    @property
-    def segments(self) -> int:
-        """Pieces of whole chunks that are swept side by side."""
-        wanted = self.schedule.programs_wanted // (self.B * self.H * self.blocks)
-        # Each segment costs a state in memory and a second sweep, so it must be worth some chunks.
-        return max(1, min(wanted, self.chunks // 4))
 
     def new_states(self, dtype: torch.dtype) -> ChunkStates:
         shape = (self.B, self.H, self.chunks, self.rows_stored)
@@ -154,9 +128,14 @@ class _Sweep:
         """Forward without yz, where it is a one for each token; adjoint with it."""
         self.x, self.y, self.yz, self.adjoint = x_BTHF, y_BTHV, yz_BHT4, yz_BHT4 is not None
         self.launch = _Launch(x_BTHF, y_BTHV, ids_BT, schedule)
-        self.segments = self.launch.segments
-        self.segment_chunks = triton.cdiv(self.launch.chunks, self.segments)
-        self.segments = triton.cdiv(self.launch.chunks, self.segment_chunks)
+        chunks, wanted = (
+            self.launch.chunks,
+            schedule.programs_wanted // (self.launch.B * self.launch.H * self.launch.blocks),
+        )
+        # Each segment costs a state in memory and a second sweep, so it must be worth some chunks.
+        self.segment_chunks = triton.cdiv(chunks, max(1, min(wanted, chunks // 4)))
+        self.segments = triton.cdiv(chunks, self.segment_chunks)
+        """Pieces of whole chunks that are swept side by side."""
 
     def _run(self, starts: Tensor | None, states: ChunkStates | None, first_segment: int, segments: int) -> Tensor:
         launch, schedule = self.launch, self.launch.schedule
@@ -165,7 +144,7 @@ class _Sweep:
         triton_kernels.sweep[launch.blocks, segments, B * H](
             self.x, self.y, ends if self.yz is None else self.yz, launch.ids,
             ends if starts is None else starts, *((ends, ends) if states is None else states), ends,
-            *_strides(self.x), *_strides(self.y), launch.ids_stride, launch.T, H, launch.chunks,
+            *strides(self.x, self.y), launch.ids_stride, launch.T, H, launch.chunks,
             self.segments, self.segment_chunks, first_segment,
             tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self.adjoint,
             has_start=starts is not None, writes_states=states is not None,
@@ -221,11 +200,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """o_BTHV in the dtype of v and 1/Z_BHT in fp32, given the states before the chunks."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
-    o_BTHV = _empty_like(v_BTHV)
+    o_BTHV = laid_out_like(v_BTHV)
     inverse_z_BHT = torch.empty(launch.B, launch.H, launch.T, dtype=torch.float32, device=launch.device)
     triton_kernels.outputs[launch.tiles(schedule.output_tokens)](
         q_BTHF, k_BTHF, v_BTHV, launch.ids, *states, o_BTHV, inverse_z_BHT,
-        *_strides(q_BTHF), *_strides(k_BTHF), *_strides(v_BTHV), *_strides(o_BTHV),
+        *strides(q_BTHF, k_BTHF, v_BTHV, o_BTHV),
         launch.ids_stride, launch.T, launch.H, launch.chunks, **launch.tile_options(schedule.output_tokens),
     )  # fmt: skip
     return o_BTHV, inverse_z_BHT
@@ -238,7 +217,7 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> 
     gz_BHT4 = torch.empty(B, H, T, 4, dtype=o_BTHV.dtype, device=o_BTHV.device)
     tile = 64
     triton_kernels.output_gradients[triton.cdiv(T, tile), B * H](
-        do_BTHV, o_BTHV, inverse_z_BHT, g_BHTV, gz_BHT4, *_strides(do_BTHV), *_strides(o_BTHV), T, H,
+        do_BTHV, o_BTHV, inverse_z_BHT, g_BHTV, gz_BHT4, *strides(do_BTHV, o_BTHV), T, H,
         value_dim=V, value_width=max(16, triton.next_power_of_2(V)), tile_tokens=tile, even=T % tile == 0, num_warps=4,
     )  # fmt: skip
     return g_BHTV, gz_BHT4
@@ -262,17 +241,17 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv, given the states before and the adjoint states after the chunks."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
-    dq_BTHF, dk_BTHF, dv_BTHV = _empty_like(q_BTHF), _empty_like(k_BTHF), _empty_like(v_BTHV)
+    dq_BTHF, dk_BTHF, dv_BTHV = laid_out_like(q_BTHF), laid_out_like(k_BTHF), laid_out_like(v_BTHV)
     inputs = (q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids)
-    strides = (*_strides(q_BTHF), *_strides(k_BTHF), *_strides(v_BTHV))
+    of_inputs = strides(q_BTHF, k_BTHF, v_BTHV)
     sizes = (launch.ids_stride, launch.T, launch.H, launch.chunks)
     tokens = schedule.gradient_tokens
     options = launch.tile_options(tokens)
     triton_kernels.query_gradients[launch.tiles(tokens)](
-        *inputs, *states, dq_BTHF, *strides, *_strides(dq_BTHF), *sizes, **options,
+        *inputs, *states, dq_BTHF, *of_inputs, *strides(dq_BTHF), *sizes, **options,
     )  # fmt: skip
     triton_kernels.key_gradients[launch.tiles(tokens)](
-        *inputs, *adjoints, dk_BTHF, dv_BTHV, *strides, *_strides(dk_BTHF), *_strides(dv_BTHV), *sizes,
+        *inputs, *adjoints, dk_BTHF, dv_BTHV, *of_inputs, *strides(dk_BTHF, dv_BTHV), *sizes,
         has_pairs=True, **options,
     )  # fmt: skip
     return dq_BTHF, dk_BTHF, dv_BTHV
@@ -284,11 +263,11 @@ def moment_gradients(
     """dk and dv of `segment_moments`: one adjoint state for all tokens of the last document."""
     launch = _Launch(k_BTHF, v_BTHV, ids_BT, schedule)
     adjoint = _packed_operand(dmoments_BHRE, k_BTHF.shape[-1], launch.rows_stored, k_BTHF.dtype)
-    dk_BTHF, dv_BTHV = _empty_like(k_BTHF), _empty_like(v_BTHV)
+    dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
     unused, no_strides = dmoments_BHRE, (0, 0, 0)
     triton_kernels.key_gradients[launch.tiles(schedule.gradient_tokens)](
         k_BTHF, k_BTHF, v_BTHV, v_BTHV, unused, launch.ids, *adjoint, dk_BTHF, dv_BTHV,
-        *no_strides, *_strides(k_BTHF), *_strides(v_BTHV), *_strides(dk_BTHF), *_strides(dv_BTHV),
+        *no_strides, *strides(k_BTHF, v_BTHV, dk_BTHF, dv_BTHV),
         launch.ids_stride, launch.T, launch.H, launch.chunks,
         has_pairs=False, **launch.tile_options(schedule.gradient_tokens),
     )  # fmt: skip
@@ -321,7 +300,7 @@ class TaylorAttention(torch.autograd.Function):
         ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None,
         schedule: Schedule,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q_BTHF, k_BTHF, v_BTHV = (_rows_dense(x) for x in (q_BTHF, k_BTHF, v_BTHV))
+        q_BTHF, k_BTHF, v_BTHV = (unit_last_stride(x) for x in (q_BTHF, k_BTHF, v_BTHV))
         if initial_BHRE is not None:
             initial_BHRE = initial_BHRE.contiguous()
         states, final_BHRE = chunk_states(k_BTHF, v_BTHV, initial_BHRE, ids_BT, schedule)
@@ -336,7 +315,7 @@ class TaylorAttention(torch.autograd.Function):
     def backward(ctx: Any, do_BTHV: Tensor | None, dfinal_BHRE: Tensor | None) -> tuple[Tensor | None, ...]:
         q_BTHF, k_BTHF, v_BTHV, o_BTHV, inverse_z_BHT, values, normalisers, ids_BT = ctx.saved_tensors
         states, schedule = ChunkStates(values, normalisers), ctx.schedule
-        do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else _rows_dense(do_BTHV)
+        do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else unit_last_stride(do_BTHV)
         if dfinal_BHRE is not None:
             dfinal_BHRE = dfinal_BHRE.contiguous()
         g_BHTV, gz_BHT4 = output_gradients(do_BTHV, o_BTHV, inverse_z_BHT)
@@ -352,7 +331,7 @@ class SegmentState(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Tensor:
-        k_BTHF, v_BTHV = _rows_dense(k_BTHF), _rows_dense(v_BTHV)
+        k_BTHF, v_BTHV = unit_last_stride(k_BTHF), unit_last_stride(v_BTHV)
         ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
         ctx.schedule = schedule
         return segment_moments(k_BTHF, v_BTHV, ids_BT, schedule)
@@ -364,10 +343,9 @@ class SegmentState(torch.autograd.Function):
         return *moment_gradients(k_BTHF, v_BTHV, dmoments_BHRE, ids_BT, ctx.schedule), None, None
 
 
-def _schedule(chunk_tokens: int | None, dtype: torch.dtype) -> Schedule:
-    schedule = Schedule()
+def _schedule(chunk_tokens: int | None) -> Schedule:
     if chunk_tokens is None:
-        return schedule
+        return Schedule()
     if chunk_tokens < 16 or chunk_tokens & (chunk_tokens - 1):
         raise ValueError(f"chunk_tokens is {chunk_tokens}: the Triton kernels take powers of two from 16 on")
     tile = min(chunk_tokens, 64)
@@ -389,11 +367,11 @@ def taylor_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and final state; see the package's function of the same name."""
     _check_dtypes(q_BTHF, k_BTHF, v_BTHV)
-    schedule = _schedule(chunk_tokens, q_BTHF.dtype)
+    schedule = _schedule(chunk_tokens)
     return TaylorAttention.apply(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRE, document_ids_BT, schedule)
 
 
 def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, document_ids_BT: Tensor | None, chunk_tokens: int | None) -> Tensor:
     """Moments of the last document; see the package's function of the same name."""
     _check_dtypes(k_BTHF, v_BTHV)
-    return SegmentState.apply(k_BTHF, v_BTHV, document_ids_BT, _schedule(chunk_tokens, k_BTHF.dtype))
+    return SegmentState.apply(k_BTHF, v_BTHV, document_ids_BT, _schedule(chunk_tokens))

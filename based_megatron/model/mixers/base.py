@@ -99,7 +99,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def heads_first_batch(x: Tensor, heads: int) -> Tensor:
     """Features [L, B, H * V] -> a view [B, L, H, V]."""
-    return x.transpose(0, 1).unflatten(-1, (heads, -1))
+    return split_heads(x.transpose(0, 1), heads)
 
 
 def merge_heads(x: Tensor) -> Tensor:
