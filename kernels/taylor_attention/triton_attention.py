@@ -3,7 +3,7 @@
 Legend: B batch, T sequence, H heads, F feature dim, V value head dim, R packed feature rows, P padded rows, N chunks.
 
 Forward:  `chunk_states` (k, v, initial state)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
-Backward: `output_gradients` (do, o, 1/Z)  ->  `adjoint_states` (q, g, gradient of the final state)  ->  `gradients`
+Backward: `output_gradients` (do, o, 1/Z)  ->  `adjoint_states` (q, g, gradient of the final state)  ->  `query_gradients`, `key_gradients`
 `segment_moments` is the part of either sweep that needs no earlier state; a sequence-parallel rank sends it early.
 """
 
@@ -119,7 +119,7 @@ class _Launch:
         }
 
 
-class _Sweep:
+class Sweep:
     """One direction over the sequence: x are the tokens' vectors, y their values."""
 
     def __init__(
@@ -187,12 +187,12 @@ def chunk_states(
     k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
 ) -> tuple[ChunkStates, Tensor]:
     """States before the chunks, and the final state [B, H, R, V + 1] fp32."""
-    return _Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).states(initial_BHRE)
+    return Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).states(initial_BHRE)
 
 
 def segment_moments(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Tensor:
     """Moments of the last document's tokens, [B, H, R, V + 1] fp32."""
-    return _Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).moments()
+    return Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).moments()
 
 
 def attend(
@@ -232,29 +232,38 @@ def adjoint_states(
     schedule: Schedule,
 ) -> tuple[ChunkStates, Tensor]:
     """Adjoint states after the chunks, and the gradient to the initial state [B, H, R, V + 1] fp32."""
-    return _Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule).states(dfinal_BHRE)
+    return Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule).states(dfinal_BHRE)
 
 
-def gradients(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, states: ChunkStates,
-    adjoints: ChunkStates, ids_BT: Tensor | None, schedule: Schedule,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv, given the states before and the adjoint states after the chunks."""
+def query_gradients(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None,
+    states: ChunkStates, schedule: Schedule,
+) -> Tensor:  # fmt: skip
+    """dq, given the states before the chunks."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
-    dq_BTHF, dk_BTHF, dv_BTHV = laid_out_like(q_BTHF), laid_out_like(k_BTHF), laid_out_like(v_BTHV)
-    inputs = (q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids)
-    of_inputs = strides(q_BTHF, k_BTHF, v_BTHV)
-    sizes = (launch.ids_stride, launch.T, launch.H, launch.chunks)
-    tokens = schedule.gradient_tokens
-    options = launch.tile_options(tokens)
-    triton_kernels.query_gradients[launch.tiles(tokens)](
-        *inputs, *states, dq_BTHF, *of_inputs, *strides(dq_BTHF), *sizes, **options,
+    dq_BTHF = laid_out_like(q_BTHF)
+    triton_kernels.query_gradients[launch.tiles(schedule.gradient_tokens)](
+        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *states, dq_BTHF,
+        *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dq_BTHF),
+        launch.ids_stride, launch.T, launch.H, launch.chunks, **launch.tile_options(schedule.gradient_tokens),
     )  # fmt: skip
-    triton_kernels.key_gradients[launch.tiles(tokens)](
-        *inputs, *adjoints, dk_BTHF, dv_BTHV, *of_inputs, *strides(dk_BTHF, dv_BTHV), *sizes,
-        has_pairs=True, **options,
+    return dq_BTHF
+
+
+def key_gradients(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None,
+    adjoints: ChunkStates, schedule: Schedule,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv, given the adjoint states after the chunks."""
+    launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
+    dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
+    triton_kernels.key_gradients[launch.tiles(schedule.gradient_tokens)](
+        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *adjoints, dk_BTHF, dv_BTHV,
+        *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dk_BTHF, dv_BTHV),
+        launch.ids_stride, launch.T, launch.H, launch.chunks,
+        has_pairs=True, **launch.tile_options(schedule.gradient_tokens),
     )  # fmt: skip
-    return dq_BTHF, dk_BTHF, dv_BTHV
+    return dk_BTHF, dv_BTHV
 
 
 def moment_gradients(
@@ -320,9 +329,8 @@ class TaylorAttention(torch.autograd.Function):
             dfinal_BHRE = dfinal_BHRE.contiguous()
         g_BHTV, gz_BHT4 = output_gradients(do_BTHV, o_BTHV, inverse_z_BHT)
         adjoints, dinitial_BHRE = adjoint_states(q_BTHF, g_BHTV, gz_BHT4, dfinal_BHRE, ids_BT, schedule)
-        dq_BTHF, dk_BTHF, dv_BTHV = gradients(
-            q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, states, adjoints, ids_BT, schedule
-        )  # fmt: skip
+        dq_BTHF = query_gradients(q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, ids_BT, states, schedule)
+        dk_BTHF, dv_BTHV = key_gradients(q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, ids_BT, adjoints, schedule)
         return dq_BTHF, dk_BTHF, dv_BTHV, dinitial_BHRE if ctx.has_initial else None, None, None
 
 
