@@ -1,6 +1,7 @@
 """Which rank this process is, from the variables that torchrun or SLURM set."""
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ class RankInfo:
     local_rank: int
     master_addr: str
     master_port: int
+    node_ranks: int = 0
+    """Ranks of every node, numbered one after another; 0 if unknown, or if nodes differ."""
 
 
 def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankInfo:
@@ -28,8 +31,11 @@ def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankIn
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         rank, world_size, local_rank = _integers(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        node_ranks = environment.get("LOCAL_WORLD_SIZE", "")
     elif "SLURM_STEP_ID" in environment:
         rank, world_size, local_rank = _integers(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        # Such as "8(x4)"; "8(x3),4" where nodes differ.
+        node_ranks = re.sub(r"\(x\d+\)$", "", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     else:
         return RankInfo(0, 1, 0, "127.0.0.1", _free_port())
     if not (0 <= rank < world_size and 0 <= local_rank <= rank):
@@ -41,7 +47,8 @@ def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankIn
     (master_port,) = _integers(environment, "MASTER_PORT")
     if not environment.get("MASTER_ADDR"):
         raise ConfigError(f"MASTER_ADDR is not set for {world_size} ranks; start them with `based launch`")
-    return RankInfo(rank, world_size, local_rank, environment["MASTER_ADDR"], master_port)
+    ranks_of_a_node = int(node_ranks) if node_ranks.isdecimal() else 0
+    return RankInfo(rank, world_size, local_rank, environment["MASTER_ADDR"], master_port, ranks_of_a_node)
 
 
 def _integers(environment: Mapping[str, str], *names: str) -> list[int]:

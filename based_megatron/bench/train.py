@@ -23,7 +23,7 @@ from based_megatron.bench.report import Case, Check, Row, Target, relative_error
 from based_megatron.bench.timing import Bench, attempt
 from based_megatron.model.based_model import BasedModel
 from based_megatron.monitor.flops import peak_flops, training_flops_per_token
-from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import Topology
 
 TARGET_TOKENS_PER_SECOND = 60_000.0
@@ -68,7 +68,7 @@ def training_step(bench: Bench) -> Row:
 def step_of(bench: Bench, model: BasedModel, topology: Topology, B: int, L: int) -> Callable[[], Tensor]:
     """A call that runs forward and backward on random tokens, one document a sequence, and returns the mean loss."""
     tokens_BL = torch.randint(0, model.config.model.vocab_size, (B, L + 1), device=bench.device)
-    plan = SequencePlan.build(None, L, topology.context, topology.device)
+    plan = whole_sequence(None, L, topology.device)
     inputs_BL, labels_BL = tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous()
 
     def step() -> Tensor:

@@ -65,6 +65,9 @@ class DataConfig:
     """Tokens of one training sequence, over all context parallel ranks."""
     isolate_documents: bool = True
     """Reset states, windows and convolutions at document starts and do not predict across them. Off reproduces the released recipe."""
+    carry_state: bool = False
+    """Read the corpus in order, each row of the batch a stream of its own, and start each sequence from the states that the same
+    row left in the step before (without gradients), where a document goes on: documents may then be longer than a sequence."""
     num_workers: int = 1
     """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
     seed: int = 42
@@ -85,6 +88,9 @@ class ParallelConfig:
     """Model chunks on each stage; above 1 the interleaved schedule runs."""
     context: int = 1
     """Ranks that share one sequence, in contiguous slices."""
+    state_exchange: Literal["auto", "all_gather", "two_level", "chain"] = "auto"
+    """How linear attention states cross slices: one all-gather (few ranks), two levels (nodes, then between nodes), or a
+    chain from neighbour to neighbour (debugging); auto looks at ranks, nodes and the size of a state."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tensor parallel ranks; no effect with tensor=1."""
     zero_stage: int = 1

@@ -144,15 +144,17 @@ def _check_sequence(config: Config) -> None:
             f"parallel.context {parallel.context} is more than data.sequence_length_tokens {length}: a rank would have no token; "
             f"lower parallel.context"
         )
-    if length % parallel.context:
+    multiple = slice_multiple(parallel)
+    if length % multiple or length // multiple < parallel.context:
         raise ConfigError(
-            f"data.sequence_length_tokens {length} is not a multiple of parallel.context {parallel.context}; change either"
+            f"data.sequence_length_tokens {length} cannot be cut into {parallel.context} slices that are multiples of parallel.tensor "
+            f"{multiple}; set parallel.sequence_parallel=false or change data.sequence_length_tokens"
         )
-    if parallel.sequence_parallel and (length // parallel.context) % parallel.tensor:
-        raise ConfigError(
-            f"the {length // parallel.context} tokens of a context rank are not a multiple of parallel.tensor {parallel.tensor}; "
-            f"set parallel.sequence_parallel=false or change data.sequence_length_tokens"
-        )
+
+
+def slice_multiple(parallel: ParallelConfig) -> int:
+    """What the tokens of every context rank are a multiple of: tensor ranks share them under sequence parallelism."""
+    return parallel.tensor if parallel.sequence_parallel else 1
 
 
 def _check_zero(config: Config) -> None:

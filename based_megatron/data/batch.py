@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from based_megatron.parallel.sequence.documents import Documents
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -18,15 +20,9 @@ class MicroBatch:
     """int64 next tokens. Shifted before slicing: the last label of a slice is the first input of the next."""
     loss_mask_BL: Tensor
     """float32, 1 where the label counts in the loss."""
-    document_ids_BS: Tensor | None
-    """int32 ids of the documents of the whole sequence, non-decreasing from 0; None if documents are not isolated."""
-
-
-def slice_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
-    """First and past-the-last position of a rank's contiguous part.
-
-    The first ranks are one longer where `size` does not divide `length`.
-    """
-    share, longer = divmod(length, size)
-    start = rank * share + min(rank, longer)
-    return start, start + share + (rank < longer)
+    documents: Documents | None
+    """Where documents begin in the whole sequences; None if documents are not isolated."""
+    bounds: tuple[int, ...]
+    """First position of each context parallel slice, and S."""
+    number: int = 0
+    """Place of the micro batch in its step: the next step's micro batch of this number holds what follows, if states are carried."""

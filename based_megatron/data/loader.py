@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from based_megatron.config.schema import DataConfig
-from based_megatron.data.batch import MicroBatch, slice_bounds
+from based_megatron.data.batch import MicroBatch
 from based_megatron.data.manifest import check_tokenizer
 from based_megatron.data.reader import SequenceReader
 from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError
+from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.slices import even_bounds, slice_of
 
 
 class Loader:
@@ -35,8 +37,9 @@ class Loader:
         dp_size: int = 1,
         cp_rank: int = 0,
         cp_size: int = 1,
+        slice_multiple: int = 1,
     ):
-        """Open and check the corpora. Raises DataError or ConfigError."""
+        """Open and check the corpora; slices of context ranks are multiples of `slice_multiple`. Raises DataError or ConfigError."""
         if global_batch_sequences % (micro_batch_sequences * dp_size):
             raise ConfigError(
                 f"train.global_batch_sequences {global_batch_sequences} is not a multiple of "
@@ -51,7 +54,8 @@ class Loader:
         self._global_batch_sequences = global_batch_sequences
         self._micro_batch_sequences = micro_batch_sequences
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._slice = slice(*slice_bounds(data.sequence_length_tokens, cp_rank, cp_size))
+        self._bounds = even_bounds(data.sequence_length_tokens, cp_size, slice_multiple)
+        self._slice = slice_of(self._bounds, cp_rank)
         self._steps_ahead = data.num_workers
         self._pool = ThreadPoolExecutor(data.num_workers, "loader") if data.num_workers else None
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
@@ -98,22 +102,32 @@ class Loader:
     def _read_step(self, step: int) -> list[MicroBatch]:
         numbers = step * self._global_batch_sequences + np.arange(self._global_batch_sequences, dtype=np.int64)
         mine = numbers.reshape(-1, self._dp_size, self._micro_batch_sequences)[:, self._dp_rank]
-        return [self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row)) for row in mine]
+        return [
+            self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row), number=number)
+            for number, row in enumerate(mine)
+        ]
 
-    def _micro_batch(self, readers: list[SequenceReader], chosen: list[tuple[int, int]], counted: int) -> MicroBatch:
-        """Micro batch of these (source, sequence); only the first `counted` ones have a loss."""
-        windows = np.stack([readers[source].tokens(sequence) for source, sequence in chosen]).astype(np.int64)
-        mask_BS = np.ones((len(chosen), windows.shape[1] - 1), np.float32)
-        document_ids_BS = None
+    def _micro_batch(
+        self, readers: list[SequenceReader], chosen: list[tuple[int, int]], counted: int, number: int = 0
+    ) -> MicroBatch:
+        """Micro batch of these (source, sequence), of which this rank reads its slice; only the first `counted` have a loss."""
+        begin, end = self._slice.start, self._slice.stop
+        windows = np.stack([readers[source].tokens(sequence, begin, end + 1) for source, sequence in chosen])
+        tokens = torch.from_numpy(windows.astype(np.int64))
+        mask_BL = torch.ones(len(chosen), end - begin)
+        documents = None
         if self._isolate_documents:
-            ids = np.stack([readers[source].document_ids(sequence) for source, sequence in chosen])
-            # The label at a document's eos is the first token of the next document.
-            mask_BS[ids[:, 1:] != ids[:, :-1]] = 0
-            document_ids_BS = torch.from_numpy(ids[:, :-1].copy())
-        mask_BS[counted:] = 0
+            rows = [torch.from_numpy(readers[source].document_starts(sequence)) for source, sequence in chosen]
+            for mask_L, starts in zip(mask_BL, rows, strict=True):
+                # The label at a document's eos is the first token of the next document.
+                mask_L[starts[(starts > begin) & (starts <= end)] - 1 - begin] = 0
+            documents = Documents(tuple(starts[starts < self._bounds[-1]] for starts in rows))
+        mask_BL[counted:] = 0
         return MicroBatch(
-            tokens_BL=torch.from_numpy(windows[:, :-1][:, self._slice].copy()),
-            labels_BL=torch.from_numpy(windows[:, 1:][:, self._slice].copy()),
-            loss_mask_BL=torch.from_numpy(mask_BS[:, self._slice].copy()),
-            document_ids_BS=document_ids_BS,
+            tokens_BL=tokens[:, :-1].contiguous(),
+            labels_BL=tokens[:, 1:].contiguous(),
+            loss_mask_BL=mask_BL,
+            documents=documents,
+            bounds=self._bounds,
+            number=number,
         )

@@ -37,22 +37,26 @@ class SequenceReader:
         member = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
         return member, (sequence - int(self._first_sequence[member])) * self._length_tokens
 
-    def tokens(self, sequence: int) -> np.ndarray:
-        """S + 1 token ids, uint16 or uint32. Raises DataError for an id that the tokenizer does not have."""
+    def tokens(self, sequence: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Token ids of a window, uint16 or uint32: S + 1, or those from `begin` to `end` of them.
+
+        Raises DataError for an id that the tokenizer does not have.
+        """
         number, start = self.locate(sequence)
-        tokens = self.block(number)[start : start + self._length_tokens + 1]
+        end = self._length_tokens + 1 if end is None else end
+        tokens = self.block(number)[start + begin : start + end]
         if tokens.max() >= self.manifest.vocab_size:
             raise self._damaged(
                 self.members[number], f"has token {tokens.max()} but the vocabulary ends at {self.manifest.vocab_size}"
             )
         return tokens
 
-    def document_ids(self, sequence: int) -> np.ndarray:
-        """S + 1 int32 numbers of the documents of the tokens, from 0."""
+    def document_starts(self, sequence: int) -> np.ndarray:
+        """int64 places in a window of S + 1 tokens at which documents begin, ascending; 0 is always one."""
         number, start = self.locate(sequence)
-        positions = np.arange(start, start + self._length_tokens + 1)
-        ids = np.searchsorted(self.ends(number), positions, side="right")
-        return (ids - ids[0]).astype(np.int32)
+        ends = self.ends(number)
+        first, last = np.searchsorted(ends, [start + 1, start + self._length_tokens + 1])
+        return np.concatenate([[0], ends[first:last] - start])
 
     def block(self, number: int) -> np.ndarray:
         """All tokens of a member, as a view of the mapped file."""

@@ -1,8 +1,10 @@
 """Linear layers cut over tensor parallel ranks, with fused parts, and the names and places of parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,16 +14,61 @@ from based_megatron.parallel.megatron import (
     RowParallelLinear,
     TransformerConfig,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
 )
 from based_megatron.parallel.sharding import ShardSpec
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A column parallel projection taken apart, for what must be sent before all of it is computed."""
+
+    x_LBD: Tensor
+    """All tokens of the slice, also under sequence parallelism."""
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self) -> Tensor:
+        """All of it."""
+        return functional.linear(self.x_LBD, self.weight, self.bias)
+
+    def parts(self, *rows: int) -> list["Projection"]:
+        """The same input, and so many rows of the weight each."""
+        biases = [None] * len(rows) if self.bias is None else self.bias.split(rows)
+        return [Projection(self.x_LBD, w, b) for w, b in zip(self.weight.split(rows), biases, strict=True)]
+
+    @torch.no_grad()
+    def tail(self, tokens: int, rows: slice) -> Tensor:
+        """Some rows of the last tokens, ahead of all others and without gradients."""
+        bias = None if self.bias is None else self.bias[rows]
+        return functional.linear(self.x_LBD[self.x_LBD.shape[0] - tokens :], self.weight[rows], bias)
+
+
+Body = Callable[[Projection], Tensor]
+
+
+class SplitColumnLinear(ColumnParallelLinear):
+    """Megatron's layer, which can hand its projection to a `body` that orders the parts of it.
+
+    The body runs inside of the layer's forward: there ZeRO-3 has the weight, and tensor parallel ranks gather x once.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **options: Any) -> Any:
+        """As Megatron's; with a body, (what the body returns, None)."""
+        if body is None:
+            return super().forward(x, weight, **options)
+        enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+        return body(Projection(enter(x, group=self.tp_group), self.weight, self.bias)), None
 
 
 class WholeColumnLinear(ColumnParallelLinear):
     """Megatron's layer on one tensor parallel rank: the bias is added inside the matrix product, not in a pass of its own."""
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
-        """x: [..., in] -> ([..., out], no loose bias). weight replaces the layer's own, if it has one."""
-        return functional.linear(x, self.weight if weight is None else weight, self.bias), None
+    def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **_: Any) -> Any:
+        """x: [..., in] -> ([..., out], no loose bias). weight replaces the layer's own, if it has one; body as above."""
+        projection = Projection(x, self.weight if weight is None else weight, self.bias)
+        return projection() if body is None else body(projection), None
 
 
 class WholeRowLinear(RowParallelLinear):
@@ -33,6 +80,7 @@ class WholeRowLinear(RowParallelLinear):
 
 
 WHOLE = {ColumnParallelLinear: WholeColumnLinear, RowParallelLinear: WholeRowLinear}
+SPLIT = {ColumnParallelLinear: SplitColumnLinear}
 
 
 def column_linear(
@@ -136,7 +184,7 @@ def grouped_by(parameters: Iterable[nn.Parameter], attribute: str) -> list[nn.Pa
 
 
 def _for_group(cls: Any, group: dist.ProcessGroup) -> Any:
-    return WHOLE.get(cls, cls) if dist.get_world_size(group) == 1 else cls
+    return (WHOLE if dist.get_world_size(group) == 1 else SPLIT).get(cls, cls)
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ with warnings.catch_warnings():
         ColumnParallelLinear,
         RowParallelLinear,
         VocabParallelEmbedding,
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
         gather_from_tensor_model_parallel_region,
         vocab_parallel_cross_entropy,
     )
@@ -42,6 +44,8 @@ __all__ = [
     "RowParallelLinear",
     "TransformerConfig",
     "VocabParallelEmbedding",
+    "copy_to_tensor_model_parallel_region",
+    "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
     "get_forward_backward_func",
     "make_viewless_tensor",

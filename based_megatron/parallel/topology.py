@@ -12,6 +12,7 @@ from based_megatron.config import ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.launchers.environment import RankInfo
 from based_megatron.parallel.megatron import ProcessGroupCollection, parallel_state
+from based_megatron.parallel.sequence.ranks import ContextRanks, build_context_ranks
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Topology:
     tensor: Axis
     pipeline: Axis
     context: Axis
+    sequence: ContextRanks
+    """The context ranks once more, with the channels of their exchanges."""
     data: Axis
     data_context: Axis
     """Ranks that hold the same parameters: gradients are summed and ZeRO shards over them."""
@@ -93,8 +96,11 @@ def join(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
     )
 
 
-def build_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
-    """Make the groups of a layout over the joined ranks. Every rank calls it, once for each layout."""
+def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: int = 0) -> Topology:
+    """Make the groups of a layout over the joined ranks. Every rank calls it, once for each layout.
+
+    node_ranks: ranks of one node, numbered one after another; 0 if unknown.
+    """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -106,6 +112,8 @@ def build_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
         distributed_timeout_minutes=max(1, -(-parallel.timeout_seconds // 60)),
     )
     pipeline = _axis(parallel_state.get_pipeline_model_parallel_group())
+    context = _axis(parallel_state.get_context_parallel_group())
+    sequence = build_context_ranks(context.group, parallel.state_exchange, node_ranks, device)
     on_edge = pipeline.size > 1 and pipeline.rank in (0, pipeline.size - 1)
     return Topology(
         rank=dist.get_rank(),
@@ -113,7 +121,8 @@ def build_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
         device=device,
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=pipeline,
-        context=_axis(parallel_state.get_context_parallel_group()),
+        context=context,
+        sequence=sequence,
         data=_axis(parallel_state.get_data_parallel_group()),
         data_context=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         model=_axis(parallel_state.get_model_parallel_group()),

@@ -59,8 +59,7 @@ class Step:
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
         """The place of this rank's slice in the whole sequences."""
-        length = batch.tokens_BL.shape[1]
-        return SequencePlan.build(batch.document_ids_BS, length, self.topology.context, self.topology.device)
+        return SequencePlan(self.topology.sequence, batch.bounds, batch.documents, self.topology.device)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.topology.device, non_blocking=True)

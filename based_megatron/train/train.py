@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from based_megatron.config import Config, parse_config, save_config
-from based_megatron.config.validate import check_run_dir, validate
+from based_megatron.config.validate import check_run_dir, slice_multiple, validate
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME, check_tokenizer
 from based_megatron.data.sources import Sources
@@ -53,7 +53,7 @@ def train(config: Config) -> None:
 
     device = pick_device(config.train.device, rank.local_rank)
     join(rank, device, config.parallel.timeout_seconds)
-    topology = build_topology(config.parallel, device)
+    topology = build_topology(config.parallel, device, rank.node_ranks)
     if topology.is_logger:
         save_config(config, run_dir / "config.yaml")
 
@@ -86,6 +86,7 @@ def build_loader(config: Config, topology: Topology) -> Loader:
         dp_size=topology.data.size,
         cp_rank=topology.context.rank,
         cp_size=topology.context.size,
+        slice_multiple=slice_multiple(config.parallel),
     )
 
 

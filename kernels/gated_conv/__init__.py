@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
+from based_megatron.kernels.exchange import Halo, ReceivedHalo
 from based_megatron.kernels.gated_conv import reference
+from based_megatron.kernels.gated_conv.reference import filled_up
 
-__all__ = ["gated_conv", "gated_conv_fused"]
+__all__ = ["gated_conv", "gated_conv_fused", "gated_conv_over_slices"]
 
 
 def gated_conv(
@@ -54,6 +56,22 @@ def gated_conv_fused(
     return _run((projected_BTE,), weight_DK, halo_BhD, key_document_ids_BS, backend)
 
 
+def gated_conv_over_slices(
+    projected_BTE: Tensor,
+    weight_DK: Tensor,
+    halo: Halo,
+    *,
+    key_document_ids_BS: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """`gated_conv_fused` of one slice of a sequence, whose earlier inputs u are a halo [B, N, D] on its way, N < K.
+
+    Document ids are those of the halo and of the slice, S = N + T. Gradients flow to the projections of all slices.
+    """
+    run = implementation("gated_conv", backend, {"reference": _reference_sliced, "triton": _triton_sliced})
+    return run(projected_BTE, weight_DK, halo, key_document_ids_BS)
+
+
 def _run(
     projected: tuple[Tensor, ...], weight_DK: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None, backend: str
 ) -> Tensor:
@@ -79,3 +97,16 @@ def _triton(projected: tuple[Tensor, ...], weight_DK: Tensor, halo_BhD: Tensor |
     from based_megatron.kernels.gated_conv import triton_conv  # Triton is there on machines with a GPU only.
 
     return triton_conv.gated_conv(projected, weight_DK, halo_BhD, ids_BS)
+
+
+def _reference_sliced(projected_BTE: Tensor, weight_DK: Tensor, halo: Halo, ids_BS: Tensor | None) -> Tensor:
+    halo_BND = ReceivedHalo.apply(projected_BTE[..., : weight_DK.shape[0]], halo)
+    return _reference((projected_BTE,), weight_DK, *filled_up(halo_BND, ids_BS, weight_DK.shape[1] - 1))
+
+
+def _triton_sliced(projected_BTE: Tensor, weight_DK: Tensor, halo: Halo, ids_BS: Tensor | None) -> Tensor:
+    if projected_BTE.dtype == torch.float64:
+        return _reference_sliced(projected_BTE, weight_DK, halo, ids_BS)
+    from based_megatron.kernels.gated_conv import triton_conv
+
+    return triton_conv.SlicedGatedConv.apply(projected_BTE, weight_DK, halo, ids_BS)

@@ -78,3 +78,10 @@ def gated_conv(
     else:
         u_BSD = torch.cat([halo_BhD, u_BTD], dim=1)
     return GatedConv.apply(u_BSD, gate_BTD, weight_DK, key_document_ids_BS)
+
+
+def filled_up(halo_BND: Tensor, ids_BS: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
+    """A halo of N inputs, and the ids of it and of the slice, with inputs that do not exist before them: `rows` in all."""
+    missing = rows - halo_BND.shape[1]
+    ids_BS = None if ids_BS is None else functional.pad(ids_BS, (missing, 0), value=-1)
+    return functional.pad(halo_BND, (0, 0, missing, 0)), ids_BS

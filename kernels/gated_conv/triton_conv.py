@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.exchange import Halo
+from based_megatron.kernels.gated_conv.reference import filled_up
 from based_megatron.kernels.layout import ids_or, laid_out_like, unit_last_stride
 
 
@@ -256,6 +258,41 @@ class GatedConv(torch.autograd.Function):
         )
         dparts = (dprojected_BTE,) if len(projected) == 1 else dprojected_BTE.chunk(2, dim=-1)
         return dweight_DK, dhalo_BhD, None, *dparts
+
+
+class SlicedGatedConv(torch.autograd.Function):
+    """([u | gate] of a slice, weight, halo on its way, ids of halo and slice or None) to y."""
+
+    @staticmethod
+    def forward(ctx: Any, projected_BTE: Tensor, weight_DK: Tensor, halo: Halo, ids_BS: Tensor | None) -> Tensor:
+        u_BTD, gate_BTD = (unit_last_stride(x) for x in _halves((projected_BTE,)))
+        halo_BND = halo.arriving.wait()
+        halo_BhD, ids_BS = filled_up(halo_BND, ids_BS, weight_DK.shape[1] - 1)
+        ctx.save_for_backward(projected_BTE, weight_DK, halo_BhD, ids_BS)
+        ctx.back, ctx.halo_rows = halo.back, halo_BND.shape[1]
+        return gated_conv_forward(u_BTD, gate_BTD, weight_DK, halo_BhD, ids_BS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        projected_BTE, weight_DK, halo_BhD, ids_BS = ctx.saved_tensors
+        u_BTD, gate_BTD = (unit_last_stride(x) for x in _halves((projected_BTE,)))
+        dy_BTD, h = unit_last_stride(dy_BTD), halo_BhD.shape[1]
+        dhalo_BhD = halo_BhD
+        if ctx.halo_rows:
+            # Only the first outputs reach back into the halo: its gradient is on the way before the others are begun.
+            first = slice(0, h)
+            first_ids = None if ids_BS is None else ids_BS[:, : h + u_BTD[:, first].shape[1]]
+            *_, dhalo = gated_conv_backward(
+                u_BTD[:, first], gate_BTD[:, first], weight_DK, halo_BhD, first_ids, dy_BTD[:, first]
+            )
+            assert dhalo is not None
+            dhalo_BhD = dhalo
+        returning = ctx.back.start_return(dhalo_BhD[:, h - ctx.halo_rows :])
+        dprojected_BTE, dweight_DK, _ = gated_conv_backward(u_BTD, gate_BTD, weight_DK, halo_BhD, ids_BS, dy_BTD)
+        late_BtD = returning.wait()
+        dprojected_BTE[:, u_BTD.shape[1] - late_BtD.shape[1] :, : u_BTD.shape[2]] += late_BtD
+        return dprojected_BTE, dweight_DK, None, None
 
 
 def gated_conv_forward(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
+from based_megatron.kernels.exchange import Halo, ReceivedHalo
 from based_megatron.kernels.sliding_window import reference
 
-__all__ = ["full_attention", "sliding_window_attention"]
+__all__ = ["full_attention", "joined_keys", "sliding_window_attention", "sliding_window_over_slices"]
 
 
 def sliding_window_attention(
@@ -42,6 +43,26 @@ def sliding_window_attention(
     return run(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
 
 
+def sliding_window_over_slices(
+    q_BTHV: Tensor,
+    k_BTHV: Tensor,
+    v_BTHV: Tensor,
+    halo: Halo,
+    *,
+    window_left: int,
+    key_document_ids_BS: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """`sliding_window_attention` of one slice of a sequence, whose earlier keys and values are a halo [B, N, 2, H, V] on its way.
+
+    Document ids are those of the halo and of the slice, S = N + T. Gradients flow to q, k and v of all slices.
+    """
+    run = implementation(
+        "sliding_window_attention", backend, {"reference": _reference_sliced, "triton": _triton_sliced}
+    )
+    return run(q_BTHV, k_BTHV, v_BTHV, window_left, key_document_ids_BS, halo)
+
+
 def full_attention(
     q_BTHV: Tensor,
     k_BSHV: Tensor,
@@ -68,6 +89,30 @@ def _triton_window(
     from based_megatron.kernels.sliding_window import triton_window  # Triton is there on machines with a GPU only.
 
     return triton_window.sliding_window_attention(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
+
+
+def _triton_sliced(
+    q_BTHV: Tensor, k_BTHV: Tensor, v_BTHV: Tensor, window_left: int, ids_BS: Tensor | None, halo: Halo
+) -> Tensor:
+    if q_BTHV.dtype == torch.float64:
+        return _reference_sliced(q_BTHV, k_BTHV, v_BTHV, window_left, ids_BS, halo)
+    from based_megatron.kernels.sliding_window import triton_window
+
+    return triton_window.sliding_window_attention(q_BTHV, k_BTHV, v_BTHV, window_left, ids_BS, halo)
+
+
+def _reference_sliced(
+    q_BTHV: Tensor, k_BTHV: Tensor, v_BTHV: Tensor, window_left: int, ids_BS: Tensor | None, halo: Halo
+) -> Tensor:
+    k_BSHV, v_BSHV = joined_keys(k_BTHV, v_BTHV, halo)
+    return reference.sliding_window_attention(q_BTHV, k_BSHV, v_BSHV, window_left, ids_BS)
+
+
+def joined_keys(k_BTHV: Tensor, v_BTHV: Tensor, halo: Halo) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, N + T, H, V] with a halo [B, N, 2, H, V] copied in front."""
+    kv_BT2HV = torch.stack([k_BTHV, v_BTHV], dim=2)
+    k_BSHV, v_BSHV = torch.cat([ReceivedHalo.apply(kv_BT2HV, halo), kv_BT2HV], dim=1).unbind(2)
+    return k_BSHV, v_BSHV
 
 
 def _check_shapes(q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 Legend: B batch, T local queries, S keys (S - T of them before the first query), H heads, V head dim, W window_left; M queries
 and N keys of a tile. Query i and key j have positions i + (S - T) and j; i sees j where 0 <= position difference <= W.
+The first R keys may lie apart from the others, in a halo that came from another rank: nothing is copied to join them.
 
     s_ij = q_i.k_j / sqrt(V),  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij v_j
     dv_j = sum_i p_ij do_i,  ds_ij = p_ij (do_i.v_j - delta_i),  delta_i = do_i.o_i
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.exchange import Halo, HaloReturn
 from based_megatron.kernels.layout import ids_or, laid_out_like, strides, unit_last_stride
 
 BITS = 1.4426950408889634
@@ -34,6 +36,10 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+
+    def options(self) -> dict[str, int]:
+        """As the kernels take them."""
+        return {"M": self.queries, "N": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 
 
 class Tiles(NamedTuple):
@@ -68,10 +74,26 @@ def _load_tile(x, rows, rows_end, x_t, V: tl.constexpr, VP: tl.constexpr):
 @triton.jit
 def _store_tile(x, values, rows, rows_end, x_t, V: tl.constexpr, VP: tl.constexpr):
     v = tl.arange(0, VP)
-    exists = (rows < rows_end)[:, None]
+    exists = ((rows >= 0) & (rows < rows_end))[:, None]
     if VP != V:
         exists &= (v < V)[None, :]
     tl.store(x + rows.to(tl.int64)[:, None] * x_t + v[None, :], values.to(x.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _load_keys(x, halo, keys, R, S, x_t, halo_t, V: tl.constexpr, VP: tl.constexpr, HAS_HALO: tl.constexpr):
+    """[keys, VP] of one head: the first R from the halo, the others from x."""
+    tile = _load_tile(x, keys - R, S - R, x_t, V, VP)
+    if HAS_HALO:
+        tile += _load_tile(halo, keys, R, halo_t, V, VP)
+    return tile
+
+
+@triton.jit
+def _store_keys(x, halo, values, keys, R, S, x_t, halo_t, V: tl.constexpr, VP: tl.constexpr, HAS_HALO: tl.constexpr):
+    _store_tile(x, values, keys - R, S - R, x_t, V, VP)
+    if HAS_HALO:
+        _store_tile(halo, values, keys, R, halo_t, V, VP)
 
 
 @triton.jit
@@ -97,8 +119,11 @@ def _forward_kernel(
     o,
     lse_BHT,
     ids,
+    halo_k,
+    halo_v,
     T,
     S,
+    R,
     H,
     W,
     bits,
@@ -111,12 +136,16 @@ def _forward_kernel(
     v_b,
     v_t,
     v_h,
+    halo_b,
+    halo_t,
+    halo_h,
     o_b,
     o_t,
     o_h,
     ids_b,
     V: tl.constexpr,
     VP: tl.constexpr,
+    HAS_HALO: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
@@ -126,6 +155,7 @@ def _forward_kernel(
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     q, k, v, o = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h, o + b * o_b + h * o_h
+    halo_k, halo_v = halo_k + b * halo_b + h * halo_h, halo_v + b * halo_b + h * halo_h
     ids += b * ids_b
     queries = tl.program_id(1) * M + tl.arange(0, M)
     positions = queries + (S - T)
@@ -138,8 +168,8 @@ def _forward_kernel(
     first_position = tl.program_id(1) * M + S - T
     for first_key in range(tl.maximum(first_position - W, 0), tl.minimum(first_position + M, S), N):
         keys = first_key + tl.arange(0, N)
-        k_NV = _load_tile(k, keys, S, k_t, V, VP)
-        v_NV = _load_tile(v, keys, S, v_t, V, VP)
+        k_NV = _load_keys(k, halo_k, keys, R, S, k_t, halo_t, V, VP, HAS_HALO)
+        v_NV = _load_keys(v, halo_v, keys, R, S, v_t, halo_t, V, VP, HAS_HALO)
         s_MN = tl.dot(q_MV, k_NV.T, input_precision=PRECISION) * bits
         s_MN = tl.where(_visible(positions[:, None], keys[None, :], ids, S, W, HAS_IDS), s_MN, float("-inf"))
         new_top_M = tl.maximum(top_M, tl.max(s_MN, 1))
@@ -165,8 +195,11 @@ def _dq_kernel(
     dq,
     delta_BHT,
     ids,
+    halo_k,
+    halo_v,
     T,
     S,
+    R,
     H,
     W,
     scale,
@@ -180,6 +213,9 @@ def _dq_kernel(
     v_b,
     v_t,
     v_h,
+    halo_b,
+    halo_t,
+    halo_h,
     o_b,
     o_t,
     o_h,
@@ -192,6 +228,7 @@ def _dq_kernel(
     ids_b,
     V: tl.constexpr,
     VP: tl.constexpr,
+    HAS_HALO: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
@@ -202,6 +239,7 @@ def _dq_kernel(
     b, h = bh // H, bh % H
     q, k, v = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h
     o, do, dq = o + b * o_b + h * o_h, do + b * do_b + h * do_h, dq + b * dq_b + h * dq_h
+    halo_k, halo_v = halo_k + b * halo_b + h * halo_h, halo_v + b * halo_b + h * halo_h
     ids += b * ids_b
     queries = tl.program_id(1) * M + tl.arange(0, M)
     positions = queries + (S - T)
@@ -216,8 +254,8 @@ def _dq_kernel(
     first_position = tl.program_id(1) * M + S - T
     for first_key in range(tl.maximum(first_position - W, 0), tl.minimum(first_position + M, S), N):
         keys = first_key + tl.arange(0, N)
-        k_NV = _load_tile(k, keys, S, k_t, V, VP)
-        v_NV = _load_tile(v, keys, S, v_t, V, VP)
+        k_NV = _load_keys(k, halo_k, keys, R, S, k_t, halo_t, V, VP, HAS_HALO)
+        v_NV = _load_keys(v, halo_v, keys, R, S, v_t, halo_t, V, VP, HAS_HALO)
         s_MN = tl.dot(q_MV, k_NV.T, input_precision=PRECISION) * bits
         dp_MN = tl.dot(do_MV, v_NV.T, input_precision=PRECISION)
         s_MN = tl.where(_visible(positions[:, None], keys[None, :], ids, S, W, HAS_IDS), s_MN, float("-inf"))
@@ -237,13 +275,19 @@ def _dkdv_kernel(
     delta_BHT,
     dk,
     dv,
+    dhalo_k,
+    dhalo_v,
     ids,
+    halo_k,
+    halo_v,
     T,
     S,
+    R,
     H,
     W,
     scale,
     bits,
+    first_tile,
     q_b,
     q_t,
     q_h,
@@ -253,6 +297,9 @@ def _dkdv_kernel(
     v_b,
     v_t,
     v_h,
+    halo_b,
+    halo_t,
+    halo_h,
     do_b,
     do_t,
     do_h,
@@ -262,9 +309,13 @@ def _dkdv_kernel(
     dv_b,
     dv_t,
     dv_h,
+    dhalo_b,
+    dhalo_t,
+    dhalo_h,
     ids_b,
     V: tl.constexpr,
     VP: tl.constexpr,
+    HAS_HALO: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
@@ -277,11 +328,13 @@ def _dkdv_kernel(
     do, dk, dv = do + b * do_b + h * do_h, dk + b * dk_b + h * dk_h, dv + b * dv_b + h * dv_h
     lse_BHT += bh * T
     delta_BHT += bh * T
+    halo_k, halo_v = halo_k + b * halo_b + h * halo_h, halo_v + b * halo_b + h * halo_h
+    dhalo_k, dhalo_v = dhalo_k + b * dhalo_b + h * dhalo_h, dhalo_v + b * dhalo_b + h * dhalo_h
     ids += b * ids_b
-    first_key = tl.program_id(1) * N
+    first_key = (first_tile + tl.program_id(1)) * N
     keys = first_key + tl.arange(0, N)
-    k_NV = _load_tile(k, keys, S, k_t, V, VP)
-    v_NV = _load_tile(v, keys, S, v_t, V, VP)
+    k_NV = _load_keys(k, halo_k, keys, R, S, k_t, halo_t, V, VP, HAS_HALO)
+    v_NV = _load_keys(v, halo_v, keys, R, S, v_t, halo_t, V, VP, HAS_HALO)
 
     dk_NV = tl.zeros((N, VP), tl.float32)
     dv_NV = tl.zeros((N, VP), tl.float32)
@@ -299,144 +352,192 @@ def _dkdv_kernel(
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dv_NV = tl.dot(p_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision=PRECISION)
         dk_NV = tl.dot(ds_NM.to(q_MV.dtype), q_MV, dk_NV, input_precision=PRECISION)
-    _store_tile(dk, dk_NV * scale, keys, S, dk_t, V, VP)
-    _store_tile(dv, dv_NV, keys, S, dv_t, V, VP)
+    _store_keys(dk, dhalo_k, dk_NV * scale, keys, R, S, dk_t, dhalo_t, V, VP, HAS_HALO)
+    _store_keys(dv, dhalo_v, dv_NV, keys, R, S, dv_t, dhalo_t, V, VP, HAS_HALO)
 
 
 class SlidingWindowAttention(torch.autograd.Function):
-    """(q, k, v, window_left, ids of the keys) to o."""
+    """(q, k, v, window_left, ids of the keys, halo or None) to o."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, window_left: int, ids_BS: Tensor | None
+        ctx: Any,
+        q_BTHV: Tensor,
+        k_BTHV: Tensor,
+        v_BTHV: Tensor,
+        window_left: int,
+        ids_BS: Tensor | None,
+        halo: Halo | None,
     ) -> Tensor:
-        q_BTHV, k_BSHV, v_BSHV = (unit_last_stride(x) for x in (q_BTHV, k_BSHV, v_BSHV))
-        o_BTHV, lse_BHT = attention_forward(q_BTHV, k_BSHV, v_BSHV, window_left, ids_BS)
-        ctx.save_for_backward(q_BTHV, k_BSHV, v_BSHV, o_BTHV, lse_BHT, ids_BS)
-        ctx.window_left = window_left
+        q_BTHV, k_BTHV, v_BTHV = (unit_last_stride(x) for x in (q_BTHV, k_BTHV, v_BTHV))
+        halo_BR2HV = None if halo is None else halo.arriving.wait()
+        o_BTHV, lse_BHT = attention_forward(q_BTHV, k_BTHV, v_BTHV, window_left, ids_BS, halo_BR2HV)
+        ctx.save_for_backward(q_BTHV, k_BTHV, v_BTHV, o_BTHV, lse_BHT, ids_BS, halo_BR2HV)
+        ctx.window_left, ctx.back = window_left, None if halo is None else halo.back
         return o_BTHV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, ids_BS = ctx.saved_tensors
-        return *attention_backward(*saved, unit_last_stride(do_BTHV), ctx.window_left, ids_BS), None, None
+        *saved, ids_BS, halo_BR2HV = ctx.saved_tensors
+        gradients = attention_backward(*saved, unit_last_stride(do_BTHV), ctx.window_left, ids_BS, halo_BR2HV, ctx.back)
+        return *gradients, None, None, None
 
 
 def attention_forward(
     q_BTHV: Tensor,
-    k_BSHV: Tensor,
-    v_BSHV: Tensor,
+    k_BTHV: Tensor,
+    v_BTHV: Tensor,
     window_left: int,
     ids_BS: Tensor | None,
+    halo_BR2HV: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(o_BTHV, laid out like q, and lse_BHT, fp32 in bits); last strides are 1."""
-    B, T, H, V = q_BTHV.shape
-    S = k_BSHV.shape[1]
-    shape = _shape_of_kernel(q_BTHV, ids_BS)
-    tile = tile or default_tiles(shape["VP"], q_BTHV.dtype).forward
+    """(o_BTHV, laid out like q, and lse_BHT, fp32 in bits); last strides are 1. A halo has keys and values of R earlier tokens."""
+    call = _Call(q_BTHV, k_BTHV, v_BTHV, window_left, ids_BS, halo_BR2HV)
+    tile = tile or default_tiles(call.shape["VP"], q_BTHV.dtype).forward
     o_BTHV = laid_out_like(q_BTHV)
-    lse_BHT = torch.empty(B, H, T, dtype=torch.float32, device=q_BTHV.device)
-    ids, ids_b = ids_or(q_BTHV, ids_BS)
-    _forward_kernel[(B * H, triton.cdiv(T, tile.queries))](
+    lse_BHT = torch.empty(call.B, call.H, call.T, dtype=torch.float32, device=q_BTHV.device)
+    _forward_kernel[call.grid(call.T, tile.queries)](
         q_BTHV,
-        k_BSHV,
-        v_BSHV,
+        k_BTHV,
+        v_BTHV,
         o_BTHV,
         lse_BHT,
-        ids,
-        T,
-        S,
-        H,
-        min(window_left, S),
-        V**-0.5 * BITS,
-        *strides(q_BTHV, k_BSHV, v_BSHV, o_BTHV),
-        ids_b,
-        **shape,
-        M=tile.queries,
-        N=tile.keys,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        call.ids,
+        *call.halo,
+        *call.sizes,
+        call.scale * BITS,
+        *strides(q_BTHV, k_BTHV, v_BTHV, call.halo[0], o_BTHV),
+        call.ids_b,
+        **call.shape,
+        **tile.options(),
     )
     return o_BTHV, lse_BHT
 
 
 def attention_backward(
     q_BTHV: Tensor,
-    k_BSHV: Tensor,
-    v_BSHV: Tensor,
+    k_BTHV: Tensor,
+    v_BTHV: Tensor,
     o_BTHV: Tensor,
     lse_BHT: Tensor,
     do_BTHV: Tensor,
     window_left: int,
     ids_BS: Tensor | None,
+    halo_BR2HV: Tensor | None = None,
+    back: HaloReturn | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_BTHV, dk_BSHV, dv_BSHV), laid out like q, k and v, from what `attention_forward` returned; last strides are 1."""
-    B, T, H, V = q_BTHV.shape
-    S = k_BSHV.shape[1]
-    shape = _shape_of_kernel(q_BTHV, ids_BS)
-    _, dq_tile, dkdv_tile = tiles or default_tiles(shape["VP"], q_BTHV.dtype)
-    dq_BTHV, dk_BSHV, dv_BSHV = (laid_out_like(x) for x in (q_BTHV, k_BSHV, v_BSHV))
+    """(dq_BTHV, dk_BTHV, dv_BTHV), laid out like q, k and v, from what `attention_forward` returned; last strides are 1.
+
+    With `back`, the gradient of the halo goes home while that of the other keys is computed, and what comes is in dk and dv.
+    """
+    call = _Call(q_BTHV, k_BTHV, v_BTHV, window_left, ids_BS, halo_BR2HV)
+    _, dq_tile, dkdv_tile = tiles or default_tiles(call.shape["VP"], q_BTHV.dtype)
+    dq_BTHV, dk_BTHV, dv_BTHV = (laid_out_like(x) for x in (q_BTHV, k_BTHV, v_BTHV))
     delta_BHT = torch.empty_like(lse_BHT)
-    ids, ids_b = ids_or(q_BTHV, ids_BS)
-    sizes = (T, S, H, min(window_left, S), V**-0.5, V**-0.5 * BITS)
+    sizes = (*call.sizes, call.scale, call.scale * BITS)
     # First dq, which leaves delta for dk.
-    _dq_kernel[(B * H, triton.cdiv(T, dq_tile.queries))](
+    _dq_kernel[call.grid(call.T, dq_tile.queries)](
         q_BTHV,
-        k_BSHV,
-        v_BSHV,
+        k_BTHV,
+        v_BTHV,
         o_BTHV,
         do_BTHV,
         lse_BHT,
         dq_BTHV,
         delta_BHT,
-        ids,
+        call.ids,
+        *call.halo,
         *sizes,
-        *strides(q_BTHV, k_BSHV, v_BSHV, o_BTHV, do_BTHV, dq_BTHV),
-        ids_b,
-        **shape,
-        M=dq_tile.queries,
-        N=dq_tile.keys,
-        num_warps=dq_tile.warps,
-        num_stages=dq_tile.stages,
+        *strides(q_BTHV, k_BTHV, v_BTHV, call.halo[0], o_BTHV, do_BTHV, dq_BTHV),
+        call.ids_b,
+        **call.shape,
+        **dq_tile.options(),
     )
-    _dkdv_kernel[(B * H, triton.cdiv(S, dkdv_tile.keys))](
-        q_BTHV,
-        k_BSHV,
-        v_BSHV,
-        do_BTHV,
-        lse_BHT,
-        delta_BHT,
-        dk_BSHV,
-        dv_BSHV,
-        ids,
-        *sizes,
-        *strides(q_BTHV, k_BSHV, v_BSHV, do_BTHV, dk_BSHV, dv_BSHV),
-        ids_b,
-        **shape,
-        M=dkdv_tile.queries,
-        N=dkdv_tile.keys,
-        num_warps=dkdv_tile.warps,
-        num_stages=dkdv_tile.stages,
-    )
-    return dq_BTHV, dk_BSHV, dv_BSHV
+    dhalo_BR2HV = q_BTHV.new_empty(call.B, call.R, 2, *q_BTHV.shape[2:])
+    dhalo = _keys_and_values(dhalo_BR2HV) if call.R else (dk_BTHV, dv_BTHV)
+
+    def keys_and_values(first_tile: int, tile_count: int) -> None:
+        if not tile_count:
+            return
+        _dkdv_kernel[call.B * call.H, tile_count](
+            q_BTHV,
+            k_BTHV,
+            v_BTHV,
+            do_BTHV,
+            lse_BHT,
+            delta_BHT,
+            dk_BTHV,
+            dv_BTHV,
+            *dhalo,
+            call.ids,
+            *call.halo,
+            *sizes,
+            first_tile,
+            *strides(q_BTHV, k_BTHV, v_BTHV, call.halo[0], do_BTHV, dk_BTHV, dv_BTHV, dhalo[0]),
+            call.ids_b,
+            **call.shape,
+            **dkdv_tile.options(),
+        )
+
+    halo_tiles = triton.cdiv(call.R, dkdv_tile.keys)
+    keys_and_values(0, halo_tiles)
+    returning = None if back is None else back.start_return(dhalo_BR2HV)
+    keys_and_values(halo_tiles, triton.cdiv(call.S, dkdv_tile.keys) - halo_tiles)
+    if returning is not None:
+        late_Bt2HV = returning.wait()
+        rows = slice(call.T - late_Bt2HV.shape[1], None)
+        for gradient, late in zip((dk_BTHV, dv_BTHV), _keys_and_values(late_Bt2HV), strict=True):
+            gradient[:, rows] += late
+    return dq_BTHV, dk_BTHV, dv_BTHV
 
 
 def sliding_window_attention(
-    q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, window_left: int, key_document_ids_BS: Tensor | None
+    q_BTHV: Tensor,
+    k_BTHV: Tensor,
+    v_BTHV: Tensor,
+    window_left: int,
+    key_document_ids_BS: Tensor | None,
+    halo: Halo | None = None,
 ) -> Tensor:
-    """Attention to the last window_left keys and the own one; see the package's function of the same name."""
-    return SlidingWindowAttention.apply(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
+    """Attention to the last window_left keys and the own one; see the package's functions."""
+    return SlidingWindowAttention.apply(q_BTHV, k_BTHV, v_BTHV, window_left, key_document_ids_BS, halo)
 
 
-def _shape_of_kernel(q_BTHV: Tensor, ids_BS: Tensor | None) -> dict[str, Any]:
-    """Compile-time constants of all kernels. Tensor cores want head dims of a power of two, 16 at least."""
-    V = q_BTHV.shape[-1]
-    return {
-        "V": V,
-        "VP": max(16, triton.next_power_of_2(V)),
-        "HAS_IDS": ids_BS is not None,
-        "PRECISION": "ieee" if q_BTHV.dtype == torch.float32 else "tf32",  # bf16 products are the same in either
-    }
+def _keys_and_values(x_BR2HV: Tensor) -> tuple[Tensor, Tensor]:
+    return x_BR2HV[:, :, 0], x_BR2HV[:, :, 1]
+
+
+class _Call:
+    """What the kernels of one call have in common."""
+
+    def __init__(
+        self,
+        q_BTHV: Tensor,
+        k_BTHV: Tensor,
+        v_BTHV: Tensor,
+        window_left: int,
+        ids_BS: Tensor | None,
+        halo: Tensor | None,
+    ) -> None:
+        self.B, self.T, self.H, V = q_BTHV.shape
+        self.R = 0 if halo is None else halo.shape[1]
+        self.S = self.R + k_BTHV.shape[1]
+        self.halo = (k_BTHV, v_BTHV) if halo is None or not self.R else _keys_and_values(halo)
+        self.sizes = (self.T, self.S, self.R, self.H, min(window_left, self.S))
+        self.scale = V**-0.5
+        self.ids, self.ids_b = ids_or(q_BTHV, ids_BS)
+        # Tensor cores want head dims of a power of two, 16 at least.
+        self.shape = {
+            "V": V,
+            "VP": max(16, triton.next_power_of_2(V)),
+            "HAS_HALO": self.R > 0,
+            "HAS_IDS": ids_BS is not None,
+            "PRECISION": "ieee" if q_BTHV.dtype == torch.float32 else "tf32",  # bf16 products are the same in either
+        }
+
+    def grid(self, tokens: int, tile: int) -> tuple[int, int]:
+        """Tiles of tokens of each head."""
+        return self.B * self.H, triton.cdiv(tokens, tile)

@@ -9,15 +9,23 @@ consecutive pieces of one document add up.
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
+from based_megatron.kernels.exchange import StateExchange
 from based_megatron.kernels.packing import packed_rows
-from based_megatron.kernels.taylor_attention import reference
+from based_megatron.kernels.taylor_attention import attention, reference
 
-__all__ = ["recurrent_step", "segment_state", "taylor_attention"]
+__all__ = [
+    "finish_sliced_attention",
+    "recurrent_step",
+    "segment_state",
+    "start_sliced_attention",
+    "taylor_attention",
+]
 
 
 def taylor_attention(
@@ -56,11 +64,39 @@ def taylor_attention(
         state_shape,
     )
     assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
-    run = implementation(
-        "taylor_attention", backend, {"reference": reference.taylor_attention, "triton": _triton_attention}
-    )
-    o_BTHV, final_state_BHRV = run(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, chunk_tokens)
-    return o_BTHV, final_state_BHRV if return_final_state else None
+    steps = _steps(backend, chunk_tokens, q_BTHF, k_BTHF, v_BTHV)
+    if initial_state_BHRV is not None:
+        initial_state_BHRV = initial_state_BHRV.to(reference.accumulation_dtype(q_BTHF.dtype)).contiguous()
+    # Autocast would round the sums over thousands of tokens to bf16.
+    with torch.autocast(q_BTHF.device.type, enabled=False):
+        return attention.TaylorAttention.apply(
+            q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, steps, return_final_state
+        )
+
+
+def start_sliced_attention(
+    k_BLHF: Tensor,
+    v_BLHV: Tensor,
+    exchange: StateExchange,
+    *,
+    document_ids_BL: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    backend: str = "reference",
+) -> attention.Started:
+    """Begin the attention of one slice of a sequence: its moments are on the way while the queries are projected.
+
+    Args: as of `taylor_attention`, for the tokens of this slice; exchange: how moments of slices become states.
+    Returns: what `finish_sliced_attention` takes, once, with the same keys and values.
+    """
+    steps = _steps(backend, chunk_tokens, k_BLHF, v_BLHV)
+    with torch.autocast(k_BLHF.device.type, enabled=False):
+        return attention.start(k_BLHF, v_BLHV, document_ids_BL, steps, exchange)
+
+
+def finish_sliced_attention(q_BLHF: Tensor, k_BLHF: Tensor, v_BLHV: Tensor, started: attention.Started) -> Tensor:
+    """o_BLHV of the slice, as `taylor_attention` of the whole sequence gives it. Gradients flow to q, k and v of all slices."""
+    with torch.autocast(q_BLHF.device.type, enabled=False):
+        return attention.SlicedTaylorAttention.apply(q_BLHF, k_BLHF, v_BLHV, started)
 
 
 def segment_state(
@@ -78,8 +114,8 @@ def segment_state(
     """
     T = k_BTHF.shape[1]
     assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
-    run = implementation("segment_state", backend, {"reference": reference.segment_state, "triton": _triton_state})
-    return run(k_BTHF, v_BTHV, document_ids_BT, chunk_tokens)
+    with torch.autocast(k_BTHF.device.type, enabled=False):
+        return attention.Moments.apply(k_BTHF, v_BTHV, document_ids_BT, _steps(backend, chunk_tokens, k_BTHF, v_BTHV))
 
 
 def recurrent_step(
@@ -93,14 +129,14 @@ def recurrent_step(
     return run(q_BHF, k_BHF, v_BHV, state_BHRV)
 
 
-def _triton_attention(*args: Any) -> tuple[Tensor, Tensor]:
+def _steps(backend: str, chunk_tokens: int | None, *inputs: Tensor) -> attention.Steps:
+    load = implementation("taylor_attention", backend, {"reference": lambda: reference, "triton": _triton})
+    module = load()
+    return attention.Steps(module, module.schedule(chunk_tokens, *inputs))
+
+
+def _triton() -> ModuleType:
     # Imported on first use: a machine without Triton runs the reference.
     from based_megatron.kernels.taylor_attention import triton_attention
 
-    return triton_attention.taylor_attention(*args)
-
-
-def _triton_state(*args: Any) -> Tensor:
-    from based_megatron.kernels.taylor_attention import triton_attention
-
-    return triton_attention.segment_state(*args)
+    return triton_attention

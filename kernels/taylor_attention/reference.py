@@ -17,13 +17,11 @@ last token's document. Ids that do not decrease make equality of ids the whole r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from based_megatron.kernels.packing import PackedLayout, packed_rows
 
@@ -89,142 +87,161 @@ def _key_gradients(
     return dk_BHCF, dv_BHCV
 
 
-class TaylorAttention(torch.autograd.Function):
-    """(q, k, v, initial state, document ids, chunk_tokens) to (o, final state); ids [1 or B, T], the state in fp32."""
+@dataclass(frozen=True)
+class Sweep:
+    """One direction over the sequence. This reference keeps no states of chunks: what reads them walks over the chunks again."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, state_BHRE: Tensor, ids_BT: Tensor, chunk_tokens: int
-    ) -> tuple[Tensor, Tensor]:
-        B, T, H, F = q_BTHF.shape
-        dtype = accumulation_dtype(q_BTHF.dtype)
-        layout = PackedLayout.build(F, q_BTHF.device, dtype)
-        o_BTHV = torch.empty_like(v_BTHV)
-        z_BTH1 = torch.empty(B, T, H, 1, dtype=dtype, device=q_BTHF.device)
-        initial_state_BHRE = state_BHRE
-        for chunk in _chunks(ids_BT, chunk_tokens, dtype):
-            q, k, v = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV))
-            v_BHCE = _with_ones(v)
-            s_BHCC = q @ k.transpose(-1, -2) * F**-0.5
-            w_BHCC = (1 + s_BHCC + s_BHCC.square() / 2) * chunk.visible
-            inter_BHCE = (layout.features(q) * layout.weights) @ state_BHRE
-            total_BHCE = w_BHCC @ v_BHCE + inter_BHCE * chunk.reads
-            z = total_BHCE[..., -1:]
-            o_BTHV[:, chunk.tokens] = (total_BHCE[..., :-1] / z).transpose(1, 2)
-            z_BTH1[:, chunk.tokens] = z.transpose(1, 2)
-            state_BHRE = _absorb(state_BHRE, chunk, layout, k, v_BHCE)
-        ctx.save_for_backward(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRE, ids_BT, o_BTHV, z_BTH1)
-        ctx.chunk_tokens = chunk_tokens
-        ctx.set_materialize_grads(False)
-        return o_BTHV, state_BHRE
+    moments: Callable[[], Tensor]
+    """() -> [B, H, R, E], the state that leaves the sequence if none enters it."""
+    zeros: Tensor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do_BTHV: Tensor | None, dstate_BHRE: Tensor | None) -> tuple[Tensor | None, ...]:
-        q_BTHF, k_BTHF, v_BTHV, state_BHRE, ids_BT, o_BTHV, z_BTH1 = ctx.saved_tensors
-        F = q_BTHF.shape[-1]
-        dtype = state_BHRE.dtype
-        layout = PackedLayout.build(F, q_BTHF.device, dtype)
-        do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else do_BTHV
-        adjoint_BHRE = torch.zeros_like(state_BHRE) if dstate_BHRE is None else dstate_BHRE
-        dq_BTHF, dk_BTHF, dv_BTHV = (torch.empty_like(x) for x in (q_BTHF, k_BTHF, v_BTHV))
-
-        def recompute(chunk: _Chunk) -> tuple[Tensor, ...]:
-            """Inputs of the chunk, s, and g = dL/d[numerator; normaliser], ds of the pairs inside the chunk."""
-            q, k, v, o, do, z = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV, o_BTHV, do_BTHV, z_BTH1))
-            g_BHCE = torch.cat([do, -(do * o).sum(-1, keepdim=True)], dim=-1) / z
-            v_BHCE = _with_ones(v)
-            s_BHCC = q @ k.transpose(-1, -2) * F**-0.5
-            ds_BHCC = (g_BHCE @ v_BHCE.transpose(-1, -2)) * (1 + s_BHCC) * chunk.visible * F**-0.5
-            return q, k, v_BHCE, g_BHCE, s_BHCC, ds_BHCC
-
-        for chunk in _chunks(ids_BT, ctx.chunk_tokens, dtype):
-            q, k, v_BHCE, g_BHCE, _, ds_BHCC = recompute(chunk)
-            dphi_BHCR = (g_BHCE * chunk.reads) @ state_BHRE.transpose(-1, -2)
-            dq = ds_BHCC @ k + layout.features_vjp(q, dphi_BHCR * layout.weights)
-            dq_BTHF[:, chunk.tokens] = dq.transpose(1, 2)
-            state_BHRE = _absorb(state_BHRE, chunk, layout, k, v_BHCE)
-
-        for chunk in _chunks(ids_BT, ctx.chunk_tokens, dtype, reverse=True):
-            q, k, v_BHCE, g_BHCE, s_BHCC, ds_BHCC = recompute(chunk)
-            w_BHCC = (1 + s_BHCC + s_BHCC.square() / 2) * chunk.visible
-            dk, dv = _key_gradients(adjoint_BHRE, layout, k, v_BHCE, chunk.writes)
-            dk_BTHF[:, chunk.tokens] = (dk + ds_BHCC.transpose(-1, -2) @ q).transpose(1, 2)
-            dv_BTHV[:, chunk.tokens] = (dv + w_BHCC.transpose(-1, -2) @ g_BHCE[..., :-1]).transpose(1, 2)
-            phi_BHCR = layout.features(q) * layout.weights
-            read_BHRE = phi_BHCR.transpose(-1, -2) @ (g_BHCE * chunk.reads)
-            adjoint_BHRE = adjoint_BHRE * chunk.keeps + read_BHRE
-        return dq_BTHF, dk_BTHF, dv_BTHV, adjoint_BHRE, None, None
+    def states(self, initial_BHRE: Tensor | None) -> tuple[Tensor]:
+        """What `attend` and the gradients need of the states: the one that enters the sequence."""
+        return (self.zeros if initial_BHRE is None else initial_BHRE,)
 
 
-class SegmentState(torch.autograd.Function):
-    """(k, v, document ids, chunk_tokens) to the moments of the last document's tokens."""
+def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: int) -> Sweep:
+    """From left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
+    zeros = _zero_state(k_BTHF, v_BTHV)
 
-    @staticmethod
-    def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor, chunk_tokens: int) -> Tensor:
-        B, _, H, F = k_BTHF.shape
-        dtype = accumulation_dtype(k_BTHF.dtype)
-        layout = PackedLayout.build(F, k_BTHF.device, dtype)
-        state_BHRE = torch.zeros(B, H, packed_rows(F), v_BTHV.shape[-1] + 1, dtype=dtype, device=k_BTHF.device)
-        for chunk in _chunks(ids_BT, chunk_tokens, dtype):
-            k, v = (chunk.heads_first(x, dtype) for x in (k_BTHF, v_BTHV))
+    def moments() -> Tensor:
+        layout, state_BHRE = _layout(k_BTHF), zeros
+        for chunk in _chunks(_ids(k_BTHF, ids_BT), schedule, zeros.dtype):
+            k, v = (chunk.heads_first(x, zeros.dtype) for x in (k_BTHF, v_BTHV))
             state_BHRE = _absorb(state_BHRE, chunk, layout, k, _with_ones(v))
-        ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
-        ctx.chunk_tokens = chunk_tokens
         return state_BHRE
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dstate_BHRE: Tensor) -> tuple[Tensor | None, ...]:
-        k_BTHF, v_BTHV, ids_BT = ctx.saved_tensors
-        dtype = dstate_BHRE.dtype
-        layout = PackedLayout.build(k_BTHF.shape[-1], k_BTHF.device, dtype)
-        dk_BTHF, dv_BTHV = torch.empty_like(k_BTHF), torch.empty_like(v_BTHV)
-        for chunk in _chunks(ids_BT, ctx.chunk_tokens, dtype, reverse=True):
-            k, v = (chunk.heads_first(x, dtype) for x in (k_BTHF, v_BTHV))
-            dk, dv = _key_gradients(dstate_BHRE, layout, k, _with_ones(v), chunk.writes)
-            dk_BTHF[:, chunk.tokens] = dk.transpose(1, 2)
-            dv_BTHV[:, chunk.tokens] = dv.transpose(1, 2)
-            dstate_BHRE = dstate_BHRE * chunk.keeps
-        return dk_BTHF, dv_BTHV, None, None
+    return Sweep(moments, zeros)
 
 
-def _one_document(x_BTHX: Tensor) -> Tensor:
-    return torch.zeros(1, x_BTHX.shape[1], dtype=torch.int32, device=x_BTHX.device)
+def sweep_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: int) -> Sweep:
+    """From right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
+    zeros = _zero_state(q_BTHF, g_BTHV)
+
+    def moments() -> Tensor:
+        layout, adjoint_BHRE = _layout(q_BTHF), zeros
+        for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, zeros.dtype, reverse=True):
+            q, g, gz = (chunk.heads_first(x, zeros.dtype) for x in (q_BTHF, g_BTHV, gz_BTH1))
+            adjoint_BHRE = _read_back(adjoint_BHRE, chunk, layout, q, torch.cat([g, gz], dim=-1))
+        return adjoint_BHRE
+
+    return Sweep(moments, zeros)
 
 
-def _chunk_tokens(x: Tensor) -> int:
-    """A GPU wants fewer, larger steps."""
-    return 256 if x.is_cuda else 128
-
-
-def taylor_attention(
-    q_BTHF: Tensor,
-    k_BTHF: Tensor,
-    v_BTHV: Tensor,
-    initial_state_BHRE: Tensor | None,
-    document_ids_BT: Tensor | None,
-    chunk_tokens: int | None,
+def attend(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: tuple[Tensor], schedule: int
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state; see the package's function of the same name."""
-    B, _, H, F = q_BTHF.shape
-    dtype = accumulation_dtype(q_BTHF.dtype)
-    if initial_state_BHRE is None:
-        shape = (B, H, packed_rows(F), v_BTHV.shape[-1] + 1)
-        initial_state_BHRE = torch.zeros(shape, dtype=dtype, device=q_BTHF.device)
-    ids_BT = _one_document(q_BTHF) if document_ids_BT is None else document_ids_BT
-    # Autocast would round the sums over thousands of tokens to bf16.
-    with torch.autocast(q_BTHF.device.type, enabled=False):
-        return TaylorAttention.apply(
-            q_BTHF, k_BTHF, v_BTHV, initial_state_BHRE.to(dtype), ids_BT, chunk_tokens or _chunk_tokens(v_BTHV)
-        )
+    """Outputs o_BTHV and normalisers z_BTH1, given the state before the sequence."""
+    (state_BHRE,) = states
+    dtype, layout = state_BHRE.dtype, _layout(q_BTHF)
+    o_BTHV = torch.empty_like(v_BTHV)
+    z_BTH1 = torch.empty(*q_BTHF.shape[:3], 1, dtype=dtype, device=q_BTHF.device)
+    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, dtype):
+        q, k, v = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV))
+        v_BHCE = _with_ones(v)
+        s_BHCC = _scores(q, k)
+        w_BHCC = (1 + s_BHCC + s_BHCC.square() / 2) * chunk.visible
+        inter_BHCE = (layout.features(q) * layout.weights) @ state_BHRE
+        total_BHCE = w_BHCC @ v_BHCE + inter_BHCE * chunk.reads
+        z = total_BHCE[..., -1:]
+        o_BTHV[:, chunk.tokens] = (total_BHCE[..., :-1] / z).transpose(1, 2)
+        z_BTH1[:, chunk.tokens] = z.transpose(1, 2)
+        state_BHRE = _absorb(state_BHRE, chunk, layout, k, v_BHCE)
+    return o_BTHV, z_BTH1
 
 
-def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, document_ids_BT: Tensor | None, chunk_tokens: int | None) -> Tensor:
-    """Moments of the last document; see the package's function of the same name."""
-    ids_BT = _one_document(k_BTHF) if document_ids_BT is None else document_ids_BT
-    with torch.autocast(k_BTHF.device.type, enabled=False):
-        return SegmentState.apply(k_BTHF, v_BTHV, ids_BT, chunk_tokens or _chunk_tokens(v_BTHV))
+def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, z_BTH1: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to the numerators, g_BTHV = do / Z, and to the normalisers, gz_BTH1 = -g.o."""
+    g_BTHV = do_BTHV.to(z_BTH1.dtype) / z_BTH1
+    return g_BTHV, -(g_BTHV * o_BTHV).sum(-1, keepdim=True)
+
+
+def query_gradients(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
+    states: tuple[Tensor], schedule: int,
+) -> Tensor:  # fmt: skip
+    """dq, given the state before the sequence."""
+    (state_BHRE,) = states
+    dtype, layout = state_BHRE.dtype, _layout(q_BTHF)
+    dq_BTHF = torch.empty_like(q_BTHF)
+    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, dtype):
+        q, k, v, g, gz = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV, g_BTHV, gz_BTH1))
+        v_BHCE, g_BHCE = _with_ones(v), torch.cat([g, gz], dim=-1)
+        dphi_BHCR = (g_BHCE * chunk.reads) @ state_BHRE.transpose(-1, -2)
+        dq = _score_gradients(g_BHCE, v_BHCE, _scores(q, k), chunk, q.shape[-1]) @ k
+        dq_BTHF[:, chunk.tokens] = (dq + layout.features_vjp(q, dphi_BHCR * layout.weights)).transpose(1, 2)
+        state_BHRE = _absorb(state_BHRE, chunk, layout, k, v_BHCE)
+    return dq_BTHF
+
+
+def key_gradients(
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
+    adjoints: tuple[Tensor], schedule: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv, given the adjoint state after the sequence."""
+    (adjoint_BHRE,) = adjoints
+    dtype, layout = adjoint_BHRE.dtype, _layout(q_BTHF)
+    dk_BTHF, dv_BTHV = torch.empty_like(k_BTHF), torch.empty_like(v_BTHV)
+    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, dtype, reverse=True):
+        q, k, v, g, gz = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV, g_BTHV, gz_BTH1))
+        v_BHCE, g_BHCE, s_BHCC = _with_ones(v), torch.cat([g, gz], dim=-1), _scores(q, k)
+        ds_BHCC = _score_gradients(g_BHCE, v_BHCE, s_BHCC, chunk, q.shape[-1])
+        w_BHCC = (1 + s_BHCC + s_BHCC.square() / 2) * chunk.visible
+        dk, dv = _key_gradients(adjoint_BHRE, layout, k, v_BHCE, chunk.writes)
+        dk_BTHF[:, chunk.tokens] = (dk + ds_BHCC.transpose(-1, -2) @ q).transpose(1, 2)
+        dv_BTHV[:, chunk.tokens] = (dv + w_BHCC.transpose(-1, -2) @ g).transpose(1, 2)
+        adjoint_BHRE = _read_back(adjoint_BHRE, chunk, layout, q, g_BHCE)
+    return dk_BTHF, dv_BTHV
+
+
+def _scores(q_BHCF: Tensor, k_BHCF: Tensor) -> Tensor:
+    return q_BHCF @ k_BHCF.transpose(-1, -2) * q_BHCF.shape[-1] ** -0.5
+
+
+def _score_gradients(g_BHCE: Tensor, v_BHCE: Tensor, s_BHCC: Tensor, chunk: _Chunk, feature_dim: int) -> Tensor:
+    """Gradients to q.k of the pairs inside a chunk."""
+    dw_BHCC = g_BHCE @ v_BHCE.transpose(-1, -2)
+    return dw_BHCC * (1 + s_BHCC) * chunk.visible * feature_dim**-0.5
+
+
+def _read_back(adjoint_BHRE: Tensor, chunk: _Chunk, layout: PackedLayout, q_BHCF: Tensor, g_BHCE: Tensor) -> Tensor:
+    """The adjoint of the state before a chunk, from that of the state after it."""
+    phi_BHCR = layout.features(q_BHCF) * layout.weights
+    return adjoint_BHRE * chunk.keeps + phi_BHCR.transpose(-1, -2) @ (g_BHCE * chunk.reads)
+
+
+def moment_gradients(
+    k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: int
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of the moments of a sweep over keys."""
+    layout, dtype = _layout(k_BTHF), dmoments_BHRE.dtype
+    dk_BTHF, dv_BTHV = torch.empty_like(k_BTHF), torch.empty_like(v_BTHV)
+    for chunk in _chunks(_ids(k_BTHF, ids_BT), schedule, dtype, reverse=True):
+        k, v = (chunk.heads_first(x, dtype) for x in (k_BTHF, v_BTHV))
+        dk, dv = _key_gradients(dmoments_BHRE, layout, k, _with_ones(v), chunk.writes)
+        dk_BTHF[:, chunk.tokens] = dk.transpose(1, 2)
+        dv_BTHV[:, chunk.tokens] = dv.transpose(1, 2)
+        dmoments_BHRE = dmoments_BHRE * chunk.keeps
+    return dk_BTHF, dv_BTHV
+
+
+def schedule(chunk_tokens: int | None, *inputs: Tensor) -> int:
+    """Tokens of a chunk. A GPU wants fewer, larger steps."""
+    return chunk_tokens or (256 if inputs[0].is_cuda else 128)
+
+
+def _ids(x_BTHX: Tensor, ids_BT: Tensor | None) -> Tensor:
+    return torch.zeros(1, x_BTHX.shape[1], dtype=torch.int32, device=x_BTHX.device) if ids_BT is None else ids_BT
+
+
+def _layout(x_BTHF: Tensor) -> PackedLayout:
+    return PackedLayout.build(x_BTHF.shape[-1], x_BTHF.device, accumulation_dtype(x_BTHF.dtype))
+
+
+def _zero_state(x_BTHF: Tensor, y_BTHV: Tensor) -> Tensor:
+    B, _, H, F = x_BTHF.shape
+    shape = (B, H, packed_rows(F), y_BTHV.shape[-1] + 1)
+    return torch.zeros(shape, dtype=accumulation_dtype(x_BTHF.dtype), device=x_BTHF.device)
 
 
 def recurrent_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRE: Tensor) -> tuple[Tensor, Tensor]:

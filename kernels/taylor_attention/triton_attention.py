@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from based_megatron.kernels.layout import ids_or, laid_out_like, strides, unit_last_stride
+from based_megatron.kernels.layout import ids_or, laid_out_like, strides
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.taylor_attention import triton_kernels
 
@@ -157,8 +156,11 @@ class Sweep:
         ends = self._run(None, None, 0, self.segments)
         return ends[:, :, 0] if self.segments == 1 else self._combined(ends, None, add_last=True)
 
-    def states(self, initial: Tensor | None) -> tuple[ChunkStates, Tensor]:
-        """The states before the chunks, and the one that leaves the sequence."""
+    def states(self, initial: Tensor | None) -> ChunkStates:
+        """The states before the chunks."""
+        return self._states(initial)[0]
+
+    def _states(self, initial: Tensor | None) -> tuple[ChunkStates, Tensor]:
         starts = initial
         if self.segments > 1:
             # The last segment's moments lead nowhere.
@@ -183,16 +185,14 @@ class Sweep:
         return starts
 
 
-def chunk_states(
-    k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
-) -> tuple[ChunkStates, Tensor]:
-    """States before the chunks, and the final state [B, H, R, V + 1] fp32."""
-    return Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).states(initial_BHRE)
+def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Sweep:
+    """From left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
+    return Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule)
 
 
-def segment_moments(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Tensor:
-    """Moments of the last document's tokens, [B, H, R, V + 1] fp32."""
-    return Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule).moments()
+def sweep_queries(q_BTHF: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Sweep:
+    """From right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
+    return Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule)
 
 
 def attend(
@@ -221,18 +221,6 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> 
         value_dim=V, value_width=max(16, triton.next_power_of_2(V)), tile_tokens=tile, even=T % tile == 0, num_warps=4,
     )  # fmt: skip
     return g_BHTV, gz_BHT4
-
-
-def adjoint_states(
-    q_BTHF: Tensor,
-    g_BHTV: Tensor,
-    gz_BHT4: Tensor,
-    dfinal_BHRE: Tensor | None,
-    ids_BT: Tensor | None,
-    schedule: Schedule,
-) -> tuple[ChunkStates, Tensor]:
-    """Adjoint states after the chunks, and the gradient to the initial state [B, H, R, V + 1] fp32."""
-    return Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule).states(dfinal_BHRE)
 
 
 def query_gradients(
@@ -301,57 +289,9 @@ def _packed_operand(state_BHRE: Tensor, feature_dim: int, rows_stored: int, dtyp
     )
 
 
-class TaylorAttention(torch.autograd.Function):
-    """(q, k, v, initial state or None, document ids or None) to (o, final state)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None,
-        schedule: Schedule,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q_BTHF, k_BTHF, v_BTHV = (unit_last_stride(x) for x in (q_BTHF, k_BTHF, v_BTHV))
-        if initial_BHRE is not None:
-            initial_BHRE = initial_BHRE.contiguous()
-        states, final_BHRE = chunk_states(k_BTHF, v_BTHV, initial_BHRE, ids_BT, schedule)
-        o_BTHV, inverse_z_BHT = attend(q_BTHF, k_BTHF, v_BTHV, ids_BT, states, schedule)
-        ctx.save_for_backward(q_BTHF, k_BTHF, v_BTHV, o_BTHV, inverse_z_BHT, *states, ids_BT)
-        ctx.has_initial, ctx.schedule = initial_BHRE is not None, schedule
-        ctx.set_materialize_grads(False)
-        return o_BTHV, final_BHRE
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do_BTHV: Tensor | None, dfinal_BHRE: Tensor | None) -> tuple[Tensor | None, ...]:
-        q_BTHF, k_BTHF, v_BTHV, o_BTHV, inverse_z_BHT, values, normalisers, ids_BT = ctx.saved_tensors
-        states, schedule = ChunkStates(values, normalisers), ctx.schedule
-        do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else unit_last_stride(do_BTHV)
-        if dfinal_BHRE is not None:
-            dfinal_BHRE = dfinal_BHRE.contiguous()
-        g_BHTV, gz_BHT4 = output_gradients(do_BTHV, o_BTHV, inverse_z_BHT)
-        adjoints, dinitial_BHRE = adjoint_states(q_BTHF, g_BHTV, gz_BHT4, dfinal_BHRE, ids_BT, schedule)
-        dq_BTHF = query_gradients(q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, ids_BT, states, schedule)
-        dk_BTHF, dv_BTHV = key_gradients(q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, ids_BT, adjoints, schedule)
-        return dq_BTHF, dk_BTHF, dv_BTHV, dinitial_BHRE if ctx.has_initial else None, None, None
-
-
-class SegmentState(torch.autograd.Function):
-    """(k, v, document ids or None) to the moments of the last document's tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Tensor:
-        k_BTHF, v_BTHV = unit_last_stride(k_BTHF), unit_last_stride(v_BTHV)
-        ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
-        ctx.schedule = schedule
-        return segment_moments(k_BTHF, v_BTHV, ids_BT, schedule)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dmoments_BHRE: Tensor) -> tuple[Tensor | None, ...]:
-        k_BTHF, v_BTHV, ids_BT = ctx.saved_tensors
-        return *moment_gradients(k_BTHF, v_BTHV, dmoments_BHRE, ids_BT, ctx.schedule), None, None
-
-
-def _schedule(chunk_tokens: int | None) -> Schedule:
+def schedule(chunk_tokens: int | None, *inputs: Tensor) -> Schedule:
+    """Tiles for chunks of so many tokens. Raises TypeError for inputs that the kernels do not take."""
+    _check_dtypes(*inputs)
     if chunk_tokens is None:
         return Schedule()
     if chunk_tokens < 16 or chunk_tokens & (chunk_tokens - 1):
@@ -367,19 +307,3 @@ def _check_dtypes(*tensors: Tensor) -> None:
             f"q, k and v are {', '.join(dtypes)}: the Triton kernels take one of bfloat16, float16 and float32 for all; "
             "set train.backend to reference for others"
         )
-
-
-def taylor_attention(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, initial_state_BHRE: Tensor | None, document_ids_BT: Tensor | None,
-    chunk_tokens: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and final state; see the package's function of the same name."""
-    _check_dtypes(q_BTHF, k_BTHF, v_BTHV)
-    schedule = _schedule(chunk_tokens)
-    return TaylorAttention.apply(q_BTHF, k_BTHF, v_BTHV, initial_state_BHRE, document_ids_BT, schedule)
-
-
-def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, document_ids_BT: Tensor | None, chunk_tokens: int | None) -> Tensor:
-    """Moments of the last document; see the package's function of the same name."""
-    _check_dtypes(k_BTHF, v_BTHV)
-    return SegmentState.apply(k_BTHF, v_BTHV, document_ids_BT, _schedule(chunk_tokens))

@@ -10,7 +10,7 @@ from based_megatron.convert.huggingface import hf_model
 from based_megatron.convert.layout import our_shapes
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
-from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import build_topology
 from support.layouts import SEQUENCE_TOKENS, global_batch, small_config
 
@@ -22,7 +22,7 @@ def trained_model(config: Config) -> tuple[dict[str, torch.Tensor], torch.Tensor
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # norms and biases start at trivial values
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    plan = SequencePlan.build(None, SEQUENCE_TOKENS, topology.context, topology.device)
+    plan = whole_sequence(None, SEQUENCE_TOKENS, topology.device)
     with torch.no_grad():
         logits = model(global_batch(0, packed=False)["tokens"], plan).transpose(0, 1).clone()
     return {shard_spec(p).name: p.detach().clone() for p in model.parameters()}, logits

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from made_corpora import EOS, VOCAB_SIZE, numbered_documents, random_lengths, write_corpus
 
 from based_megatron.config.schema import DataConfig, SourceConfig
-from based_megatron.data.batch import MicroBatch, slice_bounds
+from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import fingerprint, load_manifest
 from based_megatron.data.reader import SequenceReader
 from based_megatron.errors import ConfigError, DataError
+from based_megatron.parallel.sequence.slices import even_bounds
 
 S = 16
 GLOBAL_BATCH = 24
@@ -44,8 +45,9 @@ def loader(folder, micro=1, dp=(0, 1), cp=(0, 1), global_batch=GLOBAL_BATCH, **c
 
 
 def fields(batch: MicroBatch) -> list[list]:
-    tensors = (batch.tokens_BL, batch.labels_BL, batch.loss_mask_BL, batch.document_ids_BS)
-    return [tensor.tolist() for tensor in tensors if tensor is not None]
+    tensors = (batch.tokens_BL, batch.labels_BL, batch.loss_mask_BL)
+    starts = [] if batch.documents is None else [[row.tolist() for row in batch.documents.starts]]
+    return [*(tensor.tolist() for tensor in tensors), *starts]
 
 
 def rows(batches: list[MicroBatch]) -> Counter:
@@ -59,7 +61,8 @@ def test_shapes_and_dtypes(corpora):
     batch = batches[0]
     assert batch.tokens_BL.shape == batch.labels_BL.shape == batch.loss_mask_BL.shape == (3, 5)
     assert batch.tokens_BL.dtype == batch.labels_BL.dtype == torch.int64 and batch.loss_mask_BL.dtype == torch.float32
-    assert batch.document_ids_BS.shape == (3, S) and batch.document_ids_BS.dtype == torch.int32
+    assert batch.documents is not None and [starts.dtype for starts in batch.documents.starts] == [torch.int64] * 3
+    assert batch.bounds == (0, 6, 11, 16)
 
 
 @settings(max_examples=12, deadline=None)
@@ -76,7 +79,7 @@ def test_ranks_together_hold_the_batch_of_one_rank(corpora, dp, micro, step, cp)
                 torch.cat([getattr(batch, name) for batch in of_each_slice], 1)
                 for name in ("tokens_BL", "labels_BL", "loss_mask_BL")
             ]
-            parts += rows([MicroBatch(*joined, of_each_slice[0].document_ids_BS)])
+            parts += rows([MicroBatch(*joined, of_each_slice[0].documents, of_each_slice[0].bounds)])
     assert parts == whole
 
 
@@ -130,12 +133,13 @@ def test_loss_mask_is_off_exactly_where_a_document_ends(corpora):
 def test_document_ids_count_the_ends_so_far(corpora):
     for batch in loader(corpora, micro=24).micro_batches(3):
         ends = (batch.tokens_BL == EOS).int()
-        assert torch.equal(batch.document_ids_BS.long(), ends.cumsum(1) - ends)
+        assert batch.documents is not None
+        assert torch.equal(batch.documents.numbers(torch.arange(S)), (ends.cumsum(1) - ends).int())
 
 
 def test_documents_can_be_left_unisolated(corpora):
     for batch in loader(corpora, micro=24, isolate_documents=False).micro_batches(3):
-        assert batch.document_ids_BS is None and (batch.loss_mask_BL == 1).all()
+        assert batch.documents is None and (batch.loss_mask_BL == 1).all()
 
 
 def test_an_epoch_holds_every_sequence_once(corpora):
@@ -253,11 +257,11 @@ def test_one_worker_reads_the_next_step_before_it_is_asked_for(corpora, monkeypa
     read, next_step_read = [], threading.Event()
     original = SequenceReader.tokens
 
-    def watched(reader, sequence):
+    def watched(reader, sequence, *bounds):
         read.append(sequence)
         if len(read) > GLOBAL_BATCH:
             next_step_read.set()
-        return original(reader, sequence)
+        return original(reader, sequence, *bounds)
 
     monkeypatch.setattr(SequenceReader, "tokens", watched)
     ahead = loader(corpora, num_workers=1)
@@ -273,10 +277,10 @@ def test_close_ends_the_threads(corpora):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-@given(length=st.integers(0, 1000), size=st.integers(1, 50))
-def test_slices_are_contiguous_and_even(length, size):
-    bounds = [slice_bounds(length, rank, size) for rank in range(size)]
-    assert bounds[0][0] == 0 and bounds[-1][1] == length
-    assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
-    lengths = [end - start for start, end in bounds]
-    assert lengths == sorted(lengths, reverse=True) and max(lengths) - min(lengths) <= 1
+@given(units=st.integers(0, 1000), size=st.integers(1, 50), multiple=st.integers(1, 8))
+def test_slices_are_contiguous_and_even(units, size, multiple):
+    bounds = even_bounds(units * multiple, size, multiple)
+    assert bounds[0] == 0 and bounds[-1] == units * multiple and len(bounds) == size + 1
+    lengths = [right - left for left, right in itertools.pairwise(bounds)]
+    assert lengths == sorted(lengths, reverse=True) and max(lengths) - min(lengths) <= multiple
+    assert all(length % multiple == 0 for length in lengths)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from made_corpora import numbered_documents, write_corpus
 
@@ -40,7 +41,8 @@ def data_config(corpus) -> DataConfig:
 def test_the_parts_are_the_sequences_of_the_step(corpus):
     parts = list(documents_of_step(Sources(data_config(corpus)), 7, 6))
     (batch,) = Loader(data_config(corpus), 300, 6, 6).micro_batches(7)
-    for row, ids in enumerate(batch.document_ids_BS):
+    assert batch.documents is not None
+    for row, ids in enumerate(batch.documents.numbers(torch.arange(S))):
         mine = [part for part in parts if part.sequence == row]
         assert [part.tokens for part in mine] == ids.bincount().tolist()
         numbers = [part.document for part in mine]

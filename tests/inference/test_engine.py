@@ -12,7 +12,7 @@ from based_megatron.errors import ConfigError
 from based_megatron.inference.engine import Engine, PromptGraph
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
-from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import build_topology
 from support.pool import rank_device
 
@@ -46,7 +46,7 @@ def some_tokens(batch: int = 3, tokens: int = TOKENS) -> Tensor:
 @torch.no_grad()
 def full_logits(model: BasedModel, topology: Any, tokens: Tensor) -> Tensor:
     """[B, L, V] of the training forward."""
-    plan = SequencePlan.build(None, tokens.shape[1], topology.context, topology.device)
+    plan = whole_sequence(None, tokens.shape[1], topology.device)
     return model(tokens, plan).transpose(0, 1)
 
 

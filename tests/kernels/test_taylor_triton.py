@@ -14,6 +14,7 @@ from kernel_oracles import DEVICE, assert_same_gradients, document_ids, moments,
 from torch import Tensor
 
 from based_megatron.kernels.taylor_attention import segment_state, taylor_attention, triton_attention
+from based_megatron.kernels.taylor_attention.attention import Steps, TaylorAttention
 from based_megatron.kernels.taylor_attention.triton_attention import Schedule
 
 DOUBLE = torch.float64
@@ -47,9 +48,14 @@ def in_fp32(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype) for x in tensors]
 
 
+def run_kernels(q, k, v, state, ids, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Output and final state, with gradients, on the kernels' device."""
+    return TaylorAttention.apply(q, k, v, state, ids, Steps(triton_attention, schedule), True)
+
+
 def triton(q, k, v, state, ids, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """The kernels in fp32, on fp64 tensors of the CPU: output and final state."""
-    outputs = triton_attention.TaylorAttention.apply(*in_fp32(q, k, v, state, ids), schedule)
+    outputs = run_kernels(*in_fp32(q, k, v, state, ids), schedule)
     return tuple(x.cpu().double() for x in outputs)
 
 
@@ -163,10 +169,7 @@ def test_views_of_a_fused_projection() -> None:
 def test_one_row_of_document_ids_serves_the_whole_batch() -> None:
     q, k, v, state = in_fp32(*(x.detach() for x in make_inputs(3, 37)))
     ids = document_ids("random", 1, 37).to(DEVICE)
-    shared, repeated = (
-        triton_attention.TaylorAttention.apply(q, k, v, state, rows, small_schedule())
-        for rows in (ids, ids.repeat(3, 1).long())
-    )
+    shared, repeated = (run_kernels(q, k, v, state, rows, small_schedule()) for rows in (ids, ids.repeat(3, 1).long()))
     assert all(torch.equal(a, b) for a, b in zip(shared, repeated, strict=True))
 
 
@@ -186,7 +189,7 @@ def test_same_bits_run_to_run() -> None:
     ids = document_ids("random", 2, 70).to(DEVICE)
 
     def run() -> list[Tensor]:
-        outputs = triton_attention.TaylorAttention.apply(*leaves, ids, small_schedule())
+        outputs = run_kernels(*leaves, ids, small_schedule())
         return [*outputs, *torch.autograd.grad(sum(x.sin().sum() for x in outputs), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

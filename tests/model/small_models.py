@@ -11,7 +11,8 @@ from based_megatron.config import Config, ParallelConfig
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.model.config import BasedConfig, based_config
-from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
 from based_megatron.parallel.topology import Topology, build_topology
 from support.layouts import small_config
 from support.pool import rank_device
@@ -56,4 +57,5 @@ def some_tokens(topology: Topology, length: int = 24, vocab: int = 91) -> tuple[
 
 def whole_plan(topology: Topology, length: int = 24, document_ids: Tensor | None = None) -> SequencePlan:
     """Sequences that lie on one rank."""
-    return SequencePlan.build(document_ids, length, topology.context, topology.device)
+    documents = None if document_ids is None else Documents.from_ids(document_ids)
+    return whole_sequence(documents, length, topology.device)

@@ -16,8 +16,8 @@ from based_megatron.model.build import build_model
 from based_megatron.model.config import based_config
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.ranks import ContextRanks
 from based_megatron.parallel.stages import split_layers
-from based_megatron.parallel.topology import Axis
 
 DOUBLE = torch.float64
 
@@ -139,7 +139,7 @@ def test_a_document_does_not_see_the_one_before(worker_pool):
 def rotary_errors() -> float:
     """The tables of the third slice of four."""
     model, topology = build(torch.float32)
-    plan = SequencePlan(Axis(topology.context.group, 2, 4), 6, None, None)
+    plan = SequencePlan(ContextRanks(2, 4), (0, 5, 12, 18, 24), None, topology.device)
     found = model._rotary(plan, topology.device)
     assert found is not None
     expected = rotary_tables(here(torch.arange(12, 18)), 8, 1.0, 1e4)

@@ -1,188 +1,166 @@
-"""States and halos over slices of a sequence equal the whole sequence, in value and gradient, in fp64.
+"""Mixers over slices of a sequence are the mixers over the whole, in value and gradient, in fp64.
 
-Every rank computes the whole sequence too, from the same seed, and reports how far its slice is from it. Legend as in
-sequence/plan.py.
+Every rank computes the whole sequence too, from the same seed, and reports how far its slice is from it.
 """
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from based_megatron.config import ModelConfig, ParallelConfig
+from based_megatron.kernels.exchange import Halo, ReceivedHalo
 from based_megatron.kernels.rotary import rotary_tables
+from based_megatron.kernels.sliding_window import sliding_window_over_slices
+from based_megatron.kernels.taylor_attention import finish_sliced_attention, start_sliced_attention
 from based_megatron.model.config import based_config
 from based_megatron.model.mixers import MIXERS, MixerInputs, MixerSubmodules
-from based_megatron.model.mixers.linear_attention import TaylorLinearAttention
-from based_megatron.parallel.sequence.exchange import exclusive_prefix, with_halo
-from based_megatron.parallel.sequence.plan import SequencePlan
-from based_megatron.parallel.topology import Axis, Topology, build_topology
+from based_megatron.parallel.sequence.channel import Pending
+from based_megatron.parallel.sequence.halos import HaloExchange
+from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
+from based_megatron.parallel.sequence.ranks import ContextRanks
+from based_megatron.parallel.sequence.scan import start_gated_sum
+from based_megatron.parallel.sequence.states import StateExchange
+from based_megatron.parallel.topology import Topology, build_topology
 from support.cases import each
 from support.pool import rank_device
+from support.sequence import CPU, flows, gap, on_threads, plan_for, seeded, telling_documents
 
 EXACT = 1e-12
+BOUNDS = {
+    1: [(0, 9)],
+    2: [(0, 1, 2), (0, 3, 10), (0, 8, 9)],
+    3: [(0, 1, 2, 3), (0, 8, 16, 24), (0, 2, 3, 11)],
+    4: [(0, 1, 2, 3, 4), (0, 8, 16, 24, 32), (0, 1, 7, 9, 17), (0, 9, 10, 11, 12)],
+    8: [(0, 1, 2, 3, 4, 5, 6, 7, 8), (0, 3, 4, 8, 9, 10, 17, 18, 22)],
+}
+"""Slices of one token, even ones, uneven ones; shorter than the window of 5 and the 3 earlier inputs of four taps, and longer."""
 
 
-def world_axis() -> Axis:
-    assert dist.group.WORLD is not None
-    return Axis(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-
-
-def documents(length: int, size: int) -> Tensor:
-    """Ids [B, S] with the starts that matter; each row is another case."""
-    total = length * size
-    starts: list[list[int]] = [
-        [],  # one document over all slices
-        [length],  # on the boundary of the second slice
-        [length - 1],  # the last token of the first slice
-        [length + 1],  # the second token of the second slice
-        [p * length for p in range(1, size)],  # every slice its own document
-        [length * (size - 1) + length // 2, total - 1],  # two in the last slice
-        [length // 2],  # inside the first slice
-        [total // 2, total // 2 + 1],  # a document of one token
-        list(range(1, total)),  # every token its own document
+def errors_of_sums(bounds: tuple[int, ...], reverse: bool) -> dict[str, float]:
+    """Over processes: the sum of the states of other slices, and bytes and calls beside it."""
+    topology = build_topology(ParallelConfig(context=dist.get_world_size()), rank_device(dist.get_rank()))
+    ranks, ids = topology.sequence, telling_documents(bounds)
+    states = seeded(ranks.size, len(ids), 2, 3, seed=1)
+    gates = [
+        [[float(flows(row, bounds, *((r, p) if reverse else (p, r)))) for row in ids] for p in range(ranks.size)]
+        for r in range(ranks.size)
     ]
-    ids = torch.zeros(len(starts), total, dtype=torch.int32)
-    for row, places in enumerate(starts):
-        for place in places:
-            if 0 < place < total:
-                ids[row, place:] += 1
-    return ids
+    expected = torch.einsum("rpb,pb...->rb...", torch.tensor(gates, dtype=torch.float64), states)
+    found = start_gated_sum(states[ranks.rank], plan_for(ranks, bounds, ids), reverse=reverse).wait()
+    return {"value": gap(found, expected[ranks.rank])}
 
 
-def flows(ids_S: Tensor, length: int, earlier: int, later: int) -> bool:
-    """Whether one document runs from the last token of one slice to the first of a later one."""
-    return earlier < later and len(set(ids_S[(earlier + 1) * length - 1 : later * length + 1].tolist())) == 1
-
-
-def gap(found: Tensor | None, expected: Tensor | None) -> float:
-    assert found is not None and expected is not None and found.shape == expected.shape
-    return float((found - expected).abs().max()) if found.numel() else 0.0
-
-
-def seeded(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def prefix_errors(length: int, packed: bool) -> dict[str, float]:
-    """Errors of the prefix and of its gradient against the sum written out over pairs of slices."""
-    axis = world_axis()
-    ids = documents(length, axis.size)
-    rows = len(ids)
-    states = seeded(axis.size, rows, 2, 3, seed=1).requires_grad_()
-    cotangents = seeded(axis.size, rows, 2, 3, seed=2)
-    gates = torch.tensor(
-        [
-            [[float(flows(ids[b] if packed else ids[0], length, p, r)) for b in range(rows)] for p in range(axis.size)]
-            for r in range(axis.size)
-        ],
-        dtype=torch.float64,
-    )
-    expected = torch.einsum("rpb,pb...->rb...", gates, states)
-    expected.backward(cotangents)
-
-    plan = SequencePlan.build(ids if packed else None, length, axis, torch.device("cpu"))
-    mine = states.detach()[axis.rank].clone().requires_grad_()
-    found = exclusive_prefix(mine, plan)
-    assert found is not None and states.grad is not None
-    found.backward(cotangents[axis.rank])
-    return {"value": gap(found, expected[axis.rank]), "gradient": gap(mine.grad, states.grad[axis.rank])}
-
-
-def wrong(errors: dict[Any, dict[str, float]]) -> dict[Any, dict[str, float]]:
-    """The cases that are not exact."""
-    return {case: found for case, found in errors.items() if not max(found.values()) < EXACT}
-
-
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_prefix_is_the_sum_over_earlier_slices_of_the_document(worker_pool, size, packed):
-    for errors in worker_pool(size).run(each, prefix_errors, [(length, packed) for length in (1, 2, 5)]):
-        assert wrong(errors) == {}
+def test_sums_over_processes(worker_pool, size):
+    cases = [(bounds, reverse) for bounds in BOUNDS[size] for reverse in (False, True)]
+    for errors in worker_pool(size).run(each, errors_of_sums, cases):
+        assert {case: found for case, found in errors.items() if not found["value"] < EXACT} == {}
 
 
-def prefix_beside_a_huge_state() -> tuple[float, float]:
-    """Largest (prefix of the first rank, change of the last rank's prefix) when the last rank's own state is 1e30."""
-    axis = world_axis()
-    plan = SequencePlan.build(None, 4, axis, torch.device("cpu"))
-    state = torch.full((1, 3), 0.1, dtype=torch.float32)
-    plain = exclusive_prefix(state, plan)
-    beside = exclusive_prefix(state * (1e30 if axis.rank == axis.size - 1 else 1), plan)
-    assert plain is not None and beside is not None
-    return float(plain.abs().max()), float((beside - plain).abs().max())
+def errors_of_algorithms() -> list[float]:
+    """Of the algorithms over four processes, two to a node."""
+    bounds, errors = (0, 1, 7, 9, 17), []
+    ids = telling_documents(bounds)
+    states = seeded(4, len(ids), 5, seed=1)
+    for algorithm, reverse in itertools.product(("all_gather", "two_level", "chain"), (False, True)):
+        parallel = ParallelConfig(context=4, state_exchange=algorithm)
+        ranks = build_topology(parallel, rank_device(dist.get_rank()), node_ranks=2).sequence
+        plan = plan_for(ranks, bounds, ids)
+        expected = torch.einsum(
+            "bp,pb...->b...",
+            (plan.gates.transpose(1, 2) if reverse else plan.gates)[:, ranks.rank].double(),
+            states,
+        )
+        errors.append(gap(start_gated_sum(states[ranks.rank], plan, reverse=reverse).wait(), expected))
+    return errors
 
 
-def test_the_prefix_is_never_a_difference(worker_pool):
-    """`Inclusive minus own` would lose every digit here, and leave rounding on the first rank."""
-    results = worker_pool(4).run(prefix_beside_a_huge_state)
-    assert results[0][0] == 0.0
-    assert [changed for _, changed in results] == [0.0] * 4
+def test_algorithms_over_processes_agree(worker_pool):
+    for errors in worker_pool(4).run(errors_of_algorithms):
+        assert len(errors) == 6 and max(errors) < EXACT
 
 
-def test_one_rank_needs_no_prefix_and_no_halo():
-    plan = SequencePlan.build(documents(4, 1), 4, Axis(None, 0, 1), torch.device("cpu"))  # type: ignore[arg-type]
-    x = torch.rand(9, 4, 2)
-    assert exclusive_prefix(x, plan) is None and with_halo(x, 3, plan) is x
-
-
-def halo_errors(length: int, wanted: int) -> dict[str, float]:
-    """Errors of the halo and of its gradient against a slice of the whole."""
-    axis = world_axis()
-    ids = documents(length, axis.size)
-    whole = seeded(len(ids), axis.size * length, 2, 3, seed=3).requires_grad_()
-    plan = SequencePlan.build(ids, length, axis, torch.device("cpu"))
-    reach = [slice(max(0, rank * length - wanted), (rank + 1) * length) for rank in range(axis.size)]
-    cotangents = [seeded(*whole[:, part].shape, seed=10 + rank) for rank, part in enumerate(reach)]
-    torch.stack([(whole[:, part] * g).sum() for part, g in zip(reach, cotangents, strict=True)]).sum().backward()
-
-    here = slice(axis.rank * length, (axis.rank + 1) * length)
-    mine = whole.detach()[:, here].clone().requires_grad_()
-    found = with_halo(mine, wanted, plan)
-    found.backward(cotangents[axis.rank])
+def halo_errors(ranks: ContextRanks, bounds: tuple[int, ...], wanted: int) -> dict[str, float]:
+    """Errors of the halo, within its documents, and of its gradient against a slice of the whole."""
+    ids, here = telling_documents(bounds), slice(bounds[ranks.rank], bounds[ranks.rank + 1])
+    whole = seeded(len(ids), bounds[-1], 2, 3, seed=3).requires_grad_()
+    plans = [plan_for(dataclasses.replace(ranks, rank=rank), bounds, ids) for rank in range(ranks.size)]
+    cotangents = [
+        seeded(len(ids), plan.halo_rows(wanted), 2, 3, seed=10 + rank)
+        * (plan.document_ids(wanted)[:, : plan.halo_rows(wanted)] == ids[:, plan.start, None])[..., None, None]  # type: ignore[index]
+        for rank, plan in enumerate(plans)
+    ]
+    parts = [whole[:, plan.start - plan.halo_rows(wanted) : plan.start] for plan in plans]
+    total = torch.stack([(part * g).sum() for part, g in zip(parts, cotangents, strict=True)]).sum()
+    if total.requires_grad:
+        total.backward()
     assert whole.grad is not None
+    plan, mine = plans[ranks.rank], whole.detach()[:, here].clone().requires_grad_()
+    exchange = HaloExchange(plan, "test", 1, wanted)
+    arriving = exchange.start(lambda: mine[:, mine.shape[1] - exchange.tail_rows :])
+    found = ReceivedHalo.apply(mine, Halo(arriving, exchange))
+    found.backward(cotangents[ranks.rank])
+    needed = cotangents[ranks.rank] != 0
     return {
-        "value": gap(found, whole[:, reach[axis.rank]]),
+        "value": gap(found * needed, parts[ranks.rank] * needed),
         "gradient": gap(mine.grad, whole.grad[:, here]),
-        "ids": gap(plan.document_ids(wanted), ids[:, reach[axis.rank]]),
-        "rows": abs(plan.halo_rows(wanted) - (found.shape[1] - length)),
     }
 
 
-@pytest.mark.parametrize("length", [1, 3])
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_halo_is_the_tokens_before_the_slice(worker_pool, size, length):
-    """Shorter than, as long as, and longer than a slice, two slices, and the sequence."""
-    for errors in worker_pool(size).run(each, halo_errors, [(length, rows) for rows in (0, 1, 2, 3, 4, 7, 9, 100)]):
-        assert wrong(errors) == {}
+def halo_errors_of_processes(bounds: tuple[int, ...], wanted: int) -> dict[str, float]:
+    parallel = ParallelConfig(context=dist.get_world_size())
+    return halo_errors(build_topology(parallel, rank_device(dist.get_rank())).sequence, bounds, wanted)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 5, 9, 100])
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_a_halo_is_the_tokens_before_the_slice(size, wanted):
+    """Shorter than, as long as, and longer than a slice, several slices, and the sequence."""
+    for bounds in BOUNDS[size]:
+        for errors in on_threads(size, lambda ranks, bounds=bounds: halo_errors(ranks, bounds, wanted)):
+            assert max(errors.values()) < EXACT, bounds
+
+
+def test_halos_over_processes(worker_pool):
+    cases = [(bounds, wanted) for bounds in BOUNDS[4] for wanted in (1, 5, 100)]
+    for errors in worker_pool(4).run(each, halo_errors_of_processes, cases):
+        assert {case: found for case, found in errors.items() if not max(found.values()) < EXACT} == {}
 
 
 def mixer_errors(
-    letter: str, lengths: list[int], dtype: torch.dtype = torch.float64, backend: str = "reference", **model: Any
+    letter: str,
+    cases: list[tuple[int, ...]],
+    dtype: torch.dtype = torch.float64,
+    backend: str = "reference",
+    recompute: str = "none",
+    **model: Any,
 ) -> dict[str, float]:
     """Errors of a mixer over slices against the same mixer over the whole: output, input gradient, weight gradients."""
     parallel = ParallelConfig(context=dist.get_world_size())
     topology = build_topology(parallel, rank_device(dist.get_rank()))
     mixer = small_mixer(letter, topology, parallel, dtype, backend, model)
-    axis = topology.context
     errors: dict[str, float] = {}
-    for length, packed in itertools.product(lengths, [False, True]):
-        ids = documents(length, axis.size) if packed else None
-        x = seeded(length * axis.size, 9, 16, seed=20).to(dtype)
+    for bounds, packed in itertools.product(cases, [False, True]):
+        ids = telling_documents(bounds) if packed else None
+        x = seeded(bounds[-1], 10, 16, seed=20).to(dtype)
         cotangent = seeded(*x.shape, seed=21).to(dtype)
-        here = slice(axis.rank * length, (axis.rank + 1) * length)
-        whole = run_mixer(mixer, x, cotangent, SequencePlan.build(ids, len(x), Axis(axis.group, 0, 1), topology.device))
-        mine = run_mixer(mixer, x[here], cotangent[here], SequencePlan.build(ids, length, axis, topology.device))
+        plan = plan_for(topology.sequence, bounds, ids)
+        here = slice(plan.start, plan.end)
+        whole = run_mixer(mixer, x, cotangent, whole_sequence(plan.documents, len(x), CPU))
+        mine = run_mixer(mixer, x[here], cotangent[here], plan)
         weights = [name for name in mine if name not in ("output", "input")]
         for name in weights:
-            dist.all_reduce(mine[name], group=axis.group)
-        case = f"slices of {length}, {'packed' if packed else 'one document'}: "
+            dist.all_reduce(mine[name], group=topology.context.group)
+        case = f"slices {bounds}, {'packed' if packed else 'one document'}: "
         parts = {name: whole[name][here] if name in ("output", "input") else whole[name] for name in mine}
-        errors |= {case + name: gap(mine[name], part) / float(part.abs().max()) for name, part in parts.items()}
+        scales = {name: float(whole[name].abs().max()) for name in mine}
+        errors |= {case + name: gap(mine[name], part) / scales[name] for name, part in parts.items() if scales[name]}
     return errors
 
 
@@ -205,7 +183,7 @@ def small_mixer(
 def run_mixer(mixer: Any, x: Tensor, cotangent: Tensor, plan: SequencePlan) -> dict[str, Tensor]:
     """Output and all gradients."""
     x = x.clone().requires_grad_()
-    rotary = rotary_tables(torch.arange(plan.start, plan.start + plan.length), 8, 1.0, 1e4, x.dtype)
+    rotary = rotary_tables(torch.arange(plan.start, plan.end), 8, 1.0, 1e4, x.dtype)
     mixer.zero_grad()
     output = mixer(x, inputs=MixerInputs(plan, rotary))[0]
     output.backward(cotangent)
@@ -214,45 +192,127 @@ def run_mixer(mixer: Any, x: Tensor, cotangent: Tensor, plan: SequencePlan) -> d
     return {"output": output.detach(), "input": x.grad, **gradients}
 
 
-@pytest.mark.parametrize(
-    ("letter", "model"),
-    [
-        ("c", {}),
-        ("c", {"conv_kernel": 4}),
-        ("c", {"conv_kernel": 1}),
-        ("L", {}),
-        ("S", {}),
-        ("S", {"window_left": 0}),
-        ("A", {}),
-    ],
-)
-def test_a_mixer_over_four_slices_is_the_mixer_over_the_whole(worker_pool, letter, model):
-    """A window of 5 before is longer than slices of 1 and 3; 4 taps reach over three slices of 1."""
-    for errors in worker_pool(4).run(mixer_errors, letter, [1, 3, 8], **model):
-        assert len(errors) > 2 * 3 * 3
-        assert {case: error for case, error in errors.items() if not error < EXACT} == {}
+MODELS: list[tuple[str, dict[str, int]]] = [
+    ("c", {}),
+    ("c", {"conv_kernel": 4}),
+    ("c", {"conv_kernel": 1}),
+    ("L", {}),
+    ("S", {}),
+    ("S", {"window_left": 0}),
+    ("A", {}),
+]
+
+
+@pytest.mark.parametrize("size", BOUNDS)
+def test_mixers_over_slices_are_the_mixers_over_the_whole(worker_pool, size):
+    cases = [(letter, BOUNDS[size]) for letter, _ in MODELS]
+    for results in worker_pool(size).run(each_mixer, cases, [model for _, model in MODELS]):
+        for case, errors in results.items():
+            assert len(errors) > 2 * 3 * len(BOUNDS[size]), case
+            assert {name: error for name, error in errors.items() if not error < EXACT} == {}, case
+
+
+def each_mixer(cases: list[tuple[Any, ...]], models: list[dict[str, int]]) -> dict[str, dict[str, float]]:
+    """mixer_errors of all of them."""
+    return {f"{case[0]} {model}": mixer_errors(*case, **model) for case, model in zip(cases, models, strict=True)}
 
 
 @pytest.mark.parametrize("letter", ["c", "L", "S"])
-def test_the_kernels_over_two_slices_are_the_kernels_over_the_whole(worker_pool, letter):
+def test_the_kernels_over_slices_are_the_kernels_over_the_whole(worker_pool, letter):
     """States, halos and their gradients through the Triton kernels, interpreted on a CPU."""
-    for errors in worker_pool(2).run(mixer_errors, letter, [3, 20], torch.float32, "triton"):
+    for errors in worker_pool(3).run(mixer_errors, letter, [(0, 1, 4, 24), (0, 20, 40, 41)], torch.float32, "triton"):
         assert {case: error for case, error in errors.items() if not error < 1e-5} == {}
 
 
-def test_the_state_of_a_slice_comes_from_the_kernels(monkeypatch):
-    """Its reference would be right, and many times slower on a GPU."""
-    asked: list[str] = []
+class Ranks(torch.autograd.Function):
+    """All ranks' programs as one function of all their inputs: each runs, and is run backward, in a thread of its own."""
 
-    def segment_state(*args: Any, backend: str) -> Tensor:
-        asked.append(backend)
-        raise NotImplementedError
+    @staticmethod
+    def forward(ctx: Any, run: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            share = len(inputs) // run.size
+            outputs = on_threads(
+                run.size,
+                lambda ranks: run.program(ranks, *leaves[ranks.rank * share : (ranks.rank + 1) * share]),
+                run.algorithm,
+                run.node_ranks,
+            )
+        ctx.leaves, ctx.outputs, ctx.share = leaves, outputs, share
+        return tuple(x.detach() for x in outputs)
 
-    monkeypatch.setattr("based_megatron.model.mixers.linear_attention.segment_state", segment_state)
-    mixer = SimpleNamespace(
-        qkv=lambda x: (x, None), heads=1, local_parts=[4, 4, 4], config=SimpleNamespace(backend="triton")
-    )
-    plan = SimpleNamespace(document_ids=lambda: None, axis=SimpleNamespace(size=2))
-    with pytest.raises(NotImplementedError):
-        TaylorLinearAttention.forward(mixer, torch.zeros(3, 1, 12), inputs=SimpleNamespace(plan=plan))
-    assert asked == ["triton"]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        def program(ranks: ContextRanks) -> list[Tensor]:
+            mine = ctx.leaves[ranks.rank * ctx.share : (ranks.rank + 1) * ctx.share]
+            return list(torch.autograd.grad(ctx.outputs[ranks.rank], mine, grads[ranks.rank], retain_graph=True))
+
+        found = on_threads(len(ctx.outputs), program)
+        return None, *itertools.chain.from_iterable(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What `Ranks` runs."""
+
+    size: int
+    program: Any
+    algorithm: Any = "auto"
+    node_ranks: int = 0
+
+
+GRADCHECK_BOUNDS = (0, 2, 3, 5, 6)
+GRADCHECK_IDS = torch.tensor([[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 2]], dtype=torch.int32)
+
+
+def slice_inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """For each rank, tensors [B, L, *shape]."""
+    lengths = [end - start for start, end in itertools.pairwise(GRADCHECK_BOUNDS)]
+    rows = len(GRADCHECK_IDS)
+    return [
+        seeded(rows, length, *shape, seed=10 * rank + i).requires_grad_()
+        for rank, length in enumerate(lengths)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize(("algorithm", "node_ranks"), [("all_gather", 0), ("two_level", 2), ("chain", 0)])
+def test_gradcheck_of_attention_over_slices(algorithm, node_ranks):
+    def program(ranks: ContextRanks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plan = plan_for(ranks, GRADCHECK_BOUNDS, GRADCHECK_IDS)
+        started = start_sliced_attention(k, v, StateExchange(plan, 1), document_ids_BL=plan.document_ids())
+        return finish_sliced_attention(q, k, v, started)
+
+    run = Programs(4, program, algorithm, node_ranks)
+    assert torch.autograd.gradcheck(lambda *x: Ranks.apply(run, *x), slice_inputs((1, 2), (1, 2), (1, 2)))
+
+
+def test_gradcheck_of_windows_over_slices():
+    def program(ranks: ContextRanks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plan = plan_for(ranks, GRADCHECK_BOUNDS, GRADCHECK_IDS)
+        exchange = HaloExchange(plan, "window", 1, 3)
+        arriving = exchange.start(lambda: torch.stack([k, v], dim=2)[:, k.shape[1] - exchange.tail_rows :])
+        ids = plan.document_ids(3)
+        return sliding_window_over_slices(q, k, v, Halo(arriving, exchange), window_left=3, key_document_ids_BS=ids)
+
+    run = Programs(4, program)
+    assert torch.autograd.gradcheck(lambda *x: Ranks.apply(run, *x), slice_inputs((1, 2), (1, 2), (1, 2)))
+
+
+def test_the_state_of_a_slice_is_not_computed_where_nobody_needs_it():
+    """No document crosses: no rank asks for moments, and none waits for another."""
+    ids = torch.tensor([[0, 0, 1, 1]], dtype=torch.int32)
+
+    def never() -> Tensor:
+        raise AssertionError("asked for moments")
+
+    for ranks in (ContextRanks(0, 2), ContextRanks(1, 2)):
+        exchange = StateExchange(plan_for(ranks, (0, 2, 4), ids), 1)
+        assert exchange.start_prefix(never).wait() is None and exchange.start_suffix(never).wait() is None
+
+
+def test_pending_is_waited_for_once():
+    times: list[int] = []
+    pending = Pending(lambda: times.append(1) or 5).then(lambda x: x + 1)
+    assert pending.wait() == pending.wait() == 6 and times == [1]

@@ -11,6 +11,8 @@ from based_megatron.config import Config, DataConfig, ModelConfig, OptimizerConf
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
+from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.slices import even_bounds, slice_of
 from based_megatron.parallel.topology import Topology, build_topology
 from based_megatron.train.optimizer import build_engine, set_learning_rate
 from based_megatron.train.step import Step, build_step
@@ -60,15 +62,18 @@ def global_batch(step: int, packed: bool) -> dict[str, Tensor]:
     return {**batch, "ids": starts.cumsum(1).int()} if packed else batch
 
 
-def local_micro_batches(batch: dict[str, Tensor], topology: Topology, micro_batch: int) -> list[MicroBatch]:
-    """What the loader would give this rank."""
+def local_micro_batches(
+    batch: dict[str, Tensor], topology: Topology, micro_batch: int, bounds: tuple[int, ...] = ()
+) -> list[MicroBatch]:
+    """What the loader would give this rank, in even slices if no bounds are given."""
     per_rank = GLOBAL_BATCH // topology.data.size
     rows = slice(topology.data.rank * per_rank, (topology.data.rank + 1) * per_rank)
-    length = SEQUENCE_TOKENS // topology.context.size
-    columns = slice(topology.context.rank * length, (topology.context.rank + 1) * length)
+    bounds = bounds or even_bounds(SEQUENCE_TOKENS, topology.context.size)
+    columns = slice_of(bounds, topology.context.rank)
     parts = [batch[key][rows, columns].contiguous().split(micro_batch) for key in ("tokens", "labels", "mask")]
     ids = batch["ids"][rows].split(micro_batch) if "ids" in batch else [None] * len(parts[0])
-    return [MicroBatch(*part) for part in zip(*parts, ids, strict=True)]
+    documents = [None if part is None else Documents.from_ids(part) for part in ids]
+    return [MicroBatch(*part, bounds, number) for number, part in enumerate(zip(*parts, documents, strict=True))]
 
 
 @dataclasses.dataclass

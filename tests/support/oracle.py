@@ -7,7 +7,8 @@ import torch
 
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
-from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.optimizer import parameter_groups
 from support.layouts import global_batch, small_config
@@ -23,7 +24,8 @@ def write_oracle(path: Path, packed: bool, steps: int, clip: float, lr: float) -
     losses, norms, gradients = [], [], {}
     for number in range(steps):
         batch = {key: value.to(topology.device) for key, value in global_batch(number, packed).items()}
-        plan = SequencePlan.build(batch.get("ids"), batch["tokens"].shape[1], topology.context, topology.device)
+        documents = Documents.from_ids(batch["ids"]) if packed else None
+        plan = whole_sequence(documents, batch["tokens"].shape[1], topology.device)
         loss = (model(batch["tokens"], plan, batch["labels"]) * batch["mask"]).sum() / batch["mask"].sum()
         optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,7 @@ import torch
 
 from based_megatron.config import MonitorConfig, ParallelConfig
 from based_megatron.model.build import build_model
-from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.callbacks import sampler
 from based_megatron.train.callbacks.sampler import Sampler, next_token
@@ -32,7 +32,7 @@ def expected_tokens() -> list[int]:
     (model,) = build_model(config, topology)
     found = []
     for ids in prompts():
-        plan = SequencePlan.build(None, len(ids), topology.context, topology.device)
+        plan = whole_sequence(None, len(ids), topology.device)
         with torch.no_grad():
             logits = model(torch.tensor([ids], device=topology.device), plan)
         found.append(int(logits[-1, 0, :VOCAB].argmax()))

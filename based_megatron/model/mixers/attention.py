@@ -7,8 +7,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from based_megatron.kernels.decode import WindowState, window_step
+from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.rotary import apply_rotary
-from based_megatron.kernels.sliding_window import full_attention, sliding_window_attention
+from based_megatron.kernels.sliding_window import (
+    full_attention,
+    joined_keys,
+    sliding_window_attention,
+    sliding_window_over_slices,
+)
 from based_megatron.model.mixers.base import (
     Continuation,
     Mixer,
@@ -17,7 +23,9 @@ from based_megatron.model.mixers.base import (
     merge_heads,
     split_heads,
 )
-from based_megatron.parallel.sequence.exchange import with_halo
+from based_megatron.parallel.linear import Projection
+from based_megatron.parallel.sequence.halos import HaloExchange
+from based_megatron.parallel.sequence.plan import SequencePlan
 
 
 class SoftmaxAttention(Mixer):
@@ -32,26 +40,53 @@ class SoftmaxAttention(Mixer):
         self.out_proj = self.row(width)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
-        assert inputs.rotary is not None
-        q, k, v = (heads_first_batch(part, self.heads) for part in self.qkv(x)[0].chunk(3, dim=-1))
-        q, k = (apply_rotary(x, *inputs.rotary, backend=self.config.backend) for x in (q, k))
-        plan, rows = inputs.plan, self.halo_rows(inputs)
-        k, v, ids = with_halo(k, rows, plan), with_halo(v, rows, plan), plan.document_ids(rows)
-        return self.out_proj(merge_heads(self.attend(q, k, v, ids)))[0], None
+        plan, rotary, rows = inputs.plan, inputs.rotary, self.look_back(inputs.plan)
+        assert rotary is not None
+        if plan.is_whole or not rows:
+            mixed = self.attend(*self._rotated(self.qkv(x)[0], rotary), plan.document_ids())
+        else:
+            mixed = self.qkv(x, body=lambda project: self._mix_slice(project, plan, rotary, rows))[0]
+        return self.out_proj(merge_heads(mixed))[0], None
 
-    def halo_rows(self, inputs: MixerInputs) -> int:
-        """Keys wanted in front of a slice."""
+    def _mix_slice(self, project: Projection, plan: SequencePlan, rotary: tuple[Tensor, Tensor], rows: int) -> Tensor:
+        """Keys and values of the last rows are projected first, and are under way while the others are."""
+        exchange = HaloExchange(plan, "window", self.layer_number, rows, keep=self.keeps_received)
+        arriving = exchange.start(lambda: self._tail(project, rotary, exchange.tail_rows))
+        q, k, v = self._rotated(project(), rotary)
+        return self.attend_slice(q, k, v, Halo(arriving, exchange), plan.document_ids(rows))
+
+    def _rotated(self, qkv_LBX: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (heads_first_batch(part, self.heads) for part in qkv_LBX.chunk(3, dim=-1))
+        q, k = (apply_rotary(x, *rotary, backend=self.config.backend) for x in (q, k))
+        return q, k, v
+
+    def _tail(self, project: Projection, rotary: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+        """Keys and values of the last tokens, [B, t, 2, H, V]."""
+        width = self.heads * self.head_dim
+        kv = project.tail(tokens, slice(width, 3 * width))
+        k, v = (heads_first_batch(part, self.heads) for part in kv.chunk(2, dim=-1))
+        k = apply_rotary(k, *(table[table.shape[0] - tokens :] for table in rotary), backend=self.config.backend)
+        return torch.stack([k, v], dim=2)
+
+    def look_back(self, plan: SequencePlan) -> int:
+        """Keys before a slice that its queries may see."""
         raise NotImplementedError
 
     def attend(self, q_BLHV: Tensor, k_BKHV: Tensor, v_BKHV: Tensor, key_document_ids_BK: Tensor | None) -> Tensor:
-        """Causal attention of the last L of K = N + L positions. Returns [B, L, H, V]."""
+        """Causal attention of the last L of K positions. Returns [B, L, H, V]."""
+        raise NotImplementedError
+
+    def attend_slice(
+        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BK: Tensor | None
+    ) -> Tensor:
+        """The same where keys and values before the slice are a halo [B, N, 2, H, V] on its way, K = N + L."""
         raise NotImplementedError
 
 
 class SlidingWindowAttention(SoftmaxAttention):
     """Each query sees itself and `window_left` keys before it."""
 
-    def halo_rows(self, inputs: MixerInputs) -> int:
+    def look_back(self, plan: SequencePlan) -> int:
         return self.config.model.window_left
 
     def attend(self, q_BLHV: Tensor, k_BKHV: Tensor, v_BKHV: Tensor, key_document_ids_BK: Tensor | None) -> Tensor:
@@ -59,6 +94,19 @@ class SlidingWindowAttention(SoftmaxAttention):
             q_BLHV,
             k_BKHV,
             v_BKHV,
+            window_left=self.config.model.window_left,
+            key_document_ids_BS=key_document_ids_BK,
+            backend=self.config.backend,
+        )
+
+    def attend_slice(
+        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BK: Tensor | None
+    ) -> Tensor:
+        return sliding_window_over_slices(
+            q_BLHV,
+            k_BLHV,
+            v_BLHV,
+            halo,
             window_left=self.config.model.window_left,
             key_document_ids_BS=key_document_ids_BK,
             backend=self.config.backend,
@@ -100,8 +148,14 @@ class SlidingWindowAttention(SoftmaxAttention):
 class FullAttention(SoftmaxAttention):
     """Each query sees all keys before it. Context parallel ranks gather them: memory grows with the whole sequence."""
 
-    def halo_rows(self, inputs: MixerInputs) -> int:
-        return inputs.plan.length * (inputs.plan.axis.size - 1)
+    def look_back(self, plan: SequencePlan) -> int:
+        return plan.bounds[-1] if plan.ranks.size > 1 else 0
 
     def attend(self, q_BLHV: Tensor, k_BKHV: Tensor, v_BKHV: Tensor, key_document_ids_BK: Tensor | None) -> Tensor:
         return full_attention(q_BLHV, k_BKHV, v_BKHV, key_document_ids_BS=key_document_ids_BK)
+
+    def attend_slice(
+        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BK: Tensor | None
+    ) -> Tensor:
+        k_BKHV, v_BKHV = joined_keys(k_BLHV, v_BLHV, halo)
+        return self.attend(q_BLHV, k_BKHV, v_BKHV, key_document_ids_BK)

@@ -73,6 +73,11 @@ class Mixer(MegatronModule):
         """Projection back to the hidden size (unsharded input size)."""
         return row_linear(self.config, in_features, bias=bias, group=self.group, cls=self.submodules.row)
 
+    @property
+    def keeps_received(self) -> bool:
+        """Whether this pass will be run again for its gradients, and must keep what it receives for that."""
+        return self.config.recompute != "none" and not torch.is_grad_enabled()
+
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         """x: [L, B, D] normed, cut over tensor parallel ranks under sequence parallelism -> (the mix, alike; no loose bias)."""
         raise NotImplementedError

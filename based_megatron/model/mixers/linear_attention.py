@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from based_megatron.kernels.decode import TaylorState, taylor_step
-from based_megatron.kernels.taylor_attention import segment_state, taylor_attention
+from based_megatron.kernels.taylor_attention import (
+    finish_sliced_attention,
+    start_sliced_attention,
+    taylor_attention,
+)
 from based_megatron.model.mixers.base import (
     Continuation,
     Mixer,
@@ -15,7 +19,9 @@ from based_megatron.model.mixers.base import (
     merge_heads,
     split_heads,
 )
-from based_megatron.parallel.sequence.exchange import exclusive_prefix
+from based_megatron.parallel.linear import Projection
+from based_megatron.parallel.sequence.plan import SequencePlan
+from based_megatron.parallel.sequence.states import StateExchange
 
 
 class TaylorLinearAttention(Mixer):
@@ -30,11 +36,23 @@ class TaylorLinearAttention(Mixer):
         self.out_proj = self.row(model.hidden_size)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
-        q, k, v = (heads_first_batch(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
-        plan, ids, backend = inputs.plan, inputs.plan.document_ids(), self.config.backend
-        carried = exclusive_prefix(segment_state(k, v, ids, backend=backend), plan) if plan.axis.size > 1 else None
-        mixed, _state = taylor_attention(q, k, v, initial_state_BHRV=carried, document_ids_BT=ids, backend=backend)
+        if inputs.plan.is_whole:
+            q, k, v = (heads_first_batch(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
+            ids = inputs.plan.document_ids()
+            mixed, _state = taylor_attention(q, k, v, document_ids_BT=ids, backend=self.config.backend)
+        else:
+            mixed = self.qkv(x, body=lambda project: self._mix_slice(project, inputs.plan))[0]
         return self.out_proj(merge_heads(mixed))[0], None
+
+    def _mix_slice(self, project: Projection, plan: SequencePlan) -> Tensor:
+        """Keys and values first: their moments are under way while the queries are projected."""
+        of_q, of_kv = project.parts(self.local_parts[0], sum(self.local_parts[1:]))
+        k, v = (heads_first_batch(part, self.heads) for part in of_kv().split(self.local_parts[1:], dim=-1))
+        exchange = StateExchange(plan, self.layer_number, keep=self.keeps_received)
+        started = start_sliced_attention(
+            k, v, exchange, document_ids_BL=plan.document_ids(), backend=self.config.backend
+        )
+        return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started)
 
     def zero_state(self, batch: int, device: torch.device) -> TaylorState:
         return TaylorState.zeros(

@@ -3,57 +3,145 @@
 Legend: B sequences, S tokens of the whole sequence, L tokens of this slice, P context parallel ranks, N rows of a halo.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from based_megatron.parallel.topology import Axis
+from based_megatron.parallel.sequence.carry import Carry
+from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.ranks import ONE_RANK, ContextRanks
+
+
+@dataclass(frozen=True)
+class Message:
+    """Rows of a halo that one rank owns and another needs: the last `rows` of the owner's slice."""
+
+    owner: int
+    reader: int
+    rows: int
 
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Made once per micro batch, from document ids that every rank knows; passed along with it, never global."""
+    """Made once per micro batch from what every host knows, and passed along with it: never global.
 
-    axis: Axis
-    """Context parallel group, rank and size."""
-    length: int
-    """Tokens L of every slice."""
-    document_ids_BS: Tensor | None
-    """int32 ids of the whole sequence, on the device; None if it is one document."""
-    gates_BPP: Tensor | None
-    """gates[b, r, p] is 1 where the state of slice p flows into slice r, for the exclusive prefix; None with one rank."""
+    Slices are contiguous and may be of any lengths, one token included.
+    """
 
-    @classmethod
-    def build(cls, document_ids_BS: Tensor | None, length: int, axis: Axis, device: torch.device) -> "SequencePlan":
-        """Plan for slices of `length` tokens. document_ids_BS is int32 on the host, or None."""
-        gates = None
-        if axis.size > 1:
-            gates = _prefix_gates(document_ids_BS, length, axis.size).to(device, non_blocking=True)
-        ids = None if document_ids_BS is None else document_ids_BS.to(device, non_blocking=True)
-        return cls(axis, length, ids, gates)
+    ranks: ContextRanks
+    bounds: tuple[int, ...]
+    """First position of each slice, and S: P + 1 ascending numbers."""
+    documents: Documents | None
+    """None if each sequence is one document."""
+    device: torch.device
+    carry: Carry | None = None
+    """What the step before left of each sequence and the next one will need; None if sequences are apart."""
+    kept: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
+    """Received states and halos by kind and layer, for layers whose activations are recomputed: they do not ask for them again."""
 
     @property
     def start(self) -> int:
         """Position of this slice's first token."""
-        return self.axis.rank * self.length
+        return self.bounds[self.ranks.rank]
 
-    def halo_rows(self, wanted: int) -> int:
-        """Rows that exist in front of this slice, at most `wanted`."""
-        return min(wanted, self.start)
+    @property
+    def end(self) -> int:
+        """Position after this slice's last token."""
+        return self.bounds[self.ranks.rank + 1]
+
+    @property
+    def length(self) -> int:
+        """Tokens L of this slice."""
+        return self.end - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing comes from outside of this slice."""
+        return self.ranks.size == 1 and self.carry is None
+
+    @cached_property
+    def gates(self) -> Tensor:
+        """[b, r, p] is 1 where one document covers the end of slice p through the start of slice r, p < r; on the host.
+
+        The state of slice p, of the tokens of its last document, then flows into slice r. B is 1 without documents.
+        """
+        before_PP = torch.ones(self.ranks.size, self.ranks.size).tril(-1)
+        if self.documents is None:
+            return before_PP[None]
+        bounds = torch.tensor(self.bounds)
+        first_BP, last_BP = self.documents.numbers(bounds[:-1]), self.documents.numbers(bounds[1:] - 1)
+        return before_PP * (first_BP[:, :, None] == last_BP[:, None, :])
+
+    @cached_property
+    def device_gates(self) -> Tensor:
+        """The same on the device, fp32."""
+        return self.gates.to(self.device, non_blocking=True)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether any document crosses any boundary: if none does, no rank has anything to tell another."""
+        return bool(self.gates.any())
+
+    def opens(self, rank: int) -> Tensor:
+        """[b] is 1 where the document of a slice's first token is that of its last; B is 1 without documents. On the host."""
+        if self.documents is None:
+            return torch.ones(1)
+        numbers_B2 = self.documents.numbers(torch.tensor([self.bounds[rank], self.bounds[rank + 1] - 1]))
+        return (numbers_B2[:, 0] == numbers_B2[:, 1]).float()
+
+    def messages(self, rows: int) -> tuple[Message, ...]:
+        """What this rank sends or receives so that every slice has the `rows` before it. Both ends find the same.
+
+        Rows of documents that have ended are not sent. With `carry`, rank 0 also owns the rows before the sequence.
+        """
+        if rows not in self._messages:
+            mine, readers = self.ranks.rank, [self.ranks.rank]
+            while readers[-1] + 1 < self.ranks.size and self.bounds[readers[-1] + 1] - rows < self.end:
+                readers.append(readers[-1] + 1)
+            found = [self._message(mine, reader, rows) for reader in readers[1:]]
+            found += [self._message(owner, mine, rows) for owner in range(mine - 1, -1, -1)]
+            self._messages[rows] = tuple(message for message in found if message is not None)
+        return self._messages[rows]
+
+    @cached_property
+    def _messages(self) -> dict[int, tuple[Message, ...]]:
+        return {}
+
+    def _message(self, owner: int, reader: int, rows: int) -> Message | None:
+        count = self.bounds[owner + 1] - max(self._owned_from(owner, rows), self.bounds[reader] - rows)
+        needed = count > 0 and self.gates[:, reader, owner].any()
+        return Message(owner, reader, count) if needed else None
+
+    def _owned_from(self, owner: int, rows: int) -> int:
+        return self.bounds[owner] - (rows if owner == 0 and self.carry is not None else 0)
+
+    def halo_rows(self, rows: int) -> int:
+        """N, the rows that exist in front of this slice and are still of its document, at most `rows`."""
+        mine, start = self.ranks.rank, self.start
+        begins = [self.bounds[m.owner + 1] - m.rows for m in self.messages(rows) if m.reader == mine]
+        if mine == 0 and self.carry is not None:
+            begins.append(-rows)
+        return start - min(begins, default=start)
 
     def document_ids(self, halo: int = 0) -> Tensor | None:
-        """int32 ids [B, N + L] of this slice and of the N = halo_rows(halo) tokens in front of it; None if one document."""
-        if self.document_ids_BS is None:
+        """int32 ids [B, N + L] of this slice and of the N = halo_rows(halo) tokens before it; None without documents.
+
+        -1 where no token exists, before a sequence that continues nothing.
+        """
+        if self.documents is None:
             return None
-        return self.document_ids_BS[:, self.start - self.halo_rows(halo) : self.start + self.length]
+        if halo not in self._ids:
+            positions = torch.arange(self.start - self.halo_rows(halo), self.end)
+            self._ids[halo] = self.documents.numbers(positions).to(self.device, non_blocking=True)
+        return self._ids[halo]
+
+    @cached_property
+    def _ids(self) -> dict[int, Tensor]:
+        return {}
 
 
-def _prefix_gates(document_ids_BS: Tensor | None, length: int, size: int) -> Tensor:
-    """1 where one document covers the end of slice p through the start of slice r (p < r): its state then flows from p to r."""
-    before = torch.ones(size, size, dtype=torch.float32).tril(-1)
-    if document_ids_BS is None:
-        return before[None]
-    last_BP = document_ids_BS[:, length - 1 :: length]
-    first_BP = document_ids_BS[:, ::length]
-    return before * (first_BP[:, :, None] == last_BP[:, None, :])
+def whole_sequence(documents: Documents | None, length: int, device: torch.device) -> SequencePlan:
+    """The plan of sequences that one rank has all of."""
+    return SequencePlan(ONE_RANK, (0, length), documents, device)

@@ -9,8 +9,11 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from based_megatron.config.validate import slice_multiple
 from based_megatron.data.batch import MicroBatch
 from based_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
+from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.slices import even_bounds, slice_of
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
@@ -41,13 +44,14 @@ class Sampler(Callback):
 def next_token(trainer: Trainer, ids: list[int]) -> int:
     """The likeliest token after `ids`; equal on every rank (collective)."""
     config, topology = trainer.config, trainer.topology
-    logits_LBV = trainer.step_runner.logits(_batch(ids, trainer))
+    batch = _batch(ids, trainer)
+    logits_LBV = trainer.step_runner.logits(batch)
     found = torch.zeros(1, dtype=torch.int64, device=topology.device)
-    length = config.data.sequence_length_tokens // topology.context.size
     if logits_LBV is not None:
-        position = (len(ids) - 1) % length
+        begin, end = batch.bounds[topology.context.rank : topology.context.rank + 2]
+        owner = begin < len(ids) <= end
+        position = len(ids) - 1 - begin if owner else 0
         logits_V: Tensor = gather_from_tensor_model_parallel_region(logits_LBV[position, :1].contiguous())[0]
-        owner = (len(ids) - 1) // length == topology.context.rank
         if owner and topology.data.rank == 0 and topology.tensor.rank == 0:
             found += logits_V[: config.model.vocab_size].argmax()
     dist.all_reduce(found)
@@ -57,8 +61,12 @@ def next_token(trainer: Trainer, ids: list[int]) -> int:
 def _batch(ids: list[int], trainer: Trainer) -> MicroBatch:
     """The prompt in the shape of a training micro batch; what follows it cannot be seen from its last token."""
     config, context = trainer.config, trainer.topology.context
-    tokens_BS = torch.zeros(config.train.micro_batch_sequences, config.data.sequence_length_tokens, dtype=torch.int64)
+    length = config.data.sequence_length_tokens
+    bounds = even_bounds(length, context.size, slice_multiple(config.parallel))
+    tokens_BS = torch.zeros(config.train.micro_batch_sequences, length, dtype=torch.int64)
     tokens_BS[:, : len(ids)] = torch.tensor(ids)
-    tokens_BL = tokens_BS.chunk(context.size, dim=1)[context.rank].contiguous()
-    documents = torch.zeros_like(tokens_BS, dtype=torch.int32) if config.data.isolate_documents else None
-    return MicroBatch(tokens_BL, tokens_BL, torch.zeros_like(tokens_BL, dtype=torch.float32), documents)
+    tokens_BL = tokens_BS[:, slice_of(bounds, context.rank)].contiguous()
+    documents = (
+        Documents((torch.zeros(1, dtype=torch.int64),) * len(tokens_BS)) if config.data.isolate_documents else None
+    )
+    return MicroBatch(tokens_BL, tokens_BL, torch.zeros_like(tokens_BL, dtype=torch.float32), documents, bounds)

@@ -1,0 +1,39 @@
+"""Which document each token of a packed sequence belongs to, known on the host of every rank.
+
+Legend: B sequences, S tokens of the whole sequence, n positions asked about.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Starts of the documents of each sequence: a few numbers, however long the sequence is."""
+
+    starts: tuple[Tensor, ...]
+    """For each sequence, int64 positions on the host at which documents begin, ascending from 0."""
+    continues: tuple[bool, ...] = ()
+    """For each sequence, whether its first document began before it, in the sequence of the step before. Empty: none does."""
+
+    @classmethod
+    def from_ids(cls, ids_BS: Tensor) -> "Documents":
+        """From ids that change where documents begin."""
+        ids_BS = ids_BS.cpu()
+        changes_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        changes_BS[:, 1:] = ids_BS[:, 1:] != ids_BS[:, :-1]
+        return cls(tuple(changes_S.nonzero().flatten() for changes_S in changes_BS))
+
+    def numbers(self, positions_n: Tensor) -> Tensor:
+        """int32 [B, n] numbers, from 0, of the documents at these positions; -1 before the sequence, where no token exists.
+
+        A document that continues from before has number 0 there too.
+        """
+        rows = [torch.searchsorted(starts, positions_n, right=True) - 1 for starts in self.starts]
+        numbers_Bn = torch.stack(rows).to(torch.int32)
+        if any(self.continues):
+            continues_B1 = torch.tensor(self.continues)[:, None]
+            numbers_Bn = torch.where((positions_n < 0) & continues_B1, 0, numbers_Bn)
+        return numbers_Bn

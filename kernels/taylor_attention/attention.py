@@ -1,0 +1,161 @@
+"""Taylor attention with its gradients, put together from the steps that a backend has.
+
+Legend: B batch, T tokens of this slice, H heads, F feature dim, V value head dim, R packed rows, E = V + 1.
+
+    forward    sweep_keys (k, v) -> states, given the one that enters -> attend (q, k, v) -> o, z
+    backward   output_gradients (do, o, z) -> g, gz -> sweep_queries (q, g, gz) -> query_gradients, given the states ->
+               adjoint states, given the one that enters from the right -> key_gradients
+
+A sweep knows its moments before it knows what enters it. Over slices of a sequence, the exchange of moments goes on meanwhile:
+forward beside what the caller does between `start` and `finish` (the projection of the queries), backward beside dq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from based_megatron.kernels.exchange import Pending, StateExchange
+from based_megatron.kernels.layout import unit_last_stride
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What runs the steps, and how."""
+
+    backend: ModuleType
+    """`reference` or `triton_attention`: both have the functions named above."""
+    schedule: Any
+    """From the backend's `schedule`."""
+
+
+class TaylorAttention(Function):
+    """(q, k, v, initial state or None, document ids or None) to (o, final state or None)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None,
+        steps: Steps, wants_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        q_BTHF, k_BTHF, v_BTHV = (unit_last_stride(x) for x in (q_BTHF, k_BTHF, v_BTHV))
+        sweep = steps.backend.sweep_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule)
+        o_BTHV = _attend(ctx, q_BTHF, k_BTHF, v_BTHV, ids_BT, steps, sweep.states(initial_BHRE))
+        ctx.has_initial = initial_BHRE is not None
+        ctx.set_materialize_grads(False)
+        return o_BTHV, _passed_on(initial_BHRE, sweep.moments(), ids_BT) if wants_final else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_BTHV: Tensor | None, dfinal_BHRE: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients, moments = _gradients(ctx, do_BTHV, lambda _: _Given(dfinal_BHRE))
+        dinitial = _passed_on(dfinal_BHRE, moments(), ctx.saved_tensors[5]) if ctx.has_initial else None
+        return *gradients, dinitial, None, None, None
+
+
+@dataclass(frozen=True)
+class Started:
+    """Attention over a slice of a sequence whose queries are still to come."""
+
+    k_BTHF: Tensor
+    v_BTHV: Tensor
+    ids_BT: Tensor | None
+    steps: Steps
+    sweep: Any
+    state_before: Pending[Tensor | None]
+    exchange: StateExchange
+
+
+@torch.no_grad()
+def start(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps, exchange: StateExchange) -> Started:
+    """Sweep over the keys and send their moments on the way."""
+    k_BTHF, v_BTHV = unit_last_stride(k_BTHF.detach()), unit_last_stride(v_BTHV.detach())
+    sweep = steps.backend.sweep_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule)
+    return Started(k_BTHF, v_BTHV, ids_BT, steps, sweep, exchange.start_prefix(sweep.moments), exchange)
+
+
+class SlicedTaylorAttention(Function):
+    """(q, k, v, what `start` made of k and v) to o."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, started: Started) -> Tensor:
+        states = started.sweep.states(started.state_before.wait())
+        ctx.exchange = started.exchange
+        q_BTHF = unit_last_stride(q_BTHF)
+        return _attend(ctx, q_BTHF, started.k_BTHF, started.v_BTHV, started.ids_BT, started.steps, states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_BTHV: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, _ = _gradients(ctx, do_BTHV, ctx.exchange.start_suffix)
+        return *gradients, None
+
+
+def _attend(
+    ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps, states: tuple
+) -> Tensor:
+    o_BTHV, z = steps.backend.attend(q_BTHF, k_BTHF, v_BTHV, ids_BT, states, steps.schedule)
+    ctx.save_for_backward(q_BTHF, k_BTHF, v_BTHV, o_BTHV, z, ids_BT, *states)
+    # A NamedTuple comes back as what it was.
+    ctx.steps, ctx.states_from = steps, getattr(type(states), "_make", tuple)
+    return o_BTHV
+
+
+def _gradients(
+    ctx: Any, do_BTHV: Tensor | None, start_suffix: Callable[[Callable[[], Tensor]], Pending[Tensor | None]]
+) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[], Tensor]]:
+    """(dq, dk, dv), and what gives the adjoint moments. What enters from the right is asked for first and needed last."""
+    q_BTHF, k_BTHF, v_BTHV, o_BTHV, z, ids_BT, *states = ctx.saved_tensors
+    backend, schedule = ctx.steps.backend, ctx.steps.schedule
+    do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else unit_last_stride(do_BTHV)
+    g, gz = backend.output_gradients(do_BTHV, o_BTHV, z)
+    sweep = backend.sweep_queries(q_BTHF, g, gz, ids_BT, schedule)
+    state_after = start_suffix(sweep.moments)
+    inputs = (q_BTHF, k_BTHF, v_BTHV, g, gz, ids_BT)
+    dq_BTHF = backend.query_gradients(*inputs, ctx.states_from(states), schedule)
+    dk_BTHF, dv_BTHV = backend.key_gradients(*inputs, sweep.states(state_after.wait()), schedule)
+    return (dq_BTHF, dk_BTHF, dv_BTHV), sweep.moments
+
+
+class Moments(Function):
+    """(k, v, document ids or None) to the moments of the last document's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps) -> Tensor:
+        k_BTHF, v_BTHV = unit_last_stride(k_BTHF), unit_last_stride(v_BTHV)
+        ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
+        ctx.steps = steps
+        return steps.backend.sweep_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule).moments()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmoments_BHRE: Tensor) -> tuple[Tensor | None, ...]:
+        k_BTHF, v_BTHV, ids_BT = ctx.saved_tensors
+        run = ctx.steps.backend.moment_gradients
+        return *run(k_BTHF, v_BTHV, dmoments_BHRE.contiguous(), ids_BT, ctx.steps.schedule), None, None
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A state that is there already."""
+
+    state_BHRE: Tensor | None
+
+    def wait(self) -> Tensor | None:
+        return self.state_BHRE
+
+
+def _passed_on(state_BHRE: Tensor | None, moments_BHRE: Tensor, ids_BT: Tensor | None) -> Tensor:
+    """The state on the other side of a slice: its moments, and what entered if one document goes all the way through."""
+    if state_BHRE is None:
+        return moments_BHRE
+    if ids_BT is not None:
+        is_open_B = (ids_BT[:, 0] == ids_BT[:, -1]).to(state_BHRE.dtype)
+        state_BHRE = state_BHRE * is_open_B[:, None, None, None]
+    return moments_BHRE + state_BHRE
