@@ -1,10 +1,15 @@
-"""Taylor linear attention on Triton: states of chunks, outputs, adjoint states and gradients, each an entry point.
+"""Taylor linear attention on Triton: one sweep each way, outputs and gradients, each an entry point.
 
-Legend: B batch, T sequence, H heads, F feature dim, V value head dim, R packed feature rows, P padded rows, N chunks.
+Legend: B batch, T sequence, H heads, F feature dim, V value head dim, R packed feature rows, P padded rows, N chunks,
+S segments.
 
-Forward:  `chunk_states` (k, v, initial state)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
-Backward: `output_gradients` (do, o, 1/Z)  ->  `adjoint_states` (q, g, gradient of the final state)  ->  `query_gradients`, `key_gradients`
-`segment_moments` is the part of either sweep that needs no earlier state; a sequence-parallel rank sends it early.
+Forward:  `sweep_keys` (k, v)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
+Backward: `output_gradients` (do, o, 1/Z)  ->  `sweep_queries` (q, g, gz)  ->  `query_gradients`, `key_gradients`
+
+A sweep needs no state from elsewhere. Its `moments` are what a sequence-parallel rank sends; its `states` take what comes
+back: the state that enters the sequence, or backward the gradient to the one that leaves it. Both ends follow from them:
+the state that leaves is the moments of the keys, and the gradient to the one that enters is the moments of the queries,
+plus what entered from the other end if all tokens are one document.
 """
 
 from __future__ import annotations
@@ -46,13 +51,18 @@ def _warps(tile_tokens: int) -> int:
     return 4 * max(1, tile_tokens // 64)
 
 
-class ChunkStates(NamedTuple):
-    """Weighted states, one per chunk, as operands of matrix products."""
+class States(NamedTuple):
+    """Weighted states as operands of matrix products: of chunks since their segment began, and of segments.
 
-    values_BHNPV: Tensor
-    """In the dtype of the inputs."""
-    normalisers_BHNP4: Tensor
-    """Rounded parts: the first and the second, which add up to the normaliser; the first again; unused."""
+    Values are in the dtype of the inputs. Normalisers are rounded parts: the first and the second, which add up to the
+    normaliser; the first again; unused.
+    """
+
+    values_BHNPV: Tensor | None
+    normalisers_BHNP4: Tensor | None
+    start_values_BHSPV: Tensor | None
+    start_normalisers_BHSP4: Tensor | None
+    """None where nothing enters the only segment."""
 
 
 def _period(feature_dim: int) -> int:
@@ -71,7 +81,7 @@ class _Launch:
     def __init__(self, x_BTHF: Tensor, y_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> None:
         self.B, self.T, self.H, F = x_BTHF.shape
         V = y_BTHV.shape[-1]
-        self.schedule, self.device = schedule, x_BTHF.device
+        self.schedule, self.device, self.dtype = schedule, x_BTHF.device, x_BTHF.dtype
         self.chunks = triton.cdiv(self.T, schedule.chunk_tokens)
         self.rows_stored = _rows_stored(F, schedule.tile_rows)
         self.ids, self.ids_stride = ids_or(x_BTHF, None if ids_BT is None else ids_BT.to(torch.int32))
@@ -95,21 +105,31 @@ class _Launch:
         """Blocks of rows of a state."""
         return triton.cdiv(self.rows_stored, self.schedule.sweep_rows)
 
-    def new_states(self, dtype: torch.dtype) -> ChunkStates:
-        shape = (self.B, self.H, self.chunks, self.rows_stored)
-        return ChunkStates(
-            torch.empty(*shape, self.constants["value_dim"], dtype=dtype, device=self.device),
-            torch.empty(*shape, 4, dtype=dtype, device=self.device),
-        )
+    def new_operand(self, states: int) -> tuple[Tensor, Tensor]:
+        """Values and normalisers, for so many states of each head."""
+        shape = (self.B, self.H, states, self.rows_stored)
+        values = torch.empty(*shape, self.constants["value_dim"], dtype=self.dtype, device=self.device)
+        return values, torch.empty(*shape, 4, dtype=self.dtype, device=self.device)
+
+    def pointers(self, states: States) -> list[Tensor]:
+        """The states as a kernel takes them; it does not read what is not there."""
+        stand_in = next(x for x in states if x is not None)
+        return [stand_in if x is None else x for x in states]
+
+    def counts(self, states: States) -> tuple[int, int, int, int, int]:
+        """Tokens, heads, chunks, segments, chunks of a segment."""
+        segments = 1 if states.start_values_BHSPV is None else states.start_values_BHSPV.shape[2]
+        return self.T, self.H, self.chunks, segments, triton.cdiv(self.chunks, segments)
 
     def tiles(self, tokens: int) -> tuple[int, int]:
         """Grid of the kernels that treat all tiles at once."""
         return triton.cdiv(self.T, tokens), self.B * self.H
 
-    def tile_options(self, tokens: int) -> dict[str, Any]:
+    def tile_options(self, tokens: int, states: States) -> dict[str, Any]:
         """Constants and launch options of these kernels."""
         return {
             "tile_tokens": tokens,
+            "has_starts": states.start_values_BHSPV is not None,
             "state_stages": self.schedule.state_stages,
             "block_rows": self.schedule.tile_rows,
             "num_warps": _warps(tokens),
@@ -122,96 +142,92 @@ class Sweep:
     """One direction over the sequence: x are the tokens' vectors, y their values."""
 
     def __init__(
-        self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT4: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
-    ) -> None:
-        """Forward without yz, where it is a one for each token; adjoint with it."""
-        self.x, self.y, self.yz, self.adjoint = x_BTHF, y_BTHV, yz_BHT4, yz_BHT4 is not None
-        self.launch = _Launch(x_BTHF, y_BTHV, ids_BT, schedule)
-        chunks, wanted = (
-            self.launch.chunks,
-            schedule.programs_wanted // (self.launch.B * self.launch.H * self.launch.blocks),
-        )
-        # Each segment costs a state in memory and a second sweep, so it must be worth some chunks.
-        self.segment_chunks = triton.cdiv(chunks, max(1, min(wanted, chunks // 4)))
-        self.segments = triton.cdiv(chunks, self.segment_chunks)
-        """Pieces of whole chunks that are swept side by side."""
-
-    def _run(self, starts: Tensor | None, states: ChunkStates | None, first_segment: int, segments: int) -> Tensor:
-        launch, schedule = self.launch, self.launch.schedule
+        self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT4: Tensor | None, ids_BT: Tensor | None, schedule: Schedule,
+        writes_states: bool = True,
+    ) -> None:  # fmt: skip
+        """Runs at once: forward without yz, where it is a one for each token; adjoint with it."""
+        self._adjoint = yz_BHT4 is not None
+        self._launch = launch = _Launch(x_BTHF, y_BTHV, ids_BT, schedule)
+        wanted = schedule.programs_wanted // (launch.B * launch.H * launch.blocks)
+        # The start of a segment costs its tiles a second state, so it must be worth some chunks.
+        self._segment_chunks = triton.cdiv(launch.chunks, max(1, min(wanted, launch.chunks // 4)))
+        self._segments = triton.cdiv(launch.chunks, self._segment_chunks)
         B, H, R, E = launch.state_shape
-        ends = torch.empty(B, H, self.segments, R, E, dtype=torch.float32, device=launch.device)
-        triton_kernels.sweep[launch.blocks, segments, B * H](
-            self.x, self.y, ends if self.yz is None else self.yz, launch.ids,
-            ends if starts is None else starts, *((ends, ends) if states is None else states), ends,
-            *strides(self.x, self.y), launch.ids_stride, launch.T, H, launch.chunks,
-            self.segments, self.segment_chunks, first_segment,
-            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self.adjoint,
-            has_start=starts is not None, writes_states=states is not None,
-            num_warps=4, num_stages=schedule.sweep_stages, **launch.constants,
+        self._moments_BHSRE = moments = torch.empty(B, H, self._segments, R, E, device=launch.device)
+        self._operand = launch.new_operand(launch.chunks) if writes_states else None
+        triton_kernels.sweep[launch.blocks, self._segments, B * H](
+            x_BTHF, y_BTHV, moments if yz_BHT4 is None else yz_BHT4, launch.ids,
+            *(self._operand or (moments, moments)), moments,
+            *strides(x_BTHF, y_BTHV), launch.ids_stride, launch.T, H, launch.chunks, self._segments, self._segment_chunks,
+            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self._adjoint,
+            writes_states=writes_states, num_warps=4, num_stages=schedule.sweep_stages, **launch.constants,
         )  # fmt: skip
-        return ends
 
     def moments(self) -> Tensor:
-        """The state that leaves the sequence if none enters it, [B, H, R, V + 1] fp32."""
-        ends = self._run(None, None, 0, self.segments)
-        return ends[:, :, 0] if self.segments == 1 else self._combined(ends, None, add_last=True)
+        """The state that leaves the sequence if none enters it, [B, H, R, V + 1] fp32.
 
-    def states(self, initial: Tensor | None) -> ChunkStates:
-        """The states before the chunks."""
-        return self._states(initial)[0]
+        Backward the gradient to the state that enters, if none reaches the one that leaves.
+        """
+        if self._segments == 1:
+            return self._moments_BHSRE[:, :, 0]
+        end_BHRE = torch.empty(self._launch.state_shape, device=self._launch.device)
+        _combine(self._launch, self._moments_BHSRE, None, None, end_BHRE, self._segment_chunks, self._adjoint)
+        return end_BHRE
 
-    def _states(self, initial: Tensor | None) -> tuple[ChunkStates, Tensor]:
-        starts = initial
-        if self.segments > 1:
-            # The last segment's moments lead nowhere.
-            moments = self._run(None, None, 1 if self.adjoint else 0, self.segments - 1)
-            starts = self._combined(moments, initial)
-        states = self.launch.new_states(self.x.dtype)
-        ends = self._run(starts, states, 0, self.segments)
-        return states, ends[:, :, 0 if self.adjoint else -1]
+    def states(self, initial_BHRE: Tensor | None) -> States:
+        """What the kernels of outputs or gradients read, given the state (fp32) that enters."""
+        assert self._operand is not None, "swept for its moments only"
+        if self._segments == 1 and initial_BHRE is None:
+            return States(*self._operand, None, None)
+        starts = self._launch.new_operand(self._segments)
+        _combine(self._launch, self._moments_BHSRE, initial_BHRE, starts, None, self._segment_chunks, self._adjoint)
+        return States(*self._operand, *starts)
 
-    def _combined(self, moments: Tensor, initial: Tensor | None, add_last: bool = False) -> Tensor:
-        """States before the segments [B, H, segments, R, V + 1]; with `add_last`, the one after them all instead."""
-        launch = self.launch
-        B, H, R, E = launch.state_shape
-        starts = torch.empty(B, H, R, E, device=launch.device) if add_last else torch.empty_like(moments)
-        block = 256
-        triton_kernels.combine[triton.cdiv(R * E, block), B * H](
-            moments, moments if initial is None else initial, starts, launch.ids, launch.ids_stride, launch.T, H,
-            self.segments, self.segment_chunks * launch.schedule.chunk_tokens, R * E,
-            adjoint=self.adjoint, has_initial=initial is not None, has_ids=launch.constants["has_ids"],
-            add_last=add_last, block_elements=block,
-        )  # fmt: skip
-        return starts
+
+def _combine(
+    launch: _Launch, moments_BHSRE: Tensor, initial_BHRE: Tensor | None, starts: tuple[Tensor, Tensor] | None,
+    end_BHRE: Tensor | None, segment_chunks: int, adjoint: bool,
+) -> None:  # fmt: skip
+    """Writes the states before the segments to `starts`, or the one after them all to `end`."""
+    B, H, segments = moments_BHSRE.shape[:3]
+    names = ("feature_dim", "period", "value_dim", "value_width", "rows_stored", "has_ids")
+    block_rows = 8
+    triton_kernels.combine[launch.rows_stored // block_rows, B * H](
+        moments_BHSRE, moments_BHSRE if initial_BHRE is None else initial_BHRE.contiguous(),
+        *((moments_BHSRE, moments_BHSRE) if starts is None else starts), moments_BHSRE if end_BHRE is None else end_BHRE,
+        launch.ids, launch.ids_stride, launch.T, H, segments, segment_chunks * launch.schedule.chunk_tokens,
+        block_rows=block_rows, adjoint=adjoint, has_initial=initial_BHRE is not None, only_end=starts is None,
+        **{name: launch.constants[name] for name in names},
+    )  # fmt: skip
 
 
 def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Sweep:
-    """From left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
+    """Left to right over the keys."""
     return Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule)
 
 
 def sweep_queries(q_BTHF: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Sweep:
-    """From right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
+    """Right to left over the queries and the gradients of their outputs: adjoint states."""
     return Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule)
 
 
 def attend(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: ChunkStates, schedule: Schedule
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: States, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """o_BTHV in the dtype of v and 1/Z_BHT in fp32, given the states before the chunks."""
+    """o_BTHV in the dtype of v and 1/Z_BHT in fp32, given the states of a sweep over the keys."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     o_BTHV = laid_out_like(v_BTHV)
     inverse_z_BHT = torch.empty(launch.B, launch.H, launch.T, dtype=torch.float32, device=launch.device)
     triton_kernels.outputs[launch.tiles(schedule.output_tokens)](
-        q_BTHF, k_BTHF, v_BTHV, launch.ids, *states, o_BTHV, inverse_z_BHT,
+        q_BTHF, k_BTHF, v_BTHV, launch.ids, *launch.pointers(states), o_BTHV, inverse_z_BHT,
         *strides(q_BTHF, k_BTHF, v_BTHV, o_BTHV),
-        launch.ids_stride, launch.T, launch.H, launch.chunks, **launch.tile_options(schedule.output_tokens),
+        launch.ids_stride, *launch.counts(states), **launch.tile_options(schedule.output_tokens, states),
     )  # fmt: skip
     return o_BTHV, inverse_z_BHT
 
 
 def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients to the numerators, g_BHTV in the dtype of o, and to the normalisers, gz_BHT4 as in ChunkStates."""
+    """Gradients to the numerators, g_BHTV in the dtype of o, and to the normalisers, gz_BHT4 as in States."""
     B, T, H, V = o_BTHV.shape
     g_BHTV = torch.empty(B, H, T, V, dtype=o_BTHV.dtype, device=o_BTHV.device)
     gz_BHT4 = torch.empty(B, H, T, 4, dtype=o_BTHV.dtype, device=o_BTHV.device)
@@ -225,31 +241,31 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> 
 
 def query_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None,
-    states: ChunkStates, schedule: Schedule,
+    states: States, schedule: Schedule,
 ) -> Tensor:  # fmt: skip
-    """dq, given the states before the chunks."""
+    """dq, given the states of a sweep over the keys."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     dq_BTHF = laid_out_like(q_BTHF)
     triton_kernels.query_gradients[launch.tiles(schedule.gradient_tokens)](
-        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *states, dq_BTHF,
+        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *launch.pointers(states), dq_BTHF,
         *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dq_BTHF),
-        launch.ids_stride, launch.T, launch.H, launch.chunks, **launch.tile_options(schedule.gradient_tokens),
+        launch.ids_stride, *launch.counts(states), **launch.tile_options(schedule.gradient_tokens, states),
     )  # fmt: skip
     return dq_BTHF
 
 
 def key_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None,
-    adjoints: ChunkStates, schedule: Schedule,
+    adjoints: States, schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv, given the adjoint states after the chunks."""
+    """dk and dv, given the states of a sweep over the queries."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
     triton_kernels.key_gradients[launch.tiles(schedule.gradient_tokens)](
-        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *adjoints, dk_BTHF, dv_BTHV,
+        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *launch.pointers(adjoints), dk_BTHF, dv_BTHV,
         *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dk_BTHF, dv_BTHV),
-        launch.ids_stride, launch.T, launch.H, launch.chunks,
-        has_pairs=True, **launch.tile_options(schedule.gradient_tokens),
+        launch.ids_stride, *launch.counts(adjoints),
+        has_pairs=True, **launch.tile_options(schedule.gradient_tokens, adjoints),
     )  # fmt: skip
     return dk_BTHF, dv_BTHV
 
@@ -257,36 +273,21 @@ def key_gradients(
 def moment_gradients(
     k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of `segment_moments`: one adjoint state for all tokens of the last document."""
+    """dk and dv of the moments of a sweep over the keys."""
     launch = _Launch(k_BTHF, v_BTHV, ids_BT, schedule)
-    adjoint = _packed_operand(dmoments_BHRE, k_BTHF.shape[-1], launch.rows_stored, k_BTHF.dtype)
+    # One segment, through which nothing flows but the adjoint state from its end.
+    starts = launch.new_operand(1)
+    _combine(launch, dmoments_BHRE.contiguous()[:, :, None], dmoments_BHRE, starts, None, launch.chunks, adjoint=True)
+    adjoints = States(None, None, *starts)
     dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
     unused, no_strides = dmoments_BHRE, (0, 0, 0)
     triton_kernels.key_gradients[launch.tiles(schedule.gradient_tokens)](
-        k_BTHF, k_BTHF, v_BTHV, v_BTHV, unused, launch.ids, *adjoint, dk_BTHF, dv_BTHV,
+        k_BTHF, k_BTHF, v_BTHV, v_BTHV, unused, launch.ids, *launch.pointers(adjoints), dk_BTHF, dv_BTHV,
         *no_strides, *strides(k_BTHF, v_BTHV, dk_BTHF, dv_BTHV),
-        launch.ids_stride, launch.T, launch.H, launch.chunks,
-        has_pairs=False, **launch.tile_options(schedule.gradient_tokens),
+        launch.ids_stride, *launch.counts(adjoints),
+        has_pairs=False, **launch.tile_options(schedule.gradient_tokens, adjoints),
     )  # fmt: skip
     return dk_BTHF, dv_BTHV
-
-
-def _packed_operand(state_BHRE: Tensor, feature_dim: int, rows_stored: int, dtype: torch.dtype) -> ChunkStates:
-    """A state in the public order of rows as the kernels read it; the order is told in `triton_kernels`."""
-    F, P = feature_dim, _period(feature_dim)
-    rows = torch.arange(rows_stored, device=state_BHRE.device)
-    pairs = P * (P + 1) // 2
-    first, second = rows % P, (rows + rows // P - 1) % P
-    low, high = torch.minimum(first, second), torch.maximum(first, second)
-    packed = torch.where(rows < P + pairs, 1 + F + low * F - low * (low - 1) // 2 + high - low, 0)
-    packed = torch.where(rows < P, 1 + first, packed)
-    exists = torch.where(rows < P, first < F, high < F) & (rows < P + pairs) | (rows == P + pairs)
-    ordered = torch.where(exists[:, None], state_BHRE[:, :, packed * exists], 0)
-    high = ordered[..., -1].to(dtype)
-    low = (ordered[..., -1] - high).to(dtype)
-    return ChunkStates(
-        ordered[..., :-1].to(dtype).contiguous(), torch.stack([high, low, high, torch.zeros_like(low)], dim=-1)
-    )
 
 
 def schedule(chunk_tokens: int | None, *inputs: Tensor) -> Schedule:

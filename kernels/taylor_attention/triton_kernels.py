@@ -2,9 +2,11 @@
 
 Legend: B batch, T sequence, H heads, F feature dim, V value head dim, N chunks, M tokens of a tile, X rows of a block.
 
-A sequence is cut into chunks. `sweep` walks over them and leaves, for every chunk, the state of what came before it;
+A sequence is cut into segments of chunks. `sweep` walks over the chunks of all segments at once and leaves, for every
+chunk, the state of what came before it in its segment; `combine` adds the segments up to the state before each one.
 `outputs`, `query_gradients` and `key_gradients` then treat all tiles of all chunks at once: tokens of the own chunk pair
-by pair, all others through the chunk's state. Packed features never reach memory. They are products of two factors,
+by pair, those before through the chunk's state, those before the segment through the segment's. Where a row of the batch
+is one segment that nothing enters, no such second state exists. Packed features never reach memory. They are products of two factors,
 picked out of a token's vector x by products with one-hot columns: exact, and left in the registers where the next
 matrix product reads them.
 
@@ -139,6 +141,24 @@ def store_tile(ptr, rows_M, stride, limit, columns_X, columns: tl.constexpr, x_M
 
 
 @triton.jit
+def load_state(ptr, packed_X, columns_V, value_dim: tl.constexpr):
+    """Rows of a state [R, V + 1] in the public layout: values [X, V] and the last column [X]; zeros where packed < 0."""
+    rows = ptr + packed_X * (value_dim + 1)
+    mask = (packed_X >= 0)[:, None] & (columns_V < value_dim)[None, :]
+    values = tl.load(rows[:, None] + columns_V[None, :], mask=mask, other=0.0)
+    return values, tl.load(rows + value_dim, mask=packed_X >= 0, other=0.0)
+
+
+@triton.jit
+def store_state(ptr, packed_X, columns_V, value_dim: tl.constexpr, values_XV, total_X):
+    """The reverse of `load_state`."""
+    rows = ptr + packed_X * (value_dim + 1)
+    mask = (packed_X >= 0)[:, None] & (columns_V < value_dim)[None, :]
+    tl.store(rows[:, None] + columns_V[None, :], values_XV, mask=mask)
+    tl.store(rows + value_dim, total_X, mask=packed_X >= 0)
+
+
+@triton.jit
 def output_gradients(
     do_ptr, o_ptr, inverse_z_ptr, g_ptr, gz_ptr, do_stride_b, do_stride_t, do_stride_h, o_stride_b, o_stride_t, o_stride_h,
     T, H, value_dim: tl.constexpr, value_width: tl.constexpr, tile_tokens: tl.constexpr, even: tl.constexpr,
@@ -164,20 +184,20 @@ def output_gradients(
 
 @triton.jit
 def sweep(
-    x_ptr, y_ptr, yz_ptr, ids_ptr, start_ptr, states_ptr, normalisers_ptr, end_ptr,
+    x_ptr, y_ptr, yz_ptr, ids_ptr, states_ptr, normalisers_ptr, moments_ptr,
     x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, ids_stride_b,
-    T, H, chunks, segments, segment_chunks, first_segment,
+    T, H, chunks, segments, segment_chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, adjoint: tl.constexpr, has_ids: tl.constexpr, has_start: tl.constexpr,
-    writes_states: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    tile_tokens: tl.constexpr, adjoint: tl.constexpr, has_ids: tl.constexpr, writes_states: tl.constexpr,
+    even: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The state before each chunk of a segment, and the state that leaves the segment, for one block of rows.
+    """One block of rows of what the chunks before a chunk in its segment add up to, and of what the whole segment does.
 
     Forward (x = k, y = v): left to right, sum_j packed(k_j) [v_j; 1].
     Adjoint (x = q, y = g, yz = gz): right to left, sum_i packed(q_i) [g_i; gz_i].
     """
-    block, segment, bh = tl.program_id(0), tl.program_id(1) + first_segment, tl.program_id(2)
+    block, segment, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (bh // H).to(tl.int64), bh % H
     bh64 = bh.to(tl.int64)
     x_ptr += b * x_stride_b + h * x_stride_h
@@ -197,23 +217,8 @@ def sweep(
     is_linear = tl.where(rows < period, 1.0, 0.0)[:, None]
     is_constant = tl.where(rows == constant, 1.0, 0.0)[:, None]
     weights = row_weights(rows, period, feature_dim)
-    packed = public_rows(rows, period, feature_dim)
-    in_state = (packed >= 0)[:, None] & (columns < value_dim)[None, :]
-    state_offsets = packed[:, None] * E + columns[None, :]
-    column_offsets = packed * E + value_dim
-
-    if has_start:
-        start_ptr += (bh64 * segments + segment) * R * E
-        state = tl.load(start_ptr + state_offsets, mask=in_state, other=0.0)
-        total = tl.load(start_ptr + column_offsets, mask=packed >= 0, other=0.0)
-        if adjoint:
-            state = state / weights[:, None]
-            total = total / weights
-        # As the products below leave it: in two columns that add up to it.
-        normaliser = tl.where(tl.arange(0, 16)[None, :] == 0, total[:, None], 0.0)
-    else:
-        state = tl.zeros([block_rows, value_width], tl.float32)
-        normaliser = tl.zeros([block_rows, 16], tl.float32)
+    state = tl.zeros([block_rows, value_width], tl.float32)
+    normaliser = tl.zeros([block_rows, 16], tl.float32)
 
     begin_chunk = segment * segment_chunks
     count = tl.minimum(segment_chunks, chunks - begin_chunk)
@@ -263,51 +268,79 @@ def sweep(
     if adjoint:
         state *= weights[:, None]
         total *= weights
-    end_ptr += (bh64 * segments + segment) * R * E
-    tl.store(end_ptr + state_offsets, state, mask=in_state)
-    tl.store(end_ptr + column_offsets, total, mask=packed >= 0)
+    packed = public_rows(rows, period, feature_dim)
+    moments_ptr += (bh64 * segments + segment) * R * E
+    store_state(moments_ptr, packed, columns, value_dim, state, total)
 
 
 @triton.jit
 def combine(
-    moments_ptr, initial_ptr, starts_ptr, ids_ptr, ids_stride_b, T, H, segments, segment_tokens, elements,
-    adjoint: tl.constexpr, has_initial: tl.constexpr, has_ids: tl.constexpr, add_last: tl.constexpr,
-    block_elements: tl.constexpr,
+    moments_ptr, initial_ptr, starts_ptr, normalisers_ptr, end_ptr, ids_ptr, ids_stride_b, T, H, segments, segment_tokens,
+    feature_dim: tl.constexpr, period: tl.constexpr, value_dim: tl.constexpr, value_width: tl.constexpr,
+    rows_stored: tl.constexpr, block_rows: tl.constexpr, adjoint: tl.constexpr, has_initial: tl.constexpr,
+    has_ids: tl.constexpr, only_end: tl.constexpr,
 ):  # fmt: skip
-    """The state before each segment, from the moments of every segment: a gated exclusive sum, in a fixed order.
+    """One block of rows of the state before each segment, from all segments' moments: a gated sum, in a fixed order.
 
-    With `add_last`, only the state after all segments; without, the last segment's moments are not read.
+    With `only_end`, the state after all segments instead. It is in the public layout, as the moments and the initial
+    state are; the states before the segments are stored as those of chunks are.
     """
-    offsets = tl.program_id(0) * block_elements + tl.arange(0, block_elements)
     bh = tl.program_id(1).to(tl.int64)
     ids_ptr += (bh // H) * ids_stride_b
-    inside = offsets < elements
-    running = tl.zeros([block_elements], tl.float32)
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    columns = tl.arange(0, value_width)
+    packed = public_rows(rows, period, feature_dim)
+    elements: tl.constexpr = (1 + feature_dim + feature_dim * (feature_dim + 1) // 2) * (value_dim + 1)
+    dtype = starts_ptr.dtype.element_ty
+    # Adjoint moments have the weights already.
+    weights = tl.full([block_rows], 1.0, tl.float32) if adjoint else row_weights(rows, period, feature_dim)
     if has_initial:
-        running = tl.load(initial_ptr + bh * elements + offsets, mask=inside, other=0.0)
+        state, total = load_state(initial_ptr + bh * elements, packed, columns, value_dim)
+    else:
+        state = tl.zeros([block_rows, value_width], tl.float32)
+        total = tl.zeros([block_rows], tl.float32)
     for step in range(0, segments):
         segment = segments - 1 - step if adjoint else step
-        here = (bh * segments + segment) * elements + offsets
-        if not add_last:
-            tl.store(starts_ptr + here, running, mask=inside)
-        moments = tl.load(moments_ptr + here, mask=inside & (add_last | (step < segments - 1)), other=0.0)
+        here = bh * segments + segment
+        if not only_end:
+            start_rows = starts_ptr + here * rows_stored * value_dim
+            store_tile(start_rows, rows, value_dim, rows_stored, columns, value_dim, state * weights[:, None])
+            normaliser_columns = as_columns(total * weights, dtype)
+            normaliser_rows = normalisers_ptr + here * rows_stored * 4
+            store_tile(normaliser_rows, rows, 4, rows_stored, tl.arange(0, 16), 4, normaliser_columns)
         if has_ids:
             carried_id = tl.load(ids_ptr + tl.maximum(segment * segment_tokens - 1, 0))
             last_id = tl.load(ids_ptr + tl.minimum((segment + 1) * segment_tokens, T) - 1)
-            running = running * tl.where(last_id == carried_id, 1.0, 0.0)
-        running += moments
-    if add_last:
-        tl.store(starts_ptr + bh * elements + offsets, running, mask=inside)
+            keeps = tl.where(last_id == carried_id, 1.0, 0.0)
+            state *= keeps
+            total *= keeps
+        added, added_total = load_state(moments_ptr + here * elements, packed, columns, value_dim)
+        state += added
+        total += added_total
+    if only_end:
+        store_state(end_ptr + bh * elements, packed, columns, value_dim, state, total)
 
 
 @triton.jit
 def load_block(
-    states_ptr, normalisers_ptr, rows_X, columns_V, rows_stored: tl.constexpr, value_dim: tl.constexpr,
-    value_width: tl.constexpr,
+    states_ptr, normalisers_ptr, rows_X, limit, columns_V, value_dim: tl.constexpr, value_width: tl.constexpr,
+    whole: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of a chunk's state: values [X, V], and normalisers as columns [X, 16]."""
-    values = load_tile(states_ptr, rows_X, value_dim, rows_stored, columns_V, value_dim, value_width, True)
-    return values, load_tile(normalisers_ptr, rows_X, 4, rows_stored, tl.arange(0, 16), 4, 16, True)
+    """A block of rows of a stored state: values [X, V], and normalisers as columns [X, 16]; `whole` ignores the limit."""
+    values = load_tile(states_ptr, rows_X, value_dim, limit, columns_V, value_dim, value_width, whole)
+    return values, load_tile(normalisers_ptr, rows_X, 4, limit, tl.arange(0, 16), 4, 16, whole)
+
+
+@triton.jit
+def start_limit(ids_ptr, edge_token, segment_edge_token, rows_stored: tl.constexpr, has_ids: tl.constexpr):
+    """Rows that a chunk reads of its segment's start: none if another document began in between.
+
+    The tokens are those whose documents enter the chunk and the segment. Who reads a chunk's state compares with the
+    former; ids do not decrease, so equal ids leave nothing else between.
+    """
+    if has_ids:
+        return tl.where(tl.load(ids_ptr + edge_token) == tl.load(ids_ptr + segment_edge_token), rows_stored, 0)
+    return rows_stored
 
 
 @triton.jit
@@ -331,12 +364,12 @@ def output_pairs(
 
 @triton.jit
 def outputs(
-    q_ptr, k_ptr, v_ptr, ids_ptr, states_ptr, normalisers_ptr, o_ptr, inverse_z_ptr,
+    q_ptr, k_ptr, v_ptr, ids_ptr, states_ptr, normalisers_ptr, starts_ptr, start_normalisers_ptr, o_ptr, inverse_z_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    o_stride_b, o_stride_t, o_stride_h, ids_stride_b, T, H, chunks,
+    o_stride_b, o_stride_t, o_stride_h, ids_stride_b, T, H, chunks, segments, segment_chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr,
+    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, has_starts: tl.constexpr, even: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
     """o and 1/Z of one tile of queries."""
@@ -363,16 +396,26 @@ def outputs(
     state_index = bh64 * chunks + chunk
     states_ptr += state_index * rows_stored * value_dim
     normalisers_ptr += state_index * rows_stored * 4
+    if has_starts:
+        segment = chunk // segment_chunks
+        starts_ptr += (bh64 * segments + segment) * rows_stored * value_dim
+        start_normalisers_ptr += (bh64 * segments + segment) * rows_stored * 4
+        segment_begin = segment * segment_chunks * chunk_tokens
+        start_rows = start_limit(
+            ids_ptr, tl.maximum(chunk_begin - 1, 0), tl.maximum(segment_begin - 1, 0), rows_stored, has_ids
+        )
 
     acc = tl.zeros([tile_tokens, value_width], tl.float32)
     z = tl.zeros([tile_tokens, 16], tl.float32)
     a = first_factors(q, block_rows, period, width, precision)
     # A small state is loaded at once, which is faster; of a larger one, that would fill the registers.
-    if rows_stored * value_width <= 192 * 64:
+    if rows_stored * value_width <= 192 * 64 and not has_starts:
         blocks = ()
         for block in tl.static_range(rows_stored // block_rows):
             rows = block * block_rows + tl.arange(0, block_rows)
-            blocks += (load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width),)
+            blocks += (
+                load_block(states_ptr, normalisers_ptr, rows, rows_stored, columns, value_dim, value_width, True),
+            )
         for block in tl.static_range(rows_stored // block_rows):
             rows = block * block_rows + tl.arange(0, block_rows)
             phi = features(a, second_factors(q, rows, period, width, precision), rows, period).to(dtype)
@@ -382,11 +425,17 @@ def outputs(
         for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
             rows = row0 + tl.arange(0, block_rows)
             state, normaliser = load_block(
-                states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width
+                states_ptr, normalisers_ptr, rows, rows_stored, columns, value_dim, value_width, True
             )
             phi = features(a, second_factors(q, rows, period, width, precision), rows, period).to(dtype)
             z = tl.dot(phi, normaliser, z, input_precision=precision)
             acc = tl.dot(phi, state, acc, input_precision=precision)
+            if has_starts:
+                start, start_normaliser = load_block(
+                    starts_ptr, start_normalisers_ptr, rows, start_rows, columns, value_dim, value_width, not has_ids
+                )
+                z = tl.dot(phi, start_normaliser, z, input_precision=precision)
+                acc = tl.dot(phi, start, acc, input_precision=precision)
     if has_ids:
         query_ids = load_vector(ids_ptr, queries, T, even)
         reads = tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)
@@ -442,12 +491,12 @@ def query_pairs(
 
 @triton.jit
 def query_gradients(
-    q_ptr, k_ptr, v_ptr, g_ptr, gz_ptr, ids_ptr, states_ptr, normalisers_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, gz_ptr, ids_ptr, states_ptr, normalisers_ptr, starts_ptr, start_normalisers_ptr, dq_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    dq_stride_b, dq_stride_t, dq_stride_h, ids_stride_b, T, H, chunks,
+    dq_stride_b, dq_stride_t, dq_stride_h, ids_stride_b, T, H, chunks, segments, segment_chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr,
+    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, has_starts: tl.constexpr, even: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, from the states before the chunks."""
@@ -474,6 +523,14 @@ def query_gradients(
     state_index = bh64 * chunks + chunk
     states_ptr += state_index * rows_stored * value_dim
     normalisers_ptr += state_index * rows_stored * 4
+    if has_starts:
+        segment = chunk // segment_chunks
+        starts_ptr += (bh64 * segments + segment) * rows_stored * value_dim
+        start_normalisers_ptr += (bh64 * segments + segment) * rows_stored * 4
+        segment_begin = segment * segment_chunks * chunk_tokens
+        start_rows = start_limit(
+            ids_ptr, tl.maximum(chunk_begin - 1, 0), tl.maximum(segment_begin - 1, 0), rows_stored, has_ids
+        )
 
     dq = tl.zeros([tile_tokens, width], tl.float32)
     da = tl.zeros([tile_tokens, block_rows], tl.float32)
@@ -481,9 +538,17 @@ def query_gradients(
     a = first_factors(q, block_rows, period, width, precision)
     for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
         rows = row0 + tl.arange(0, block_rows)
-        state, normaliser = load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width)
+        state, normaliser = load_block(
+            states_ptr, normalisers_ptr, rows, rows_stored, columns, value_dim, value_width, True
+        )
         dphi = tl.dot(gz_factors, tl.trans(normaliser), input_precision=precision)
         dphi = tl.dot(g, tl.trans(state), dphi, input_precision=precision)
+        if has_starts:
+            start, start_normaliser = load_block(
+                starts_ptr, start_normalisers_ptr, rows, start_rows, columns, value_dim, value_width, not has_ids
+            )
+            dphi = tl.dot(gz_factors, tl.trans(start_normaliser), dphi, input_precision=precision)
+            dphi = tl.dot(g, tl.trans(start), dphi, input_precision=precision)
         da += dphi * second_factors(q, rows, period, width, precision)
         dq = tl.dot((dphi * a).to(dtype), to_second_factors(rows, period, width, dtype), dq, input_precision=precision)
     dq = tl.dot(da.to(dtype), to_first_factors(block_rows, period, width, dtype), dq, input_precision=precision)
@@ -532,17 +597,18 @@ def key_pairs(
 
 @triton.jit
 def key_gradients(
-    q_ptr, k_ptr, v_ptr, g_ptr, gz_ptr, ids_ptr, states_ptr, normalisers_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, gz_ptr, ids_ptr, states_ptr, normalisers_ptr, starts_ptr, start_normalisers_ptr,
+    dk_ptr, dv_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    dk_stride_b, dk_stride_t, dk_stride_h, dv_stride_b, dv_stride_t, dv_stride_h, ids_stride_b, T, H, chunks,
+    dk_stride_b, dk_stride_t, dk_stride_h, dv_stride_b, dv_stride_t, dv_stride_h, ids_stride_b, T, H, chunks, segments, segment_chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, has_pairs: tl.constexpr,
+    tile_tokens: tl.constexpr, state_stages: tl.constexpr, has_ids: tl.constexpr, has_starts: tl.constexpr, has_pairs: tl.constexpr,
     even: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the adjoint states after the chunks.
 
-    Without pairs (the gradient of a segment's state alone) one adjoint state serves all chunks.
+    Without pairs (the gradient of the moments alone) there is nothing but the adjoint state that enters the one segment.
     """
     tile, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), bh % H
@@ -571,9 +637,15 @@ def key_gradients(
         own_q = load_tile(q_ptr, keys, q_stride_t, T, vector, feature_dim, width, even)
         own_g = load_tile(g_ptr, keys, value_dim, T, columns, value_dim, value_width, even)
         own_gz = load_tile(gz_ptr, keys, 4, T, columns16, 4, 16, even)
-    state_index = bh64 * chunks + chunk if has_pairs else bh64
-    states_ptr += state_index * rows_stored * value_dim
-    normalisers_ptr += state_index * rows_stored * 4
+        state_index = bh64 * chunks + chunk
+        states_ptr += state_index * rows_stored * value_dim
+        normalisers_ptr += state_index * rows_stored * 4
+    if has_starts:
+        segment = chunk // segment_chunks
+        starts_ptr += (bh64 * segments + segment) * rows_stored * value_dim
+        start_normalisers_ptr += (bh64 * segments + segment) * rows_stored * 4
+        segment_end = tl.minimum((segment + 1) * segment_chunks * chunk_tokens, T)
+        start_rows = start_limit(ids_ptr, chunk_end - 1, segment_end - 1, rows_stored, has_ids)
 
     dk = tl.zeros([tile_tokens, width], tl.float32)
     dv = tl.zeros([tile_tokens, value_width], tl.float32)
@@ -582,18 +654,29 @@ def key_gradients(
     a = first_factors(k, block_rows, period, width, precision)
     for row0 in tl.range(0, rows_stored, block_rows, num_stages=state_stages):
         rows = row0 + tl.arange(0, block_rows)
-        state, normaliser = load_block(states_ptr, normalisers_ptr, rows, columns, rows_stored, value_dim, value_width)
         b_plus = second_factors(k, rows, period, width, precision)
-        dv = tl.dot(features(a, b_plus, rows, period).to(dtype), state, dv, input_precision=precision)
-        dphi = tl.dot(ones, tl.trans(normaliser), input_precision=precision)
-        dphi = tl.dot(v, tl.trans(state), dphi, input_precision=precision)
+        phi = features(a, b_plus, rows, period).to(dtype)
+        dphi = tl.zeros([tile_tokens, block_rows], tl.float32)
+        if has_pairs:
+            state, normaliser = load_block(
+                states_ptr, normalisers_ptr, rows, rows_stored, columns, value_dim, value_width, True
+            )
+            dv = tl.dot(phi, state, dv, input_precision=precision)
+            dphi = tl.dot(ones, tl.trans(normaliser), dphi, input_precision=precision)
+            dphi = tl.dot(v, tl.trans(state), dphi, input_precision=precision)
+        if has_starts:
+            start, start_normaliser = load_block(
+                starts_ptr, start_normalisers_ptr, rows, start_rows, columns, value_dim, value_width, not has_ids
+            )
+            dv = tl.dot(phi, start, dv, input_precision=precision)
+            dphi = tl.dot(ones, tl.trans(start_normaliser), dphi, input_precision=precision)
+            dphi = tl.dot(v, tl.trans(start), dphi, input_precision=precision)
         da += dphi * b_plus
         dk = tl.dot((dphi * a).to(dtype), to_second_factors(rows, period, width, dtype), dk, input_precision=precision)
     dk = tl.dot(da.to(dtype), to_first_factors(block_rows, period, width, dtype), dk, input_precision=precision)
     if has_ids:
-        last = (chunk_end if has_pairs else T) - 1
         key_ids = load_vector(ids_ptr, keys, T, even)
-        writes = tl.where(key_ids == tl.load(ids_ptr + last), 1.0, 0.0)
+        writes = tl.where(key_ids == tl.load(ids_ptr + chunk_end - 1), 1.0, 0.0)
         dk *= writes[:, None]
         dv *= writes[:, None]
 
