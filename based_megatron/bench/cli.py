@@ -46,8 +46,8 @@ class BenchConfig:
     """Seed of the random inputs."""
     links: Path | None = None
     """sequence-parallel: YAML or JSON with parameters of the links between GPUs (bench/links.py); missing ones keep their defaults."""
-    measured: Path | None = None
-    """sequence-parallel: JSON of an earlier run, whose measured times are taken instead of measuring."""
+    measured: tuple[Path, ...] = ()
+    """sequence-parallel: JSON of earlier runs, whose measured times are taken instead of measuring; later files replace earlier ones."""
 
 
 def main(argv: Sequence[str]) -> int:

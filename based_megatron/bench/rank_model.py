@@ -56,6 +56,9 @@ class Measured:
             raise KeyError(f"{work} {shape} was not measured in this run: drop --only, or give --measured FILE")
         return self._values[work, shape]
 
+    def has(self, work: str, shape: str) -> bool:
+        return (work, shape) in self._values
+
     def lengths(self) -> list[int]:
         """L of which there are whole steps."""
         return sorted(
@@ -109,16 +112,18 @@ class StepModel:
     """P, that share a sequence."""
     gpus: int
     """Ranks of all sequences together, which reduce gradients."""
+    as_graph: bool = False
+    """Take the steps that were replayed as CUDA graphs: without the host's time to launch them."""
 
     @property
     def alone_ms(self) -> float:
         """The same tokens on one rank that shares nothing."""
-        return self._step("step: whole sequence, forward + backward")
+        return self._total("step: whole sequence")
 
     @property
     def gradients_ms(self) -> float:
         """Exposed part of the gradients' reduction."""
-        forward = self._step("step: whole sequence, forward")
+        forward = self._forward("step: whole sequence")
         parameters = 1e6 * self.measured.at("parameters", "")
         return gradients_exposed_ms(self.links, self.gpus, parameters, forward, self.alone_ms - forward)
 
@@ -129,9 +134,9 @@ class StepModel:
         return statistics.fmean(draws)
 
     def _segments(self, variant: Variant, way: str) -> list[Segment]:
-        forward = self._step("step: slice, forward")
-        total = forward if way == "forward" else self._step("step: slice, forward + backward") - forward
-        share = total / len(self.traffic.letters)
+        forward = self._forward("step: slice")
+        of_pass = forward if way == "forward" else self._total("step: slice") - forward
+        share = of_pass / len(self.traffic.letters)
         letters = self.traffic.letters if way == "forward" else self.traffic.letters[::-1]
         return [self._segment(letter, variant, way, share) for letter in letters]
 
@@ -177,5 +182,13 @@ class StepModel:
         name = covering.get((letter, way))
         return self.measured.slowdown(name, self.links.nvlink_gb_per_s) if name else 1.0
 
-    def _step(self, work: str) -> float:
-        return self.measured.at(work, f"L{self.tokens}")
+    def _total(self, step: str) -> float:
+        suffix = " as a CUDA graph" if self.as_graph else ""
+        return self.measured.at(f"{step}, forward + backward{suffix}", f"L{self.tokens}")
+
+    def _forward(self, step: str) -> float:
+        """A graph's time is divided between the passes as that of the step launched one by one."""
+        eager = [
+            self.measured.at(f"{step}, {passes}", f"L{self.tokens}") for passes in ("forward", "forward + backward")
+        ]
+        return self._total(step) * eager[0] / eager[1]

@@ -45,17 +45,45 @@ def step_rows(bench: Bench, model: BasedModel, lengths: Sequence[int]) -> list[R
     return rows
 
 
+def graph_rows(bench: Bench, model: BasedModel, lengths: Sequence[int]) -> list[Row]:
+    """Both passes replayed as one CUDA graph, where the device never waits for the host. A step that cannot be captured has no row."""
+    rows = []
+    for L in lengths:
+        tokens_1L = torch.randint(0, model.config.model.vocab_size, (1, L + 1), device=bench.device)
+        for name, make_plan in _plans(bench, L).items():
+            timing = bench.time(_step(model, make_plan(), tokens_1L), budget_ms=300.0)
+            model.zero_grad(set_to_none=True)
+            if timing.method != "events":
+                rates = {"tok/s": 1e3 * L / timing.ms}
+                rows.append(Row(f"{name}, forward + backward as a CUDA graph", f"L{L}", timing.ms, rates=rates))
+    return rows
+
+
+def _plans(bench: Bench, L: int) -> dict[str, Callable[[], SequencePlan]]:
+    """A rank that has the whole of its sequence, and one that has a slice of a longer one."""
+
+    def slice_of_many() -> SequencePlan:
+        ranks = beside_absent_ranks(SLICES // 2, SLICES, "all_gather")
+        return plan_beside_absent_ranks(ranks, L, bench.device)
+
+    return {"step: whole sequence": lambda: whole_sequence(None, L, bench.device), "step: slice": slice_of_many}
+
+
+def _step(model: BasedModel, plan: SequencePlan, tokens_1L: torch.Tensor) -> Callable[[], None]:
+    inputs_1L, labels_1L = tokens_1L[:, :-1].contiguous(), tokens_1L[:, 1:].contiguous()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(inputs_1L, plan, labels_1L).mean().backward()
+
+    return step
+
+
 def _measured(bench: Bench, model: BasedModel, L: int, recompute: str) -> list[Row]:
     tokens_1L = torch.randint(0, model.config.model.vocab_size, (1, L + 1), device=bench.device)
     rows = []
-    for name, plan in (
-        ("step: whole sequence", lambda: whole_sequence(None, L, bench.device)),
-        (
-            "step: slice",
-            lambda: plan_beside_absent_ranks(beside_absent_ranks(SLICES // 2, SLICES, "all_gather"), L, bench.device),
-        ),
-    ):
-        forward, total, peak_gib = time_step(bench, model, plan, tokens_1L)
+    for name, make_plan in _plans(bench, L).items():
+        forward, total, peak_gib = time_step(bench, model, make_plan, tokens_1L)
         rates = {"tok/s": 1e3 * L / total} | ({"GiB peak": peak_gib} if peak_gib else {})
         note = "all activations recomputed" if recompute == "full" else ""
         rows += [

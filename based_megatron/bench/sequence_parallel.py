@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from based_megatron.bench.rank_model import (
     state_exchange_us,
 )
 from based_megatron.bench.rank_parts import cover_rows, gated_sum_rows, part_rows
-from based_megatron.bench.rank_steps import step_rows
+from based_megatron.bench.rank_steps import graph_rows, step_rows
 from based_megatron.bench.report import Case, Check, Row
 from based_megatron.bench.scaling_plot import draw
 from based_megatron.bench.slices import check_rows
@@ -42,6 +42,7 @@ QUICK_LENGTHS = (16, 32)
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 QUICK_RANKS = (4, 8, 16)
 INTERFERENCE_TOKENS = 16384
+LONGEST_REPLAYED = 16384
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -65,10 +66,10 @@ def cases(bench: Bench) -> list[Case]:
         return kept
 
     measuring: dict[str, Callable[[], Iterable[Row]]]
-    if bench.measured is not None:
-        # Read here: a file that cannot be used is the user's error, not a case that fails.
-        measuring = {"measured before": functools.partial(earlier_rows, bench.measured)}
-        _read(bench.measured)
+    if bench.measured:
+        # Read here: files that cannot be used are the user's error, not a case that fails.
+        earlier = earlier_rows(bench.measured)
+        measuring = {"measured before": lambda: earlier}
     else:
         measuring = {
             "checks": lambda: check_rows(bench),
@@ -78,6 +79,7 @@ def cases(bench: Bench) -> list[Case]:
         if bench.backend == "triton" and bench.device.type == "cuda":
             measuring["interference"] = lambda: _interference_rows(bench)
         measuring["covers and steps"] = lambda: model_rows(bench, lengths)
+        measuring["steps as CUDA graphs"] = lambda: replayed_rows(bench, lengths)
     modelling: dict[str, Callable[[], Iterable[Row]]] = {
         "one layer": lambda: layer_rows(links, traffic, lengths, ranks),
         "one exchange": lambda: exchange_rows(links, traffic, measured(), lengths, ranks),
@@ -96,6 +98,13 @@ def model_rows(bench: Bench, lengths: tuple[int, ...]) -> list[Row]:
         size = Row("parameters", "", 1e3 * parameters_in_billions(model), "M")
         covers = itertools.chain.from_iterable(cover_rows(bench, model, L) for L in lengths)
         return [size, *covers, *step_rows(bench, model, lengths)]
+
+
+def replayed_rows(bench: Bench, lengths: tuple[int, ...]) -> list[Row]:
+    """Whole steps as CUDA graphs, of the lengths at which the host may be what bounds them."""
+    with one_rank(bench) as topology:
+        model = based_model(bench, topology)
+        return graph_rows(bench, model, [L for L in lengths if L <= LONGEST_REPLAYED])
 
 
 def layer_rows(links: Links, traffic: LayerTraffic, lengths: tuple[int, ...], ranks: tuple[int, ...]) -> list[Row]:
@@ -203,6 +212,11 @@ def _step_row(model: StepModel, seed: int) -> Row:
     ours = steps.pop("auto")
     alone_ms, gradients_ms = model.alone_ms, model.gradients_ms
     sharing = "" if model.gpus == model.ranks else f" on {model.gpus} GPUs"
+    as_graph = dataclasses.replace(model, as_graph=True)
+    graph = {}
+    if model.measured.has("step: slice, forward + backward as a CUDA graph", f"L{model.tokens}"):
+        graph_ms = as_graph.step_ms("auto", seed) + as_graph.gradients_ms
+        graph = {"% as CUDA graphs": 100 * as_graph.alone_ms / graph_ms}
     return Row(
         f"training step, efficiency{sharing}",
         f"P{model.ranks} L{model.tokens}",
@@ -212,6 +226,7 @@ def _step_row(model: StepModel, seed: int) -> Row:
         rates={
             "% without gradients": 100 * alone_ms / ours,
             "% without jitter": 100 * alone_ms / (model.step_ms("auto", seed, jitter=0.0) + gradients_ms),
+            **graph,
             "ms of a rank alone": alone_ms,
             "ms for exchanges, own work and jitter": ours - alone_ms,
             "ms gradients exposed": gradients_ms,
@@ -225,32 +240,40 @@ def _step_row(model: StepModel, seed: int) -> Row:
 def facts(bench: Bench) -> dict[str, str]:
     """What else a reader must know: the links, and where measured times came from if not from this run."""
     said = {"links": str(bench.links or "defaults of bench/links.py")}
-    if bench.measured is None:
+    if not bench.measured:
         return said
-    earlier = _read(bench.measured)["facts"]
-    kept = {key: earlier[key] for key in ("device", "dtype", "backend", "python", "packages") if key in earlier}
-    return {**kept, "measured by": earlier.get("measured by", earlier.get("command", "")), **said}
+    reports = [_read(path)["facts"] for path in bench.measured]
+    kept = {key: reports[0][key] for key in ("device", "dtype", "backend", "python", "packages") if key in reports[0]}
+    return {**kept, "measured by": "; ".join(facts.get("measured by", facts["command"]) for facts in reports), **said}
 
 
-def earlier_rows(path: Path) -> list[Row]:
-    """The measured rows of an earlier run. Raises ConfigError if the file has none."""
-    rows = [
-        dataclasses.replace(
+def earlier_rows(paths: Sequence[Path]) -> list[Row]:
+    """The measured rows of earlier runs; what a later one has measured again replaces that of one before.
+
+    Raises ConfigError if there are none, or if they are of different devices.
+    """
+    reports = {path: _read(path) for path in paths}
+    devices = {report["facts"]["device"] for report in reports.values()}
+    if len(devices) > 1:
+        raise ConfigError(f"--measured: files of different devices, {', '.join(sorted(devices))}: give files of one")
+    rows = {
+        (row["work"], row["shape"]): dataclasses.replace(
             Row(**{key: row[key] for key in ("work", "shape", "value", "unit", "rates", "source", "note")}),
             checks={name: Check(check["error"], check["limit"]) for name, check in row["checks"].items()},
         )
-        for row in _read(path)["rows"]
+        for report in reports.values()
+        for row in report["rows"]
         if (row["source"] == "measured" or row["work"].startswith("step: ")) and not row["failure"]
-    ]
+    }
     if not rows:
-        raise ConfigError(f"--measured {path} has no measured rows: change --measured to the JSON of a whole run")
-    return rows
+        raise ConfigError(f"--measured {paths[0]} has no measured rows: change --measured to the JSON of a whole run")
+    return list(rows.values())
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text())
-        assert isinstance(report["facts"], dict) and all("source" in row for row in report["rows"])
+        assert {"device", "command"} <= set(report["facts"]) and all("source" in row for row in report["rows"])
         return report
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ConfigError(

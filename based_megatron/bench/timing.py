@@ -41,8 +41,8 @@ class Bench:
     seed: int = 0
     links: Path | None = None
     """File with parameters of the links between GPUs, where a benchmark models them; None: the defaults."""
-    measured: Path | None = None
-    """JSON of an earlier run whose measured times a model takes; None: measure."""
+    measured: tuple[Path, ...] = ()
+    """JSON of earlier runs whose measured times a model takes; empty: measure."""
 
     def random(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Fresh normal numbers, drawn on the device."""

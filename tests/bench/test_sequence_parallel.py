@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from based_megatron import cli
 from based_megatron.bench.links import Links, read_links
 from based_megatron.bench.rank_model import Measured, state_exchange_us
-from based_megatron.bench.report import Row
+from based_megatron.bench.report import Row, write_report
 from based_megatron.bench.scaling import Segment, chain, collective, gradients_exposed_ms, neighbours, simulate
+from based_megatron.bench.sequence_parallel import earlier_rows
 from based_megatron.bench.traffic import LayerTraffic
 from based_megatron.config.load import load_config
 from based_megatron.errors import ConfigError
@@ -232,6 +234,8 @@ def test_parts_are_measured_and_many_ranks_modelled(tmp_path, worker_pool):
     checked = [row for row in measured if row["checks"]]
     assert len(checked) == 11 and all(row["passed"] for row in checked)
     steps = [row for row in first if row["work"] == "training step, efficiency"]
+    assert "step: slice, forward + backward as a CUDA graph" in works
+    assert all("% as CUDA graphs" in row["rates"] for row in steps)
     assert len(steps) == 6 and all(row["source"] == "modelled" and row["value"] > 0 for row in steps)
 
     assert [row["value"] for row in again if row["source"] == "measured"] == [row["value"] for row in measured]
@@ -242,6 +246,20 @@ def test_parts_are_measured_and_many_ranks_modelled(tmp_path, worker_pool):
     text = (tmp_path / "one" / "sequence-parallel.md").read_text()
     assert "| measured |" in text and "| modelled |" in text
     assert "<svg" in (tmp_path / "one" / "sequence-parallel.svg").read_text()
+
+
+def test_later_measurements_replace_earlier_ones_of_the_same_device(tmp_path):
+    def write(name: str, device: str, **values: float) -> Path:
+        rows = [Row(work, "L16", value) for work, value in values.items()]
+        _, data = write_report(rows, {"device": device, "command": name}, tmp_path, name, plot=False)
+        return data
+
+    one, two, other = write("1", "A", dq=1.0, dk=2.0), write("2", "A", dq=3.0), write("3", "B", dq=4.0)
+    assert {row.work: row.value for row in earlier_rows([one, two])} == {"dq": 3.0, "dk": 2.0}
+    with pytest.raises(ConfigError, match="different devices, A, B"):
+        earlier_rows([one, other])
+    with pytest.raises(ConfigError, match="no measured rows"):
+        earlier_rows([write("4", "A")])
 
 
 def test_a_wrong_exchange_fails_and_is_named(tmp_path, monkeypatch, capsys):
