@@ -29,7 +29,7 @@ from based_megatron.bench.rank_model import (
 from based_megatron.bench.rank_parts import cover_rows, gated_sum_rows, part_rows
 from based_megatron.bench.rank_steps import graph_rows, step_rows
 from based_megatron.bench.report import Case, Check, Row
-from based_megatron.bench.scaling_plot import draw
+from based_megatron.bench.scaling_plot import AS_GRAPHS, draw
 from based_megatron.bench.slices import check_rows
 from based_megatron.bench.timing import Bench
 from based_megatron.bench.traffic import LayerTraffic
@@ -216,7 +216,7 @@ def _step_row(model: StepModel, seed: int) -> Row:
     graph = {}
     if model.measured.has("step: slice, forward + backward as a CUDA graph", f"L{model.tokens}"):
         graph_ms = as_graph.step_ms("auto", seed) + as_graph.gradients_ms
-        graph = {"% as CUDA graphs": 100 * as_graph.alone_ms / graph_ms}
+        graph = {AS_GRAPHS: 100 * as_graph.alone_ms / graph_ms, f"tok/s {AS_GRAPHS[2:]}": 1e3 * model.tokens / graph_ms}
     return Row(
         f"training step, efficiency{sharing}",
         f"P{model.ranks} L{model.tokens}",
