@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from based_megatron.parallel.sequence.channel import Pending
-from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.ranks import Algorithm, ContextRanks
 
@@ -89,5 +88,4 @@ def beside_absent_ranks(rank: int, size: int, algorithm: Algorithm, node_ranks: 
 
 def plan_beside_absent_ranks(ranks: ContextRanks, tokens: int, device: torch.device) -> SequencePlan:
     """Slices of so many tokens, one document over all of them."""
-    documents: Documents | None = None
-    return SequencePlan(ranks, tuple(tokens * i for i in range(ranks.size + 1)), documents, device)
+    return SequencePlan(ranks, tuple(tokens * i for i in range(ranks.size + 1)), None, device)

@@ -64,11 +64,7 @@ class Links:
     """Assumed: the same over several nodes."""
     network_all_to_all_peer_us: float = 0.5
     """Assumed: what each rank of another node adds to it."""
-    low_latency: Protocol = field(
-        default_factory=lambda: Protocol(
-            6.6, 0.6, 1.08, 2.7, 1.0, 0.25, 141.0, 45.0, 35.0
-        )
-    )  # fmt: skip
+    low_latency: Protocol = field(default_factory=lambda: Protocol(6.6, 0.6, 1.08, 2.7, 1.0, 0.25, 141.0, 45.0, 35.0))
     low_latency_128: Protocol = field(default_factory=lambda: Protocol(14.0, 1.9, 1.9, 4.0, 0.92, 0.92))
     simple: Protocol = field(default_factory=lambda: Protocol(8.4, 3.4, 3.4, 14.0))
 
@@ -82,7 +78,9 @@ class Links:
 
     def all_gather_us(self, ranks: int, bytes_of_rank: float) -> float:
         """Around a ring of all ranks, P - 1 steps; NCCL takes the fastest protocol."""
-        return self._ring_us(ranks, bytes_of_rank)
+        if ranks < 2:
+            return 0.0
+        return min(self._steps_us(p, ranks) + self._transfer_us(p, ranks, bytes_of_rank) for p in self.protocols)
 
     def reduce_scatter_us(self, ranks: int, bytes_of_rank: float, messages: int = 1) -> float:
         """Of `messages` buckets by the protocol for large ones; a rank keeps bytes_of_rank of each sum."""
@@ -146,11 +144,6 @@ class Links:
         if ranks <= self.node_ranks:
             return self.nvlink_gb_per_s
         return min(self.nvlink_gb_per_s, self.node_ranks * self.network_gb_per_s)
-
-    def _ring_us(self, ranks: int, bytes_of_rank: float) -> float:
-        if ranks < 2:
-            return 0.0
-        return min(self._steps_us(p, ranks) + self._transfer_us(p, ranks, bytes_of_rank) for p in self.protocols)
 
     def _steps_us(self, p: Protocol, ranks: int) -> float:
         between = self.nodes(ranks) - 1

@@ -57,6 +57,7 @@ class Measured:
         return self._values[work, shape]
 
     def has(self, work: str, shape: str) -> bool:
+        """Whether `at` finds it."""
         return (work, shape) in self._values
 
     def lengths(self) -> list[int]:
@@ -72,7 +73,7 @@ class Measured:
         return 1.0 if nearest is None else max(1.0, nearest.value)
 
 
-def state_algorithm(links: Links, ranks: int, state_bytes: int) -> Literal["all_gather", "two_level", "chain"]:
+def state_algorithm(ranks: int, state_bytes: int) -> Literal["all_gather", "two_level", "chain"]:
     """What `parallel.state_exchange: auto` chooses where ranks fill nodes."""
     node: object = object()
     return choose(ContextRanks(0, ranks, node=node), state_bytes)  # type: ignore[arg-type]
@@ -82,7 +83,7 @@ def state_exchange_us(links: Links, traffic: LayerTraffic, ranks: int, variant: 
     """Time on the links of one exchange of states, if all ranks are ready at once."""
     size = traffic.state_bytes
     if variant == "auto":
-        variant = state_algorithm(links, ranks, size)
+        variant = state_algorithm(ranks, size)
     if variant == "all_gather":
         return links.all_gather_us(ranks, size)
     if variant == "chain":
@@ -92,9 +93,9 @@ def state_exchange_us(links: Links, traffic: LayerTraffic, ranks: int, variant: 
     return links.two_level_us(ranks, size, doubling=variant == "two_level with doubling")
 
 
-def local_ms(measured: Measured, links: Links, traffic: LayerTraffic, ranks: int, variant: Variant) -> float:
+def local_ms(measured: Measured, traffic: LayerTraffic, ranks: int, variant: Variant) -> float:
     """What a rank computes for one exchange, beyond its moments."""
-    algorithm = state_algorithm(links, ranks, traffic.state_bytes) if variant == "auto" else variant
+    algorithm = state_algorithm(ranks, traffic.state_bytes) if variant == "auto" else variant
     name = {"two_level with doubling": "two_level", "LASP-2, not overlapped": "all_gather"}.get(algorithm, algorithm)
     return measured.at(f"state: local work, {name}", f"P{ranks}")
 
@@ -158,6 +159,7 @@ class StepModel:
             return neighbours(hops), max(hops, default=0.0)
         ms = state_exchange_us(self.links, self.traffic, self.ranks, variant) / 1e3
         if variant == "chain":
+            # A hop at a time, which takes few multiprocessors from what covers it.
             return chain(self._hops(self.traffic.state_bytes, way)), 0.0
         return collective(ms), ms
 
@@ -169,7 +171,7 @@ class StepModel:
         """Beyond that of the step that was measured, which sums the states of a few ranks after an all-gather."""
         if letter != "L":
             return 0.0
-        own = functools.partial(local_ms, self.measured, self.links, self.traffic)
+        own = functools.partial(local_ms, self.measured, self.traffic)
         return max(0.0, own(self.ranks, variant) - self.measured.at("state: local work, all_gather", f"P{SLICES}"))
 
     def _slowdown(self, letter: str, way: str) -> float:

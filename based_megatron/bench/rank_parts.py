@@ -32,8 +32,9 @@ from based_megatron.kernels.rotary import apply_rotary, rotary_tables
 from based_megatron.kernels.sliding_window import sliding_window_over_slices
 from based_megatron.kernels.taylor_attention import attention
 from based_megatron.model.based_model import BasedModel
-from based_megatron.model.mixers import MixerInputs
+from based_megatron.model.mixers import MIXERS, Mixer, MixerInputs
 from based_megatron.parallel.sequence.channel import Pending
+from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.ranks import Algorithm
 from based_megatron.parallel.sequence.scan import start_gated_sum
 
@@ -152,7 +153,7 @@ def cover_rows(bench: Bench, model: BasedModel, L: int) -> list[Row]:
     return rows
 
 
-def covers(bench: Bench, mixer: torch.nn.Module, L: int) -> tuple[float, float]:
+def covers(bench: Bench, mixer: Mixer, L: int) -> tuple[float, float]:
     """(forward, backward) milliseconds between start and wait; medians."""
     settings = model_config(bench)
     ranks = beside_absent_ranks(COVER_RANKS // 2, COVER_RANKS, "all_gather")
@@ -201,14 +202,12 @@ def taylor_steps(bench: Bench) -> attention.Steps:
     return attention.Steps(module, module.schedule(None, torch.empty(0, device=bench.device, dtype=bench.dtype)))
 
 
-def _wait_for_sum(state: Tensor, plan: object) -> Tensor:
-    return start_gated_sum(state, plan).wait()  # type: ignore[arg-type]
+def _wait_for_sum(state: Tensor, plan: SequencePlan) -> Tensor:
+    return start_gated_sum(state, plan).wait()
 
 
-def _mixers(model: BasedModel) -> dict[str, torch.nn.Module]:
+def _mixers(model: BasedModel) -> dict[str, Mixer]:
     """One mixer of each kind, by its letter."""
-    from based_megatron.model.mixers import MIXERS
-
     letters = {cls: letter for letter, cls in MIXERS.items()}
     return {letters[type(layer.mixer)]: layer.mixer for layer in model.layers.values()}  # type: ignore[index,union-attr,misc]
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 QUICK_LENGTHS = (16, 32)
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 QUICK_RANKS = (4, 8, 16)
+SEQUENCES = (1 << 17, 1 << 23)
+"""Tokens of the shortest and the longest sequence whose steps are modelled."""
 INTERFERENCE_TOKENS = 16384
 LONGEST_REPLAYED = 16384
 
@@ -51,6 +54,7 @@ def cases(bench: Bench) -> list[Case]:
     lengths, ranks = (QUICK_LENGTHS, QUICK_RANKS) if bench.quick else (LENGTHS, RANKS)
     if bench.quick and bench.links is None:
         links = dataclasses.replace(links, node_ranks=4)
+    sequences = (0, math.inf) if bench.quick else SEQUENCES
     traffic = LayerTraffic.of(model_config(bench))
     found: list[Row] = []
 
@@ -83,7 +87,7 @@ def cases(bench: Bench) -> list[Case]:
     modelling: dict[str, Callable[[], Iterable[Row]]] = {
         "one layer": lambda: layer_rows(links, traffic, lengths, ranks),
         "one exchange": lambda: exchange_rows(links, traffic, measured(), lengths, ranks),
-        "scaling": lambda: scaling_rows(links, traffic, measured(), ranks, bench.seed),
+        "scaling": lambda: scaling_rows(links, traffic, measured(), ranks, bench.seed, sequences),
     }
     return [
         *(Case(name, keeping(run)) for name, run in measuring.items()),
@@ -168,7 +172,7 @@ def exchange_rows(
         kinds: dict[str, tuple[float, float]] = {
             "state": (
                 state_exchange_us(links, traffic, P, "auto") / 1e3,
-                local_ms(measured, links, traffic, P, "auto"),
+                local_ms(measured, traffic, P, "auto"),
             ),
             "window": (links.send_us(traffic.window_halo_bytes, many) / 1e3, 0.0),
             "conv": (links.send_us(traffic.conv_halo_bytes, many) / 1e3, 0.0),
@@ -193,18 +197,19 @@ def exchange_rows(
 
 
 def scaling_rows(
-    links: Links, traffic: LayerTraffic, measured: Measured, ranks: tuple[int, ...], seed: int
-) -> list[Row]:
-    """Efficiency of whole steps: every length that was measured, with every number of ranks, in the range of sequences asked for."""
-    rows = []
-    for L, P in itertools.product(measured.lengths(), ranks):
-        if max(ranks) == RANKS[-1] and not 1 << 17 <= L * P <= 1 << 23:
-            continue
-        rows.append(_step_row(StepModel(links, traffic, measured, L, P, P), seed))
-    if max(ranks) == RANKS[-1]:
-        # Eight sequences of a million tokens, 64 ranks to each.
-        rows.append(_step_row(StepModel(links, traffic, measured, 16384, 64, 512), seed))
-    return rows
+    links: Links, traffic: LayerTraffic, measured: Measured, ranks: tuple[int, ...], seed: int,
+    sequences: tuple[float, float],
+) -> list[Row]:  # fmt: skip
+    """Efficiency of whole steps: every length that was measured, with every number of ranks, where S is from .. to so many tokens."""
+    shortest, longest = sequences
+    models = [
+        StepModel(links, traffic, measured, L, P, P)
+        for L, P in itertools.product(measured.lengths(), ranks)
+        if shortest <= L * P <= longest
+    ]
+    # Several long sequences at once: eight of a million tokens.
+    models += [dataclasses.replace(m, gpus=8 * m.ranks) for m in models if (m.tokens, m.ranks) == (16384, 64)]
+    return [_step_row(model, seed) for model in models]
 
 
 def _step_row(model: StepModel, seed: int) -> Row:
@@ -271,14 +276,15 @@ def earlier_rows(paths: Sequence[Path]) -> list[Row]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    wrong = f"--measured {path} is not the JSON of `based bench sequence-parallel`: give what a run has written"
     try:
         report = json.loads(path.read_text())
-        assert {"device", "command"} <= set(report["facts"]) and all("source" in row for row in report["rows"])
-        return report
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ConfigError(
-            f"--measured {path} is not the JSON of `based bench sequence-parallel`: {type(error).__name__} {error}"
-        ) from error
+        known = {"device", "command"} <= set(report["facts"]) and all("source" in row for row in report["rows"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{wrong} ({type(error).__name__}: {error})") from error
+    if not known:
+        raise ConfigError(wrong)
+    return report
 
 
 def _interference_rows(bench: Bench) -> list[Row]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from based_megatron.bench.absent_ranks import beside_absent_ranks
 from based_megatron.bench.report import Check, Row, relative_error
 from based_megatron.bench.timing import Bench
+from based_megatron.bench.traffic import LayerTraffic
 from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_slices
 from based_megatron.kernels.sliding_window import sliding_window_attention, sliding_window_over_slices
@@ -29,6 +30,8 @@ from based_megatron.parallel.sequence.slices import even_bounds
 from based_megatron.parallel.sequence.states import StateExchange
 
 FP32_LIMIT = 1e-5
+PADDING = 1e-2
+"""Share of the bytes by which two levels pad a state, to give each rank of a node as many numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Operation:
     """(*inputs of a slice, its plan) to the output of the slice."""
     limits: dict[str, float]
     """Largest relative L2 errors in bf16: of `o` and of the gradient of each input."""
+    sent_bytes: Callable[[int, str], float]
+    """(P, algorithm) to what a rank between others sends of one sequence in one pass (bench/traffic.py)."""
     shared: frozenset[int] = frozenset()
 
 
@@ -75,6 +80,13 @@ def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
             projected, weight, Halo(arriving, exchange), key_document_ids_BS=ids, backend=backend
         )
 
+    traffic = LayerTraffic("", heads, F, V, W, D, K, bench.dtype.itemsize)
+
+    def state_bytes(P: int, algorithm: str) -> float:
+        if algorithm == "two_level":
+            return sum(traffic.two_level_bytes(P, P // 2))
+        return traffic.state_bytes if algorithm == "chain" else traffic.all_gather_bytes(P, traffic.state_bytes)
+
     attention_limits = {"o": 3e-3, "dq": 5e-3, "dk": 4e-3, "dv": 4e-3}
     return {
         "linear attention": Operation(
@@ -84,6 +96,7 @@ def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
             lambda q, k, v, ids: taylor_attention(q, k, v, document_ids_BT=ids)[0],
             attend,
             attention_limits,
+            state_bytes,
         ),
         "window": Operation(
             "window over slices",
@@ -92,6 +105,7 @@ def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
             lambda q, k, v, ids: sliding_window_attention(q, k, v, window_left=W, key_document_ids_BS=ids),
             slide,
             attention_limits,
+            lambda P, _: traffic.window_halo_bytes,
         ),
         "conv": Operation(
             "conv over slices",
@@ -100,6 +114,7 @@ def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
             lambda projected, weight, ids: gated_conv_fused(projected, weight, key_document_ids_BS=ids),
             convolve,
             {"o": 3e-3, "dprojected": 4e-3, "dweight": 4e-3},
+            lambda P, _: traffic.conv_halo_bytes,
             shared=frozenset({1}),
         ),
     }
@@ -107,7 +122,7 @@ def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
 
 def check_rows(bench: Bench) -> list[Row]:
     """Every mixer over 4 and 8 slices, every algorithm of the state; and a long sequence."""
-    S, heads = bench.size(4096, 48), bench.size(16, 2)
+    S, heads = bench.size(4096, 64), bench.size(16, 2)
     found = operations(bench, S, heads)
     cases: list[tuple[Operation, int, Algorithm]] = []
     algorithms: tuple[Algorithm, ...] = ("all_gather", "two_level", "chain")
@@ -148,14 +163,18 @@ def check_row(bench: Bench, operation: Operation, P: int, algorithm: Algorithm) 
         whole = torch.stack(of_ranks).double().sum(0) if i in operation.shared else torch.cat(of_ranks, dim=1)
         errors[name] = relative_error(whole, wanted[i])
     rounding = 1.0 if bench.dtype == torch.bfloat16 else FP32_LIMIT / max(operation.limits.values())
+    checks = {name: Check(error, operation.limits[name] * rounding) for name, error in errors.items()}
+    sent = max(sum(place.traffic.sent_bytes.values()) for place in places)
+    formula = 2 * inputs[0].shape[0] * operation.sent_bytes(P, algorithm)
+    checks["bytes"] = Check(abs(sent / formula - 1), PADDING)
     way = "" if algorithm == "auto" else f", {algorithm}"
     return Row(
         f"{operation.name}{way}",
         f"P{P} {operation.shape}",
         max(errors.values()),
         "error",
-        checks={name: Check(error, operation.limits[name] * rounding) for name, error in errors.items()},
-        rates={"kB sent by a rank": max(sum(place.traffic.sent_bytes.values()) for place in places) / 1e3},
+        checks=checks,
+        rates={"kB sent by a rank": sent / 1e3},
         note="several documents; all ranks as threads of one process",
     )
 

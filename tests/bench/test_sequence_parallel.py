@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from based_megatron import cli
 from based_megatron.bench.links import Links, read_links
@@ -190,6 +191,15 @@ def test_the_slowdown_beside_a_copy_is_that_at_the_rate_of_the_link():
     assert Measured(rows).slowdown("query projection", 350.0) == 1.0
     with pytest.raises(KeyError, match="not measured"):
         Measured(rows).at("dq", "L2048")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_copy_beside_kernels_copies_everything(channels):
+    interference = pytest.importorskip("based_megatron.bench.interference")
+    source = torch.randn(1000)
+    target = torch.zeros(1000)
+    interference.copy_round[(channels,)](source, target, 2, len(source), BLOCK=128)
+    assert torch.equal(source, target)
 
 
 # The command.
