@@ -144,6 +144,16 @@ def _check_sequence(config: Config) -> None:
             f"parallel.context {parallel.context} is more than data.sequence_length_tokens {length}: a rank would have no token; "
             f"lower parallel.context"
         )
+    if config.data.carry_state and (config.data.sources or not config.data.isolate_documents):
+        raise ConfigError(
+            f"data.carry_state needs one corpus and documents apart (now {len(config.data.sources)} data.sources, data.isolate_documents "
+            f"{config.data.isolate_documents}); set data.path and data.isolate_documents=true, or data.carry_state=false"
+        )
+    if config.data.carry_state and "A" in parse_layer_pattern(config.model.layer_pattern):
+        raise ConfigError(
+            f"data.carry_state cannot carry the whole past of full attention, letter A of model.layer_pattern "
+            f"{config.model.layer_pattern!r}; set data.carry_state=false or change model.layer_pattern"
+        )
     multiple = slice_multiple(parallel)
     if length % multiple or length // multiple < parallel.context:
         raise ConfigError(

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     command = tyro.cli(DataCommand, args=argv, prog="based data")
     data, global_batch_sequences = _data(command)
     if command.action == "at":
-        _list_step(Sources(data), command.step, global_batch_sequences)
+        _list_step(Sources(data, global_batch_sequences), command.step, global_batch_sequences)
         return
     for path in [data.path] if data.path else [source.path for source in data.sources]:
         manifest = load_manifest(path)

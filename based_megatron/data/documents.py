@@ -40,20 +40,20 @@ def documents_of_step(sources: Sources, step: int, global_batch_sequences: int) 
     for place, (source, sequence) in enumerate(sources.locate(numbers)):
         reader = sources.train[source]
         folder = reader.manifest.folder
-        number, start = reader.locate(sequence)
-        member, ends, origins = reader.members[number], reader.ends(number), reader.origins(number)
-        inputs = reader.tokens(sequence)[:-1]
-        document = int(np.searchsorted(ends, start, side="right"))
-        position = 0
-        while position < len(inputs):
-            end = min(int(ends[document]) - start, len(inputs))
-            yield DocumentPart(
-                sequence=place,
-                source=str(folder),
-                member=f"{member.file}:{member.key}",
-                document=member.first_document + document,
-                origin="{}:{}".format(*origins[document]),
-                tokens=end - position,
-                preview=tokenizer.decode(inputs[position : min(end, position + PREVIEW_TOKENS)].tolist()),
-            )
-            position, document = end, document + 1
+        for number, start, stop in reader.pieces(sequence, 0, sources.sequence_length_tokens):
+            member, ends, origins = reader.members[number], reader.ends(number), reader.origins(number)
+            inputs = reader.block(number)[start:stop]
+            document = int(np.searchsorted(ends, start, side="right"))
+            position = 0
+            while position < len(inputs):
+                end = min(int(ends[document]) - start, len(inputs))
+                yield DocumentPart(
+                    sequence=place,
+                    source=str(folder),
+                    member=f"{member.file}:{member.key}",
+                    document=member.first_document + document,
+                    origin="{}:{}".format(*origins[document]),
+                    tokens=end - position,
+                    preview=tokenizer.decode(inputs[position : min(end, position + PREVIEW_TOKENS)].tolist()),
+                )
+                position, document = end, document + 1

@@ -8,6 +8,7 @@ parallel ranks, context parallel ranks and reader threads.
 B sequences, S tokens of a whole sequence, L tokens of this context parallel slice.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -46,11 +47,11 @@ class Loader:
                 f"train.micro_batch_sequences {micro_batch_sequences} x data parallel {dp_size}; "
                 f"change train.global_batch_sequences"
             )
-        self._sources = Sources(data)
+        self._sources = Sources(data, global_batch_sequences)
         for manifest in self._sources.manifests:
             check_tokenizer(manifest, vocab_size)
         self.fingerprint = self._sources.fingerprint
-        self._isolate_documents = data.isolate_documents
+        self._isolate_documents, self._carries_state = data.isolate_documents, data.carry_state
         self._global_batch_sequences = global_batch_sequences
         self._micro_batch_sequences = micro_batch_sequences
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -102,14 +103,18 @@ class Loader:
     def _read_step(self, step: int) -> list[MicroBatch]:
         numbers = step * self._global_batch_sequences + np.arange(self._global_batch_sequences, dtype=np.int64)
         mine = numbers.reshape(-1, self._dp_size, self._micro_batch_sequences)[:, self._dp_rank]
+        batches = [self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row)) for row in mine]
         return [
-            self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row), number=number)
-            for number, row in enumerate(mine)
+            dataclasses.replace(batch, number=number, documents=self._with_past(batch.documents, row))
+            for number, (batch, row) in enumerate(zip(batches, mine, strict=True))
         ]
 
-    def _micro_batch(
-        self, readers: list[SequenceReader], chosen: list[tuple[int, int]], counted: int, number: int = 0
-    ) -> MicroBatch:
+    def _with_past(self, documents: Documents | None, numbers: np.ndarray) -> Documents | None:
+        if documents is None or not self._carries_state:
+            return documents
+        return Documents(documents.starts, tuple(self._sources.tokens_before(number) for number in numbers.tolist()))
+
+    def _micro_batch(self, readers: list[SequenceReader], chosen: list[tuple[int, int]], counted: int) -> MicroBatch:
         """Micro batch of these (source, sequence), of which this rank reads its slice; only the first `counted` have a loss."""
         begin, end = self._slice.start, self._slice.stop
         windows = np.stack([readers[source].tokens(sequence, begin, end + 1) for source, sequence in chosen])
@@ -129,5 +134,4 @@ class Loader:
             loss_mask_BL=mask_BL,
             documents=documents,
             bounds=self._bounds,
-            number=number,
         )

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,17 +13,29 @@ from based_megatron.errors import DataError
 CACHED_MEMBERS = 4096
 
 
-class SequenceReader:
-    """The sequences of one split: windows of S + 1 tokens inside one member, S inputs and, shifted by one, S labels.
+class Piece(NamedTuple):
+    """Tokens of one member."""
 
-    Windows are S apart; the last tokens of a member that do not fill one are left out. Any number of threads may read.
+    member: int
+    start: int
+    stop: int
+
+
+class SequenceReader:
+    """The sequences of one split: windows of S + 1 tokens, S inputs and, shifted by one, S labels.
+
+    Windows are S apart. They lie inside one member, whose last tokens that do not fill one are left out; with `joined` the
+    members are one stream, and windows go on from one to the next. Any number of threads may read.
     """
 
-    def __init__(self, manifest: Manifest, split: str, sequence_length_tokens: int):
+    def __init__(self, manifest: Manifest, split: str, sequence_length_tokens: int, joined: bool = False):
         self.manifest = manifest
         self._length_tokens = sequence_length_tokens
+        self._joined = joined
         self.members = manifest.splits[split].members
-        counts = [max(0, member.tokens - 1) // sequence_length_tokens for member in self.members]
+        tokens = [member.tokens for member in self.members]
+        self._first_token = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
+        counts = [max(0, count - 1) // sequence_length_tokens for count in tokens]
         self._first_sequence = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         # A mapped shard costs no memory of the process; the parsed ends of documents do.
@@ -30,33 +43,81 @@ class SequenceReader:
         self.ends: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_MEMBERS)(self._read_ends)
 
     def __len__(self) -> int:
+        if self._joined:
+            return max(0, int(self._first_token[-1]) - 1) // self._length_tokens
         return int(self._first_sequence[-1])
 
-    def locate(self, sequence: int) -> tuple[int, int]:
-        """(member number, first token within it) of a sequence."""
-        member = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
-        return member, (sequence - int(self._first_sequence[member])) * self._length_tokens
+    def pieces(self, sequence: int, begin: int = 0, end: int | None = None) -> list[Piece]:
+        """Where a window of S + 1 tokens lies, or the part of it from `begin` to `end`."""
+        end = self._length_tokens + 1 if end is None else end
+        if not self._joined:
+            member = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
+            start = (sequence - int(self._first_sequence[member])) * self._length_tokens
+            return [Piece(member, start + begin, start + end)]
+        position, stop = sequence * self._length_tokens + begin, sequence * self._length_tokens + end
+        pieces = []
+        while position < stop:
+            member = int(np.searchsorted(self._first_token, position, side="right")) - 1
+            first, last = (int(edge) for edge in self._first_token[member : member + 2])
+            pieces.append(Piece(member, position - first, min(stop, last) - first))
+            position = last
+        return pieces
 
     def tokens(self, sequence: int, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids of a window, uint16 or uint32: S + 1, or those from `begin` to `end` of them.
 
         Raises DataError for an id that the tokenizer does not have.
         """
-        number, start = self.locate(sequence)
-        end = self._length_tokens + 1 if end is None else end
-        tokens = self.block(number)[start + begin : start + end]
-        if tokens.max() >= self.manifest.vocab_size:
-            raise self._damaged(
-                self.members[number], f"has token {tokens.max()} but the vocabulary ends at {self.manifest.vocab_size}"
-            )
-        return tokens
+        found = []
+        for number, start, stop in self.pieces(sequence, begin, end):
+            tokens = self.block(number)[start:stop]
+            if tokens.max() >= self.manifest.vocab_size:
+                raise self._damaged(
+                    self.members[number],
+                    f"has token {tokens.max()} but the vocabulary ends at {self.manifest.vocab_size}",
+                )
+            found.append(tokens)
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def document_starts(self, sequence: int) -> np.ndarray:
         """int64 places in a window of S + 1 tokens at which documents begin, ascending; 0 is always one."""
-        number, start = self.locate(sequence)
-        ends = self.ends(number)
-        first, last = np.searchsorted(ends, [start + 1, start + self._length_tokens + 1])
-        return np.concatenate([[0], ends[first:last] - start])
+        found, place = [np.zeros(1, np.int64)], 0
+        for piece in self.pieces(sequence):
+            if place and self._begins(piece):
+                found.append(np.array([place]))
+            ends = self.ends(piece.member)
+            first, last = np.searchsorted(ends, [piece.start + 1, piece.stop])
+            found.append(ends[first:last] - piece.start + place)
+            place += piece.stop - piece.start
+        return np.concatenate(found)
+
+    def tokens_before(self, sequence: int) -> int:
+        """Tokens of the document of a window's first token that lie before the window."""
+        (piece,) = self.pieces(sequence, 0, 1)
+        ends, number = self.ends(piece.member), piece.member
+        begun = int(np.searchsorted(ends, piece.start, side="right"))
+        if begun:
+            return piece.start - int(ends[begun - 1])
+        tokens = piece.start
+        while not self._begins(Piece(number, 0, 1)):
+            number -= 1
+            ends, length = self.ends(number), self.members[number].tokens
+            # The last document of a member that goes on in the next ends with the member.
+            tokens += length - (int(ends[-2]) if len(ends) > 1 else 0)
+            if len(ends) > 1:
+                break
+        return tokens
+
+    def _begins(self, piece: Piece) -> bool:
+        """Whether a document begins with the first token of a piece."""
+        number, start, _ = piece
+        if start:
+            return bool((self.ends(number) == start).any())
+        if not number:
+            return True
+        before = self.members[number - 1]
+        # A document that goes on in the next member is counted in both.
+        return self.members[number].first_document == before.first_document + before.docs
 
     def block(self, number: int) -> np.ndarray:
         """All tokens of a member, as a view of the mapped file."""

@@ -13,12 +13,15 @@ from based_megatron.errors import ConfigError, DataError
 class Sources:
     """Opens the corpora of a DataConfig and says which sequence of which one has a given number."""
 
-    def __init__(self, data: DataConfig):
-        """Raises DataError for a corpus that is damaged, too small, or made with another tokenizer than the first."""
+    def __init__(self, data: DataConfig, streams: int = 1):
+        """streams: rows of a global batch; with `data.carry_state` each reads a part of the corpus in order.
+
+        Raises DataError for a corpus that is damaged, too small, or made with another tokenizer than the first.
+        """
         if bool(data.path) == bool(data.sources):
             raise ConfigError("give one of data.path and data.sources")
         self._sources = data.sources or (SourceConfig(path=data.path),)
-        self._data = data
+        self._data, self._streams = data, streams
         self.manifests = [load_manifest(source.path) for source in self._sources]
         for manifest in self.manifests[1:]:
             if manifest.tokenizer_xxh3 != self.manifests[0].tokenizer_xxh3:
@@ -26,7 +29,10 @@ class Sources:
                     f"{manifest.folder} and {self.manifests[0].folder} were made with different tokenizers: "
                     f"prepare both with the same --tokenizer, or take one out of data.sources"
                 )
-        self.train = [SequenceReader(manifest, "train", data.sequence_length_tokens) for manifest in self.manifests]
+        self.train = [
+            SequenceReader(manifest, "train", data.sequence_length_tokens, joined=data.carry_state)
+            for manifest in self.manifests
+        ]
         self.validation = [
             SequenceReader(manifest, "validation", data.sequence_length_tokens) for manifest in self.manifests
         ]
@@ -37,6 +43,11 @@ class Sources:
                     f"does not hold one sequence: lower data.sequence_length_tokens {data.sequence_length_tokens} "
                     f"or prepare more text"
                 )
+        if data.carry_state and len(self.train[0]) < streams:
+            raise DataError(
+                f"the training split of {self.manifests[0].folder} has {len(self.train[0])} sequences, but with data.carry_state each of "
+                f"{streams} rows reads its own: lower train.global_batch_sequences or data.sequence_length_tokens"
+            )
         self._mixture = Mixture([source.weight for source in self._sources])
 
     @property
@@ -46,10 +57,18 @@ class Sources:
             f"{manifest.fingerprint}*{source.weight:g}"
             for manifest, source in zip(self.manifests, self._sources, strict=True)
         ]
-        return f"{'+'.join(parts)}/seed={self._data.seed}/sequence_length_tokens={self._data.sequence_length_tokens}"
+        order = "carried" if self._data.carry_state else f"seed={self._data.seed}"
+        return f"{'+'.join(parts)}/{order}/sequence_length_tokens={self._data.sequence_length_tokens}"
+
+    @property
+    def sequence_length_tokens(self) -> int:
+        """S."""
+        return self._data.sequence_length_tokens
 
     def locate(self, numbers: np.ndarray) -> list[tuple[int, int]]:
         """(source, sequence of its training split) of each global sequence number: a pure function of the config."""
+        if self._data.carry_state:
+            return [(0, self._place(number)[0]) for number in numbers.tolist()]
         sources, own_numbers = self._mixture.locate(numbers)
         sequences = np.empty_like(own_numbers)
         for source in np.unique(sources):
@@ -57,6 +76,20 @@ class Sources:
             size = len(self.train[source])
             sequences[chosen] = shuffled(own_numbers[chosen], size, self._data.seed, self.manifests[source].fingerprint)
         return list(zip(sources.tolist(), sequences.tolist(), strict=True))
+
+    def tokens_before(self, number: int) -> int:
+        """Tokens of a sequence's first document that the same row read in earlier steps of its pass."""
+        sequence, steps = self._place(number)
+        return min(self.train[0].tokens_before(sequence), steps * self._data.sequence_length_tokens)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(sequence, steps since the pass began) of rows that each read their own part of the corpus, again and again.
+
+        The sequences that a division by rows leaves over are not read.
+        """
+        step, row = divmod(number, self._streams)
+        share = len(self.train[0]) // self._streams
+        return row * share + step % share, step % share
 
     def validation_sequences(self, count: int) -> list[tuple[int, int]]:
         """(source, sequence of its validation split) of `count` held-out sequences, shared by weight, or of all.

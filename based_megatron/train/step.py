@@ -17,6 +17,7 @@ from based_megatron.data.batch import MicroBatch
 from based_megatron.model.based_model import BasedModel
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import get_forward_backward_func
+from based_megatron.parallel.sequence.carry import Carry
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.optimizer import gradient
@@ -37,11 +38,24 @@ class LossSum:
 class Step:
     """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
 
-    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology) -> None:
+    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology, carries_state: bool = False) -> None:
         self.chunks, self.engine, self.topology = chunks, engine, topology
+        self._carries: dict[int, Carry] | None = {} if carries_state else None
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`."""
+        """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`.
+
+        With carried states, steps must come in order: each begins with what the one before left.
+        """
+        if self._carries is not None:
+            before = self._carries
+            length_tokens = micro_batches[0].bounds[-1]
+            self._carries = {
+                batch.number: before[batch.number].next(length_tokens) if before else Carry() for batch in micro_batches
+            }
+        return self._accumulate(micro_batches)
+
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         raise NotImplementedError
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
@@ -58,8 +72,14 @@ class Step:
         return float(self.engine.get_global_grad_norm())
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
-        """The place of this rank's slice in the whole sequences."""
-        return SequencePlan(self.topology.sequence, batch.bounds, batch.documents, self.topology.device)
+        """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""
+        documents, carry = batch.documents, None
+        if self._carries is not None and torch.is_grad_enabled():
+            carry = self._carries[batch.number]
+        if documents is not None:
+            # A run that begins or resumes here has no past.
+            documents = documents.with_past(carry.past_tokens if carry is not None else 0)
+        return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carry)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.topology.device, non_blocking=True)
@@ -77,12 +97,12 @@ class Step:
 class ScheduledStep(Step):
     """ZeRO-1: Megatron's pipeline schedules (one stage, 1F1B, interleaved), then one reduction."""
 
-    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology) -> None:
-        super().__init__(chunks, engine, topology)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.schedule = get_forward_backward_func()
-        chunks[0].config.finalize_model_grads_func = self._finalize
+        self.chunks[0].config.finalize_model_grads_func = self._finalize
 
-    def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         return self.global_sum(self._run(micro_batches, _loss_sum, forward_only=False))
 
     @torch.no_grad()
@@ -139,13 +159,13 @@ class ScheduledStep(Step):
 class EngineStep(Step):
     """ZeRO-2 and 3, one stage: DeepSpeed reduces inside each backward, so each loss is scaled beforehand."""
 
-    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology) -> None:
-        super().__init__(chunks, engine, topology)
-        if topology.tensor.size > 1:
-            for parameter in grouped_by(chunks[0].parameters(), "sequence_parallel"):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.topology.tensor.size > 1:
+            for parameter in grouped_by(self.chunks[0].parameters(), "sequence_parallel"):
                 parameter.register_hook(self._sum_over_tensor)
 
-    def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         tokens = torch.stack([batch.loss_mask_BL.sum() for batch in micro_batches]).sum().to(self.topology.device)
         dist.all_reduce(tokens, group=self.topology.data_context.group)
         scale = self.topology.data_context.size / tokens.clamp(min=1)
@@ -174,9 +194,11 @@ class EngineStep(Step):
         return grad
 
 
-def build_step(chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int) -> Step:
+def build_step(
+    chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int, carries_state: bool = False
+) -> Step:
     """The step of a layout."""
-    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology)
+    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries_state)
 
 
 def _loss_sum(loss_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,7 @@ def train(config: Config) -> None:
     stop = StopVote(run_dir / config.train.stop_file)
     rank = rank_from_environment()
     validate(config, rank.world_size)
-    sources = Sources(config.data)
+    sources = Sources(config.data, config.train.global_batch_sequences)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)
     if config.validation.interval_steps:
@@ -59,7 +59,7 @@ def train(config: Config) -> None:
 
     chunks = build_model(config, topology)
     engine = build_engine(chunks, config, topology)
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage)
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, config.data.carry_state)
 
     loader = build_loader(config, topology)
     checkpointer = Checkpointer(engine, config, loader.fingerprint)

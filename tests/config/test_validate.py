@@ -90,16 +90,30 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         512,
         ["parallel.context 512", "data.sequence_length_tokens 256"],
     ),
-    "context does not divide": ({"parallel.context": 3}, 3, ["data.sequence_length_tokens 256", "parallel.context 3"]),
     "sequence parallel does not divide": (
         {"parallel.tensor": 4, "data.sequence_length_tokens": 250},
         4,
-        ["250 tokens", "parallel.tensor 4", "parallel.sequence_parallel=false"],
+        ["data.sequence_length_tokens 250", "parallel.tensor 4", "parallel.sequence_parallel=false"],
     ),
-    "sequence parallel does not divide a slice": (
-        {"parallel.tensor": 4, "parallel.context": 2, "data.sequence_length_tokens": 252},
-        8,
-        ["126 tokens", "parallel.tensor 4"],
+    "slices too short for sequence parallel": (
+        {"parallel.tensor": 4, "parallel.context": 4, "data.sequence_length_tokens": 12},
+        16,
+        ["data.sequence_length_tokens 12", "4 slices", "parallel.tensor 4"],
+    ),
+    "carried states of a mixture": (
+        {"data.carry_state": True, "data.path": "", "data.sources": (SourceConfig("a"), SourceConfig("b"))},
+        1,
+        ["data.carry_state", "2 data.sources"],
+    ),
+    "carried states without documents": (
+        {"data.carry_state": True, "data.isolate_documents": False},
+        1,
+        ["data.carry_state", "data.isolate_documents False"],
+    ),
+    "carried states of full attention": (
+        {"data.carry_state": True, "model.layer_pattern": "cLSA"},
+        1,
+        ["data.carry_state", "model.layer_pattern", "A"],
     ),
     "zero 0": ({"parallel.zero_stage": 0}, 1, ["parallel.zero_stage 0", "parallel.zero_stage=1"]),
     "zero 4": ({"parallel.zero_stage": 4}, 1, ["parallel.zero_stage is 4"]),

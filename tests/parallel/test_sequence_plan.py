@@ -95,11 +95,11 @@ def test_a_halo_of_short_slices_comes_from_several():
 
 
 def test_rows_before_the_sequence_belong_to_the_first_rank_if_states_are_carried():
-    documents = Documents((torch.tensor([0]), torch.tensor([0, 1])), continues=(True, False))
+    documents = Documents((torch.tensor([0]), torch.tensor([0, 1])), tokens_before=(3, 0))
     ranks = in_process_ranks(3)
     of_ranks = [SequencePlan(place, (0, 2, 3, 6), documents, CPU, Carry()) for place in ranks]
     assert [plan.halo_rows(4) for plan in of_ranks] == [4, 4, 4]
-    assert of_ranks[0].document_ids(4).tolist() == [[0] * 6, [-1] * 4 + [0, 1]]  # type: ignore[union-attr]
+    assert of_ranks[0].document_ids(4).tolist() == [[-1] + [0] * 5, [-1] * 4 + [0, 1]]  # type: ignore[union-attr]
     assert of_ranks[1].document_ids(4).tolist() == [[0] * 5, [-1, -1, 0, 1, 1]]  # type: ignore[union-attr]
     assert [(m.owner, m.reader, m.rows) for m in all_messages(of_ranks, 4)] == [(0, 1, 4), (0, 2, 3), (1, 2, 1)]
 

@@ -42,8 +42,7 @@ def small_config(parallel: ParallelConfig | None = None, **train: Any) -> Config
         train=TrainConfig(
             precision="fp32",
             global_batch_sequences=GLOBAL_BATCH,
-            micro_batch_sequences=2,
-            **{"backend": "reference", **train},
+            **{"micro_batch_sequences": 2, "backend": "reference", **train},
         ),
     )
 
@@ -84,23 +83,25 @@ class Run:
     step: Step
     engine: Any
     config: Config
+    bounds: tuple[int, ...] = ()
+    """Of the context slices; even ones if empty."""
 
     def train_step(self, number: int, packed: bool, lr: float = 3e-3) -> tuple[float, float]:
         """(mean loss, gradient norm) of one optimizer step."""
         set_learning_rate(self.engine, lr)
         batches = local_micro_batches(
-            global_batch(number, packed), self.topology, self.config.train.micro_batch_sequences
+            global_batch(number, packed), self.topology, self.config.train.micro_batch_sequences, self.bounds
         )
         loss = self.step.accumulate(batches)
         return loss.mean, self.step.update()
 
 
-def build_run(config: Config) -> Run:
+def build_run(config: Config, bounds: tuple[int, ...] = (), node_ranks: int = 0) -> Run:
     """Build a layout over the joined ranks."""
-    topology = build_topology(config.parallel, rank_device(dist.get_rank()))
+    topology = build_topology(config.parallel, rank_device(dist.get_rank()), node_ranks)
     chunks = build_model(config, topology)
     engine = build_engine(chunks, config, topology)
-    return Run(topology, build_step(chunks, engine, topology, config.parallel.zero_stage), engine, config)
+    return Run(topology, build_step(chunks, engine, topology, config.parallel.zero_stage), engine, config, bounds)
 
 
 def gather_unsharded(pieces: dict[str, tuple[Any, Tensor]]) -> dict[str, Tensor]:

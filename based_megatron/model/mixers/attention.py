@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from based_megatron.kernels.decode import WindowState, window_step
 from based_megatron.kernels.exchange import Halo
-from based_megatron.kernels.rotary import apply_rotary
+from based_megatron.kernels.rotary import apply_rotary, rotary_tables
 from based_megatron.kernels.sliding_window import (
     full_attention,
     joined_keys,
@@ -50,7 +50,14 @@ class SoftmaxAttention(Mixer):
 
     def _mix_slice(self, project: Projection, plan: SequencePlan, rotary: tuple[Tensor, Tensor], rows: int) -> Tensor:
         """Keys and values of the last rows are projected first, and are under way while the others are."""
-        exchange = HaloExchange(plan, "window", self.layer_number, rows, keep=self.keeps_received)
+        exchange = HaloExchange(
+            plan,
+            "window",
+            self.layer_number,
+            rows,
+            keep=self.keeps_received,
+            renew=lambda kv: self._moved_back(kv, plan),
+        )
         arriving = exchange.start(lambda: self._tail(project, rotary, exchange.tail_rows))
         q, k, v = self._rotated(project(), rotary)
         return self.attend_slice(q, k, v, Halo(arriving, exchange), plan.document_ids(rows))
@@ -67,6 +74,14 @@ class SoftmaxAttention(Mixer):
         k, v = (heads_first_batch(part, self.heads) for part in kv.chunk(2, dim=-1))
         k = apply_rotary(k, *(table[table.shape[0] - tokens :] for table in rotary), backend=self.config.backend)
         return torch.stack([k, v], dim=2)
+
+    def _moved_back(self, kv_BN2HV: Tensor, plan: SequencePlan) -> Tensor:
+        """Keys of the step before, from their positions in that sequence to those before the first of this one."""
+        model, backend = self.config.model, self.config.backend
+        positions = torch.full(kv_BN2HV.shape[1:2], -plan.bounds[-1], device=kv_BN2HV.device)
+        tables = rotary_tables(positions, self.head_dim, model.rotary_fraction, model.rotary_base, backend=backend)
+        k, v = kv_BN2HV.unbind(2)
+        return torch.stack([apply_rotary(k, *tables, backend=backend), v], dim=2)
 
     def look_back(self, plan: SequencePlan) -> int:
         """Keys before a slice that its queries may see."""

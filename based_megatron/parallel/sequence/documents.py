@@ -15,8 +15,8 @@ class Documents:
 
     starts: tuple[Tensor, ...]
     """For each sequence, int64 positions on the host at which documents begin, ascending from 0."""
-    continues: tuple[bool, ...] = ()
-    """For each sequence, whether its first document began before it, in the sequence of the step before. Empty: none does."""
+    tokens_before: tuple[int, ...] = ()
+    """For each sequence, the tokens of its first document that are in the sequences of earlier steps. Empty: none."""
 
     @classmethod
     def from_ids(cls, ids_BS: Tensor) -> "Documents":
@@ -27,13 +27,17 @@ class Documents:
         return cls(tuple(changes_S.nonzero().flatten() for changes_S in changes_BS))
 
     def numbers(self, positions_n: Tensor) -> Tensor:
-        """int32 [B, n] numbers, from 0, of the documents at these positions; -1 before the sequence, where no token exists.
+        """int32 [B, n] numbers, from 0, of the documents at these positions.
 
-        A document that continues from before has number 0 there too.
+        Before the sequence, 0 for tokens of a document that goes on in it, and -1 for none.
         """
         rows = [torch.searchsorted(starts, positions_n, right=True) - 1 for starts in self.starts]
         numbers_Bn = torch.stack(rows).to(torch.int32)
-        if any(self.continues):
-            continues_B1 = torch.tensor(self.continues)[:, None]
-            numbers_Bn = torch.where((positions_n < 0) & continues_B1, 0, numbers_Bn)
+        if any(self.tokens_before):
+            begins_B1 = -torch.tensor(self.tokens_before)[:, None]
+            numbers_Bn = torch.where((positions_n < 0) & (positions_n >= begins_B1), 0, numbers_Bn)
         return numbers_Bn
+
+    def with_past(self, limit_tokens: int) -> "Documents":
+        """The same, where no more than so many tokens before each sequence are known."""
+        return Documents(self.starts, tuple(min(tokens, limit_tokens) for tokens in self.tokens_before))

@@ -24,6 +24,8 @@ class HaloExchange:
     """Rows that each token may look back."""
     keep: bool = False
     """Keep what came, for a second forward pass that recomputes activations."""
+    renew: Callable[[Tensor], Tensor] = lambda rows: rows
+    """Makes rows that the step before left what they are for this one, whose positions begin anew."""
 
     @property
     def rows(self) -> int:
@@ -116,7 +118,11 @@ class HaloExchange:
         if carry is None or self.plan.ranks.rank:
             return tail
         before = carry.before.get((self.kind, self.layer))
-        rows = before.wait() if before is not None else tail.new_zeros(tail.shape[0], self.wanted, *tail.shape[2:])
+        rows = (
+            self.renew(before.wait())
+            if before is not None
+            else tail.new_zeros(tail.shape[0], self.wanted, *tail.shape[2:])
+        )
         return torch.cat([rows, tail], dim=1)
 
     def _hand_over(self, source: Tensor) -> Pending[Tensor]:

@@ -60,8 +60,8 @@ class StateExchange:
         assert carry is not None
         key, carried = (KIND, self.layer), None
         before = carry.before.get(key)
-        if ranks.rank == 0 and before is not None and plan.documents is not None and any(plan.documents.continues):
-            carried = before.wait() * _per_row(torch.tensor(plan.documents.continues), own)
+        if ranks.rank == 0 and before is not None and plan.documents is not None and any(plan.documents.tokens_before):
+            carried = before.wait() * _per_row(torch.tensor(plan.documents.tokens_before) > 0, own)
             own = own + carried * _per_row(plan.opens(0), own)
         prefix: Pending[Tensor | None] = Pending.done(carried)
         if plan.crosses:

@@ -1,0 +1,139 @@
+"""Sequences that start from what the step before left are parts of one long sequence: the same losses, whatever the slices.
+
+Gradients stop at the start of a step. Those over slices equal those of one rank, and those of one rank equal a long sequence whose
+earlier parts are constants, which is what finite differences of the part's own inputs show.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from based_megatron.config import ParallelConfig
+from based_megatron.model.build import build_model
+from based_megatron.parallel.linear import shard_spec
+from based_megatron.parallel.sequence.carry import Carry
+from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
+from based_megatron.parallel.topology import build_topology
+from support.layouts import VOCAB, small_config
+from support.pool import rank_device
+from support.sequence import gap
+
+LENGTH, STEPS = 12, 4
+SLICES = {1: [(0, 12)], 2: [(0, 6, 12), (0, 1, 12)], 4: [(0, 3, 6, 9, 12), (0, 1, 2, 11, 12)]}
+"""Shorter than the window of 11 before, so that rows come from several slices and from the step before."""
+
+
+def long_ids() -> Tensor:
+    """Documents of [rows, STEPS x LENGTH] tokens: one that goes on for all steps, ends at, before and after the start of one."""
+    total = LENGTH * STEPS
+    starts: list[list[int]] = [
+        [],
+        [LENGTH, 2 * LENGTH],
+        [LENGTH - 1, 3 * LENGTH - 2],
+        [LENGTH + 1, 30, 31],
+        list(range(1, total, 5)),
+    ]
+    ids = torch.zeros(len(starts), total, dtype=torch.int32)
+    for row, places in enumerate(starts):
+        for place in places:
+            ids[row, place:] += 1
+    return ids
+
+
+def part_of(ids: Tensor, step: int) -> Documents:
+    """The documents of one step."""
+    documents = Documents.from_ids(ids[:, step * LENGTH : (step + 1) * LENGTH])
+    before = (ids[:, : step * LENGTH] == ids[:, step * LENGTH, None]).sum(1)
+    return Documents(documents.starts, tuple(before.tolist()))
+
+
+def carried_losses(bounds: tuple[int, ...], recompute: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Errors of this slice's losses of every step, and the gradients of all steps' losses, summed over ranks."""
+    config = small_config(ParallelConfig(context=dist.get_world_size()), recompute=recompute)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_pattern="cLSLc"))
+    topology = build_topology(config.parallel, rank_device(dist.get_rank()))
+    (model,) = build_model(config, topology, torch.float64)
+    ids = long_ids()
+    tokens = torch.randint(0, VOCAB, (len(ids), LENGTH * STEPS + 1), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole = model(
+            tokens[:, :-1], whole_sequence(Documents.from_ids(ids), LENGTH * STEPS, topology.device), tokens[:, 1:]
+        )
+    carry, errors = Carry(), {}
+    for step in range(STEPS):
+        plan = SequencePlan(topology.sequence, bounds, part_of(ids, step), topology.device, carry)
+        here = slice(step * LENGTH + plan.start, step * LENGTH + plan.end)
+        losses = model(tokens[:, :-1][:, here].contiguous(), plan, tokens[:, 1:][:, here].contiguous())
+        losses.sum().backward()
+        errors[f"step {step}"] = gap(losses.detach(), whole[:, here])
+        carry = carry.next(LENGTH)
+    gradients = {shard_spec(p).name: p.grad.clone() for p in model.parameters() if p.grad is not None}
+    for gradient in gradients.values():
+        dist.all_reduce(gradient, group=topology.context.group)
+    return errors, gradients
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(worker_pool) -> dict[str, Tensor]:
+    ((_, gradients),) = worker_pool(1).run(carried_losses, *SLICES[1], "none")
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("bounds", "recompute"),
+    [(bounds, "none") for size in SLICES for bounds in SLICES[size]]
+    + [((0, 1, 12), "full"), ((0, 3, 6, 9, 12), "mixer")],
+)
+def test_steps_that_carry_states_are_one_long_sequence(worker_pool, of_one_rank, bounds, recompute):
+    for errors, gradients in worker_pool(len(bounds) - 1).run(carried_losses, bounds, recompute):
+        # The tables of rotary angles are fp32, and carried keys are turned twice.
+        assert len(errors) == STEPS and max(errors.values()) < 1e-6 and errors["step 0"] < 1e-11, errors
+        assert gradients.keys() == of_one_rank.keys()
+        for name, gradient in gradients.items():
+            assert gap(gradient, of_one_rank[name]) < 1e-11 * max(1.0, float(gradient.abs().max())), name
+
+
+def detached_gradient_errors() -> dict[str, float]:
+    """One rank: gradients of the last step's loss to the tokens' embeddings, against differences of that loss."""
+    config = small_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_pattern="cLSLc"))
+    topology = build_topology(config.parallel, rank_device(0))
+    (model,) = build_model(config, topology, torch.float64)
+    ids = torch.zeros(1, 2 * LENGTH, dtype=torch.int32)
+    tokens = torch.randint(0, VOCAB, (1, 2 * LENGTH + 1), generator=torch.Generator().manual_seed(3))
+    first = SequencePlan(topology.sequence, (0, LENGTH), part_of(ids, 0), topology.device, Carry())
+    with torch.no_grad():
+        model(tokens[:, :LENGTH], first, tokens[:, 1 : LENGTH + 1])
+    assert first.carry is not None
+    carry = first.carry.next(LENGTH)
+
+    def loss() -> Tensor:
+        again = Carry(carry.before, LENGTH)
+        plan = SequencePlan(topology.sequence, (0, LENGTH), part_of(ids, 1), topology.device, again)
+        return model(tokens[:, LENGTH:-1], plan, tokens[:, LENGTH + 1 :]).sum()
+
+    loss().backward()
+    errors: dict[str, float] = {}
+    parameters: Any = model.named_parameters()
+    for name, parameter in parameters:
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            values = []
+            for step in (1e-6, -2e-6):
+                parameter += step * direction
+                values.append(float(loss()))
+            parameter += 1e-6 * direction
+        slope = (values[0] - values[1]) / 2e-6
+        errors[name] = abs(slope - float((parameter.grad * direction).sum())) / max(1.0, abs(slope))
+    return errors
+
+
+def test_gradients_stop_at_the_start_of_a_step(worker_pool):
+    """The past is a constant: it was made with the weights of its own step."""
+    (errors,) = worker_pool(1).run(detached_gradient_errors)
+    assert len(errors) > 10 and max(errors.values()) < 1e-6, errors
