@@ -87,7 +87,8 @@ def _efficiency(panel: Any, rows: Sequence[Row], by_sequence: bool) -> None:
         graphs = [(sizes(row)["P"], row.rates[AS_GRAPHS]) for row in of_line if AS_GRAPHS in row.rates]
         if graphs:
             panel.plot(*zip(*graphs, strict=True), "x--", color=drawn.get_color())
-    panel.plot([], [], "x--", color="gray", label="as CUDA graphs")
+    if lines:
+        panel.plot([], [], "x--", color="gray", label="as CUDA graphs")
     what = "strong scaling: the same sequence" if by_sequence else "weak scaling: tokens of a rank"
     panel.set(xlabel="ranks", ylabel="efficiency, %", title=f"{what}, modelled", ylim=(0, 102))
     _finish(panel, log_y=False)
@@ -98,6 +99,9 @@ def _steps(rows: Sequence[Row]) -> list[Row]:
 
 
 def _finish(panel: Any, log_y: bool = True) -> None:
+    if not panel.lines:
+        panel.text(0.5, 0.5, "not in this run", ha="center", transform=panel.transAxes)
+        return
     panel.set_xscale("log", base=2)
     if log_y:
         panel.set_yscale("log")
