@@ -21,7 +21,7 @@ from based_megatron.parallel.topology import pick_device
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Check kernels against fp64 and time them beside their peers, in one run. Writes WHAT.md, WHAT.json and WHAT.png."""
+    """Check kernels against fp64 and time them beside their peers, in one run. Writes WHAT.md, WHAT.json and a plot."""
 
     what: Annotated[
         Literal["kernels", "prefill", "decode", "train", "sequence-parallel"],
