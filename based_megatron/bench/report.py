@@ -71,6 +71,8 @@ class Row:
     """Name of an output or gradient to its relative error against fp64."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Other measures by unit, such as `GB/s`, `tok/s` or `GiB peak`."""
+    source: Literal["measured", "modelled"] = "measured"
+    """Whether the value was measured on this device, or follows from measured times and assumed links."""
     note: str = ""
     failure: str = ""
     """Why there is no value: the error of a case that raised."""
@@ -102,6 +104,10 @@ class Case:
         yield from [found] if isinstance(found, Row) else found
 
 
+Draw = Callable[[Sequence[Row], Path, Mapping[str, str]], Path]
+"""Draws rows to a file, with what they were measured on; returns the file. Raises ImportError without matplotlib."""
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """L2 norm of the difference over that of the expected values, in fp64."""
     got, expected = got.detach().double(), expected.detach().double()
@@ -109,9 +115,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def write_report(
-    rows: Sequence[Row], facts: Mapping[str, str], folder: Path, name: str, plot: bool = True
+    rows: Sequence[Row],
+    facts: Mapping[str, str],
+    folder: Path,
+    name: str,
+    plot: bool = True,
+    draw: Draw | None = None,
 ) -> list[Path]:
-    """Write NAME.md, NAME.json and, where matplotlib is installed, NAME.png. Returns what was written."""
+    """Write NAME.md, NAME.json and, where matplotlib is installed, NAME.png (or what `draw` writes). Returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown, data = folder / f"{name}.md", folder / f"{name}.json"
     markdown.write_text(to_markdown(rows, facts, name))
@@ -119,7 +130,7 @@ def write_report(
     if not plot:
         return [markdown, data]
     try:
-        return [markdown, data, draw(rows, folder / f"{name}.png", facts)]
+        return [markdown, data, (draw or draw_bars)(rows, folder / f"{name}.png", facts)]
     except ImportError:
         return [markdown, data]
 
@@ -146,14 +157,15 @@ def to_markdown(rows: Sequence[Row], facts: Mapping[str, str], name: str) -> str
         "Times are medians. `*` timed by events around calls, launches included, where the others replay CUDA graphs.",
         "Errors are relative L2 errors against fp64, on fresh random inputs.",
         "",
-        "| work | shape | measured | target | floor | peers | rates | errors (limit) | |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| work | shape | value | source | target | floor | peers | rates | errors (limit) | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (
             row.work,
             row.shape,
             row.failure or f"{_number(row.value)} {row.unit}",
+            "" if row.failure else row.source,
             _target(row),
             "" if row.floor is None else _number(row.floor),
             "<br>".join(f"{peer}: {_measure(value)}" for peer, value in row.peers.items()),
@@ -175,7 +187,7 @@ def summary(row: Row) -> str:
     return "  ".join([*parts, "" if row.passed else "FAILED"]).rstrip()
 
 
-def draw(rows: Sequence[Row], path: Path, facts: Mapping[str, str]) -> Path:
+def draw_bars(rows: Sequence[Row], path: Path, facts: Mapping[str, str]) -> Path:
     """Bars of each row and its peers, one panel a unit, on a logarithmic scale. Raises ImportError without matplotlib."""
     import matplotlib
 

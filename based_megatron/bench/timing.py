@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,10 @@ class Bench:
     quick: bool = False
     """Tiny sizes, that a CPU can run: shows that everything works, not how fast it is."""
     seed: int = 0
+    links: Path | None = None
+    """File with parameters of the links between GPUs, where a benchmark models them; None: the defaults."""
+    measured: tuple[Path, ...] = ()
+    """JSON of earlier runs whose measured times a model takes; empty: measure."""
 
     def random(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Fresh normal numbers, drawn on the device."""
