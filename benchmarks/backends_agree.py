@@ -64,7 +64,8 @@ def main() -> int:
             running[name].wait()
     failed = [name for name, process in running.items() if process.wait() != 0]
     if failed:
-        print(f"backends_agree: failed: {'; '.join(failed)}", file=sys.stderr)
+        logs = "; ".join(str(run_dir(arguments.output, name).with_suffix(".log")) for name in failed)
+        print(f"backends_agree: runs failed, see {logs}", file=sys.stderr)
         return 1
     losses = {name: read_losses(run_dir(arguments.output, name)) for name in RUNS}
     (arguments.output / "losses.json").write_text(json.dumps({"options": options, "losses": losses}, indent=1) + "\n")
@@ -93,11 +94,14 @@ def run_dir(output: Path, name: str) -> Path:
 
 
 def start(data: Path, folder: Path, options: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Begins a run."""
+    """Begins a run; what it prints goes to a file beside its folder."""
     shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     settings = {**options, "run-dir": str(folder), "data.path": str(data)}
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    return subprocess.Popen([sys.executable, "-m", "based_megatron", "train", *flags])
+    with folder.with_suffix(".log").open("wb") as log:
+        command = [sys.executable, "-m", "based_megatron", "train", *flags]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def read_losses(folder: Path) -> dict[int, float]:
