@@ -38,10 +38,14 @@ class Schedule:
     gradient_tokens: int = 64
     sweep_rows: int = 64
     tile_rows: int = 32
-    sweep_stages: int = 2
-    """Chunks whose loads are under way."""
+    sweep_stages: int = 3
+    """Chunks whose loads are under way in a sweep over the keys."""
+    adjoint_stages: int = 2
+    """The same over the queries, which takes more room for each."""
     state_stages: int = 2
-    """The same for blocks of a chunk's state."""
+    """Blocks of a chunk's state whose loads are under way."""
+    large_state_stages: int = 3
+    """The same where a state is wide, or the start of the segment is read beside it."""
     programs_wanted: int = 384
     """Programs of a sweep that fill a GPU: shorter segments of the sequence are swept side by side to reach it."""
 
@@ -127,10 +131,11 @@ class _Launch:
 
     def tile_options(self, tokens: int, states: States) -> dict[str, Any]:
         """Constants and launch options of these kernels."""
+        large = states.start_values_BHSPV is not None or self.constants["value_width"] > 64
         return {
             "tile_tokens": tokens,
             "has_starts": states.start_values_BHSPV is not None,
-            "state_stages": self.schedule.state_stages,
+            "state_stages": self.schedule.large_state_stages if large else self.schedule.state_stages,
             "block_rows": self.schedule.tile_rows,
             "num_warps": _warps(tokens),
             "num_stages": 2,
@@ -160,7 +165,8 @@ class Sweep:
             *(self._operand or (moments, moments)), moments,
             *strides(x_BTHF, y_BTHV), launch.ids_stride, launch.T, H, launch.chunks, self._segments, self._segment_chunks,
             tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self._adjoint,
-            writes_states=writes_states, num_warps=4, num_stages=schedule.sweep_stages, **launch.constants,
+            writes_states=writes_states, num_warps=4, num_stages=schedule.adjoint_stages if self._adjoint else schedule.sweep_stages,
+            **launch.constants,
         )  # fmt: skip
 
     def moments(self) -> Tensor:

@@ -76,7 +76,7 @@ def test_equals_the_quadratic_form(tokens: int, documents: str) -> None:
 @pytest.mark.parametrize("programs_wanted", [1, 1000])
 @pytest.mark.parametrize("documents", ["none", "random", "chunk_starts"])
 def test_segments_that_are_swept_side_by_side(documents: str, programs_wanted: int) -> None:
-    """13 chunks in one segment or in three, the last one shorter."""
+    """13 chunks in one segment or in three, the last one shorter; a state enters each from the one before."""
     compare(1, 195, documents, small_schedule(programs_wanted=programs_wanted))
 
 
@@ -92,6 +92,40 @@ def test_one_document_in_some_segments() -> None:
 def test_tiles_smaller_than_a_chunk(documents: str) -> None:
     """Pairs of different tiles of one chunk."""
     compare(1, 81, documents, small_schedule(chunk_tokens=64, tile_tokens=16))
+
+
+@pytest.mark.parametrize("documents", ["none", "random", "one_of_two"])
+def test_pieces_that_exchange_moments(documents: str) -> None:
+    """The entry points as ranks that share a sequence call them: moments are sent before the states that came are known."""
+    q, k, v, _ = make_inputs(2, 280)
+    ids = document_ids("random", 2, 280) if documents == "random" else None
+    if documents == "one_of_two":  # one row's document goes on over the cut, the other's ends there
+        ids = torch.stack([torch.zeros(280, dtype=torch.int32), (torch.arange(280) >= 150).int()])
+    expected, _ = taylor_oracle(q, k, v, None, ids)
+    do = torch.randn_like(expected)
+    wanted = [expected, *torch.autograd.grad(expected, (q, k, v), do)]
+    pieces, schedule = (slice(0, 150), slice(150, 280)), small_schedule()
+    cut = [
+        [None if x is None else x[:, piece] for x in in_fp32(q.detach(), k.detach(), v.detach(), do, ids)]
+        for piece in pieces
+    ]
+    keys = [triton_attention.sweep_keys(k, v, ids, schedule) for _, k, v, _, ids in cut]
+    goes_on = torch.ones(2) if ids is None else (ids[:, 149] == ids[:, 150]).float()
+    goes_on = goes_on.to(DEVICE)[:, None, None, None]
+    states = [sweep.states(initial) for sweep, initial in zip(keys, (None, keys[0].moments() * goes_on), strict=True)]
+    found, gradients = [], []
+    for (q, k, v, do, ids), state in zip(cut, states, strict=True):
+        o, inverse_z = triton_attention.attend(q, k, v, ids, state, schedule)
+        gradients.append(triton_attention.output_gradients(do, o, inverse_z))
+        found.append([o])
+    queries = [triton_attention.sweep_queries(x[0], *g, x[4], schedule) for x, g in zip(cut, gradients, strict=True)]
+    adjoints = [sweep.states(d) for sweep, d in zip(queries, (queries[1].moments() * goes_on, None), strict=True)]
+    for i, ((q, k, v, _, ids), (g, gz)) in enumerate(zip(cut, gradients, strict=True)):
+        found[i].append(triton_attention.query_gradients(q, k, v, g, gz, ids, states[i], schedule))
+        found[i].extend(triton_attention.key_gradients(q, k, v, g, gz, ids, adjoints[i], schedule))
+    for got, want in zip(zip(*found, strict=True), wanted, strict=True):
+        got = torch.cat(got, dim=1).cpu().double()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * max(1.0, want.abs().max().item()))
 
 
 @pytest.mark.parametrize(
