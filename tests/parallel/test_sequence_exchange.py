@@ -4,6 +4,7 @@ Every rank computes the whole sequence too, from the same seed, and reports how 
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -29,7 +30,7 @@ from based_megatron.parallel.sequence.states import StateExchange
 from based_megatron.parallel.topology import Topology, build_topology
 from support.cases import each
 from support.pool import rank_device
-from support.sequence import CPU, flows, gap, on_threads, plan_for, seeded, telling_documents
+from support.sequence import flows, gap, on_threads, plan_for, seeded, telling_documents
 
 EXACT = 1e-12
 BOUNDS = {
@@ -138,21 +139,22 @@ def mixer_errors(
     cases: list[tuple[int, ...]],
     dtype: torch.dtype = torch.float64,
     backend: str = "reference",
-    recompute: str = "none",
+    state_exchange: Any = "auto",
     **model: Any,
 ) -> dict[str, float]:
     """Errors of a mixer over slices against the same mixer over the whole: output, input gradient, weight gradients."""
-    parallel = ParallelConfig(context=dist.get_world_size())
-    topology = build_topology(parallel, rank_device(dist.get_rank()))
+    parallel = ParallelConfig(context=dist.get_world_size(), state_exchange=state_exchange)
+    topology = build_topology(parallel, rank_device(dist.get_rank()), node_ranks=2)
+    device = topology.device
     mixer = small_mixer(letter, topology, parallel, dtype, backend, model)
     errors: dict[str, float] = {}
     for bounds, packed in itertools.product(cases, [False, True]):
         ids = telling_documents(bounds) if packed else None
-        x = seeded(bounds[-1], 10, 16, seed=20).to(dtype)
-        cotangent = seeded(*x.shape, seed=21).to(dtype)
-        plan = plan_for(topology.sequence, bounds, ids)
+        x = seeded(bounds[-1], 10, 16, seed=20).to(device, dtype)
+        cotangent = seeded(*x.shape, seed=21).to(device, dtype)
+        plan = plan_for(topology.sequence, bounds, ids, device=device)
         here = slice(plan.start, plan.end)
-        whole = run_mixer(mixer, x, cotangent, whole_sequence(plan.documents, len(x), CPU))
+        whole = run_mixer(mixer, x, cotangent, whole_sequence(plan.documents, len(x), device))
         mine = run_mixer(mixer, x[here], cotangent[here], plan)
         weights = [name for name in mine if name not in ("output", "input")]
         for name in weights:
@@ -177,13 +179,13 @@ def small_mixer(
     mixer = MIXERS[letter](config, MixerSubmodules(), 1, topology.process_groups)
     for number, parameter in enumerate(mixer.parameters()):
         parameter.data.copy_(seeded(*parameter.shape, seed=number) / 2)
-    return mixer
+    return mixer.to(topology.device)
 
 
 def run_mixer(mixer: Any, x: Tensor, cotangent: Tensor, plan: SequencePlan) -> dict[str, Tensor]:
     """Output and all gradients."""
     x = x.clone().requires_grad_()
-    rotary = rotary_tables(torch.arange(plan.start, plan.end), 8, 1.0, 1e4, x.dtype)
+    rotary = rotary_tables(torch.arange(plan.start, plan.end, device=x.device), 8, 1.0, 1e4, x.dtype)
     mixer.zero_grad()
     output = mixer(x, inputs=MixerInputs(plan, rotary))[0]
     output.backward(cotangent)
@@ -221,6 +223,17 @@ def each_mixer(cases: list[tuple[Any, ...]], models: list[dict[str, int]]) -> di
 def test_the_kernels_over_slices_are_the_kernels_over_the_whole(worker_pool, letter):
     """States, halos and their gradients through the Triton kernels, interpreted on a CPU."""
     for errors in worker_pool(3).run(mixer_errors, letter, [(0, 1, 4, 24), (0, 20, 40, 41)], torch.float32, "triton"):
+        assert {case: error for case, error in errors.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.parametrize(
+    ("letter", "state_exchange"),
+    [("c", "auto"), ("S", "auto"), ("L", "all_gather"), ("L", "two_level"), ("L", "chain")],
+)
+def test_two_ranks_with_kernels(worker_pool, letter, state_exchange):
+    """As above, for the two GPUs that a machine may have: over NCCL, with exchanges on a stream of their own."""
+    run = functools.partial(mixer_errors, state_exchange=state_exchange)
+    for errors in worker_pool(2).run(run, letter, [(0, 1, 21), (0, 20, 41)], torch.float32, "triton"):
         assert {case: error for case, error in errors.items() if not error < 1e-5} == {}
 
 

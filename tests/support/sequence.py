@@ -46,7 +46,7 @@ def telling_documents(bounds: tuple[int, ...]) -> Tensor:
 def plan_for(ranks: ContextRanks, bounds: tuple[int, ...], ids_BS: Tensor | None, **options: Any) -> SequencePlan:
     """The plan of one rank, from the ids of the whole sequences or None."""
     documents = None if ids_BS is None else Documents.from_ids(ids_BS)
-    return SequencePlan(ranks, bounds, documents, CPU, **options)
+    return SequencePlan(ranks, bounds, documents, options.pop("device", CPU), **options)
 
 
 def flows(ids_S: Tensor, bounds: tuple[int, ...], earlier: int, later: int) -> bool:

@@ -171,7 +171,7 @@ class BasedModel(BasedPreTrainedModel):
         y_BTD = self.norm(residual_BTD)
         if isinstance(past_key_values, BasedCache):
             past_key_values.seen_tokens += T
-        return BaseModelOutputWithPast(  # type: ignore[call-arg]
+        return BaseModelOutputWithPast(
             last_hidden_state=y_BTD,
             past_key_values=past_key_values,
             hidden_states=(*hidden_states, y_BTD) if output_hidden_states else None,
@@ -232,7 +232,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(  # type: ignore[call-arg]
+        return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 

@@ -74,7 +74,7 @@ def _two_level(state_BX: Tensor, gates_BPP: Tensor, ranks: ContextRanks, reverse
     node, rail = ranks.node, ranks.rail
     assert node is not None
     B, X = state_BX.shape
-    G, N = node.size, 1 if rail is None else rail.size
+    G = node.size
     here = range(ranks.rank - node.rank, ranks.rank - node.rank + G)
     part = -(-X // G)
     parts_BGX = functional.pad(state_BX, (0, G * part - X)).view(B, G, part)
@@ -85,7 +85,7 @@ def _two_level(state_BX: Tensor, gates_BPP: Tensor, ranks: ContextRanks, reverse
     if rail is not None:
         # The first rank that anything leaving the node reaches, and the rank of every node that its summary passes last.
         beyond = here.start - 1 if reverse else here.stop
-        exits = [k * G if reverse else (k + 1) * G - 1 for k in range(N)]
+        exits = slice(0 if reverse else G - 1, None, G)
         leaving = torch.zeros_like(members[0])
         if 0 <= beyond < ranks.size:
             leaving = torch.einsum("bp,pbx->bx", gates_BPP[:, beyond, here.start : here.stop].expand(B, -1), members)
