@@ -23,6 +23,7 @@ LAYOUTS = {
     "cp4": (4, ParallelConfig(context=4)),
     "tp2-cp2": (4, ParallelConfig(tensor=2, context=2)),
     "pp2-cp2": (4, ParallelConfig(pipeline=2, context=2)),
+    "pp2-interleaved-cp2": (4, ParallelConfig(pipeline=2, virtual_pipeline=2, context=2)),
     "dp2-zero1": (2, ParallelConfig()),
     "dp2-zero2": (2, ParallelConfig(zero_stage=2)),
     "dp2-zero3": (2, ParallelConfig(zero_stage=3)),
