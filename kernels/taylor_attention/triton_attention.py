@@ -147,8 +147,7 @@ class Sweep:
     """One direction over the sequence: x are the tokens' vectors, y their values."""
 
     def __init__(
-        self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT4: Tensor | None, ids_BT: Tensor | None, schedule: Schedule,
-        writes_states: bool = True,
+        self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT4: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
     ) -> None:  # fmt: skip
         """Runs at once: forward without yz, where it is a one for each token; adjoint with it."""
         self._adjoint = yz_BHT4 is not None
@@ -159,14 +158,13 @@ class Sweep:
         self._segments = triton.cdiv(launch.chunks, self._segment_chunks)
         B, H, R, E = launch.state_shape
         self._moments_BHSRE = moments = torch.empty(B, H, self._segments, R, E, device=launch.device)
-        self._operand = launch.new_operand(launch.chunks) if writes_states else None
+        self._operand = launch.new_operand(launch.chunks)
         triton_kernels.sweep[launch.blocks, self._segments, B * H](
             x_BTHF, y_BTHV, moments if yz_BHT4 is None else yz_BHT4, launch.ids,
-            *(self._operand or (moments, moments)), moments,
+            *self._operand, moments,
             *strides(x_BTHF, y_BTHV), launch.ids_stride, launch.T, H, launch.chunks, self._segments, self._segment_chunks,
             tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self._adjoint,
-            writes_states=writes_states, num_warps=4, num_stages=schedule.adjoint_stages if self._adjoint else schedule.sweep_stages,
-            **launch.constants,
+            num_warps=4, num_stages=schedule.adjoint_stages if self._adjoint else schedule.sweep_stages, **launch.constants,
         )  # fmt: skip
 
     def moments(self) -> Tensor:
@@ -182,7 +180,6 @@ class Sweep:
 
     def states(self, initial_BHRE: Tensor | None) -> States:
         """What the kernels of outputs or gradients read, given the state (fp32) that enters."""
-        assert self._operand is not None, "swept for its moments only"
         if self._segments == 1 and initial_BHRE is None:
             return States(*self._operand, None, None)
         starts = self._launch.new_operand(self._segments)

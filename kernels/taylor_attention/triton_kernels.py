@@ -189,8 +189,8 @@ def sweep(
     T, H, chunks, segments, segment_chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
     value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, adjoint: tl.constexpr, has_ids: tl.constexpr, writes_states: tl.constexpr,
-    even: tl.constexpr, precision: tl.constexpr,
+    tile_tokens: tl.constexpr, adjoint: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr,
+    precision: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of what the chunks before a chunk in its segment add up to, and of what the whole segment does.
 
@@ -230,12 +230,11 @@ def sweep(
         else:
             chunk = begin_chunk + step
         begin = chunk * chunk_tokens
-        if writes_states:
-            out = (bh64 * chunks + chunk) * rows_stored
-            state_rows = states_ptr + out * value_dim
-            store_tile(state_rows, rows, value_dim, rows_stored, columns, value_dim, state * weights[:, None])
-            normaliser_columns = as_columns(sum_columns(normaliser) * weights, dtype)
-            store_tile(normalisers_ptr + out * 4, rows, 4, rows_stored, columns16, 4, normaliser_columns)
+        out = (bh64 * chunks + chunk) * rows_stored
+        state_rows = states_ptr + out * value_dim
+        store_tile(state_rows, rows, value_dim, rows_stored, columns, value_dim, state * weights[:, None])
+        normaliser_columns = as_columns(sum_columns(normaliser) * weights, dtype)
+        store_tile(normalisers_ptr + out * 4, rows, 4, rows_stored, columns16, 4, normaliser_columns)
         if has_ids:
             carried_id = tl.load(ids_ptr + tl.maximum(begin - 1, 0))
             last_id = tl.load(ids_ptr + tl.minimum(begin + chunk_tokens, T) - 1)
