@@ -233,7 +233,7 @@ def test_the_kernels_over_slices_are_the_kernels_over_the_whole(worker_pool, let
 def test_two_ranks_with_kernels(worker_pool, letter, state_exchange):
     """As above, for the two GPUs that a machine may have: over NCCL, with exchanges on a stream of their own."""
     run = functools.partial(mixer_errors, state_exchange=state_exchange)
-    for errors in worker_pool(2).run(run, letter, [(0, 1, 21), (0, 20, 41)], torch.float32, "triton"):
+    for errors in worker_pool(2).run(run, letter, [(0, 5, 21)], torch.float32, "triton"):
         assert {case: error for case, error in errors.items() if not error < 1e-5} == {}
 
 
