@@ -16,9 +16,7 @@ from support.layouts import build_run, global_batch, local_micro_batches, small_
 
 def batches(count: int) -> list[MicroBatch]:
     return [
-        MicroBatch(
-            torch.full((2, 3), i), torch.full((2, 3), i + 1), torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int32)
-        )
+        MicroBatch(torch.full((2, 3), i), torch.full((2, 3), i + 1), torch.ones(2, 3), None, (0, 3))
         for i in range(count)
     ]
 
