@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,6 @@ from based_megatron.errors import ConfigError
 from based_megatron.parallel.sequence.channel import Channel, GroupChannel, Traffic
 
 Algorithm = Literal["auto", "all_gather", "two_level", "chain"]
-ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 
 @dataclass(frozen=True)
