@@ -113,7 +113,8 @@ def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: i
     )
     pipeline = _axis(parallel_state.get_pipeline_model_parallel_group())
     context = _axis(parallel_state.get_context_parallel_group())
-    sequence = build_context_ranks(context.group, parallel.state_exchange, node_ranks, device)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    sequence = build_context_ranks(context.group, parallel.state_exchange, node_ranks, device, timeout)
     on_edge = pipeline.size > 1 and pipeline.rank in (0, pipeline.size - 1)
     return Topology(
         rank=dist.get_rank(),

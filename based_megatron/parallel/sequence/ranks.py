@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -39,12 +40,12 @@ ONE_RANK = ContextRanks(0, 1)
 
 
 def build_context_ranks(
-    group: dist.ProcessGroup, algorithm: Algorithm, node_ranks: int, device: torch.device
+    group: dist.ProcessGroup, algorithm: Algorithm, node_ranks: int, device: torch.device, timeout: timedelta
 ) -> ContextRanks:
     """Make the groups of the exchanges, over the ranks of `group`. Every rank of the run calls it.
 
-    node_ranks: ranks of a node, numbered one after another; 0 if unknown. Raises ConfigError for two_level where context
-    ranks do not fill nodes.
+    node_ranks: ranks of a node, numbered one after another; 0 if unknown. timeout: after which an exchange ends the run.
+    Raises ConfigError for two_level where context ranks do not fill nodes.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if size == 1:
@@ -54,14 +55,14 @@ def build_context_ranks(
     dist.all_gather_object(everyones, mine)
     families = sorted({tuple(ranks) for ranks in everyones})
     traffic = Traffic()
-    halos = _new_channel(families, traffic, device)
+    halos = _new_channel(families, traffic, device, timeout)
     node = rail = None
     nodes = [split_into_nodes(ranks, node_ranks) for ranks in families]
     if all(nodes):
-        node = _new_channel([part for parts in nodes for part in parts], traffic, device)
+        node = _new_channel([part for parts in nodes for part in parts], traffic, device, timeout)
         if len(nodes[0]) > 1:
             rails = [rail for parts in nodes for rail in zip(*parts, strict=True)]
-            rail = _new_channel(rails, traffic, device)
+            rail = _new_channel(rails, traffic, device, timeout)
     elif algorithm == "two_level":
         raise ConfigError(
             f"parallel.state_exchange is two_level but context ranks {mine} do not fill nodes of {node_ranks or 'unknown'} ranks evenly; "
@@ -85,9 +86,11 @@ def split_into_nodes(ranks: Sequence[int], node_ranks: int) -> list[tuple[int, .
     return [tuple(run) for run in runs] if len(lengths) == 1 and lengths != {1} else []
 
 
-def _new_channel(families: Sequence[Sequence[int]], traffic: Traffic, device: torch.device) -> GroupChannel:
+def _new_channel(
+    families: Sequence[Sequence[int]], traffic: Traffic, device: torch.device, timeout: timedelta
+) -> GroupChannel:
     """The channel of the family that has this rank. All ranks make all groups, in the same order."""
-    groups = [(ranks, dist.new_group(list(ranks))) for ranks in families]
+    groups = [(ranks, dist.new_group(list(ranks), timeout=timeout)) for ranks in families]
     group = next(group for ranks, group in groups if dist.get_rank() in ranks)
     # Connections are made now, by all ranks together, and not within the first step.
     dist.all_reduce(torch.zeros(1, device=device), group=group)
