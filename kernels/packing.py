@@ -38,8 +38,9 @@ class PackedLayout:
         F = feature_dim
         first, second = torch.triu_indices(F, F, device=device).unbind(0)
         weights_R = torch.full((packed_rows(F),), 1 / F, dtype=dtype, device=device)
-        weights_R[0] = 1
-        weights_R[1 : 1 + F] = F**-0.5
+        # Filled in place: assigning a number would copy it from the host, which a CUDA graph cannot capture.
+        weights_R[:1].fill_(1)
+        weights_R[1 : 1 + F].fill_(F**-0.5)
         weights_R[1 + F :].masked_fill_(first == second, 1 / (2 * F))
         return cls(first, second, weights_R)
 

@@ -13,7 +13,7 @@ from based_megatron.inference.engine import Engine, PromptGraph
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.parallel.sequence.plan import whole_sequence
-from based_megatron.parallel.topology import build_topology
+from support.layouts import topology_of
 from support.pool import rank_device
 
 DOUBLE = torch.float64
@@ -35,7 +35,7 @@ TOKENS = 14
 
 def build(dtype: torch.dtype = DOUBLE, backend: Any = "reference", **model: Any) -> tuple[BasedModel, Any]:
     config = Config(model=dataclasses.replace(MODEL, **model), train=TrainConfig(backend=backend))
-    topology = build_topology(ParallelConfig(), rank_device(0))
+    topology = topology_of()
     return build_model(config, topology, dtype)[0].eval(), topology
 
 
@@ -96,13 +96,16 @@ def test_splits_with_the_kernels(worker_pool):
 
 
 def batch_changes() -> dict[str, float]:
-    """Largest changes of the logits of row 1, in single precision, when other rows come and go."""
+    """Largest changes of the logits of row 1, in single precision, in other batches.
+
+    A batch of another size may be multiplied in another order.
+    """
     model, _ = build(torch.float32)
     engine, tokens = Engine(model), some_tokens()
     together = decoded_logits(engine, tokens, 6)[1:2]
     others = tokens.clone()
     others[[0, 2]] = 90 - others[[0, 2]]
-    changes = {"alone": tokens[1:2], "elsewhere": tokens[[1, 0]], "beside others": others}
+    changes = {"alone": tokens[1:2], "elsewhere": tokens[[1, 0, 2]], "beside others": others}
     rows = {"alone": 0, "elsewhere": 0, "beside others": 1}
     return {
         name: error(decoded_logits(engine, batch, 6)[rows[name]][None], together) for name, batch in changes.items()
@@ -202,7 +205,7 @@ def test_refusals_name_the_key(worker_pool):
 
 def cut_model() -> str:
     config = Config(model=MODEL, parallel=ParallelConfig(tensor=2))
-    topology = build_topology(config.parallel, rank_device(0))
+    topology = topology_of(config.parallel)
     with pytest.raises(ConfigError) as caught:
         Engine(build_model(config, topology, torch.float32)[0])
     return str(caught.value)

@@ -13,8 +13,8 @@ from based_megatron.model.build import build_model
 from based_megatron.model.config import BasedConfig, based_config
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
-from based_megatron.parallel.topology import Topology, build_topology
-from support.layouts import small_config
+from based_megatron.parallel.topology import Topology
+from support.layouts import small_config, topology_of
 from support.pool import rank_device
 
 
@@ -35,11 +35,6 @@ def shared_config(dtype: torch.dtype, recompute: Any = "none", **model: Any) -> 
 def here(x: Any) -> Any:
     """A tensor or module, on the device of the tests."""
     return x.to(rank_device(dist.get_rank()))
-
-
-def topology_of(parallel: ParallelConfig | None = None) -> Topology:
-    """Groups of a layout, on the device of the tests."""
-    return build_topology(parallel or ParallelConfig(), rank_device(dist.get_rank()))
 
 
 def build(dtype: torch.dtype, parallel: ParallelConfig | None = None, **model: Any) -> tuple[BasedModel, Topology]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import build, config_with, here, some_tokens, topology_of, whole_plan
+from small_models import build, config_with, here, some_tokens, whole_plan
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,6 +18,7 @@ from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.ranks import ContextRanks
 from based_megatron.parallel.stages import split_layers
+from support.layouts import topology_of
 
 DOUBLE = torch.float64
 

@@ -1,7 +1,7 @@
 """A layer: the order of the MLP's halves, the fp32 residual, and what is recomputed."""
 
 import torch
-from small_models import here, shared_config, topology_of, whole_plan
+from small_models import here, shared_config, whole_plan
 from torch import Tensor
 from torch.nn import functional
 
@@ -9,6 +9,7 @@ from based_megatron.model.block import Block
 from based_megatron.model.mixers import MixerInputs
 from based_megatron.model.mlp import SwiGLU
 from support.cases import each
+from support.layouts import topology_of
 
 
 def add(residual: Tensor, update: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import config_with, topology_of
+from small_models import config_with
 
 from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.model.build import build_model
 from based_megatron.model.init import initial_weight
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
-from support.layouts import gather_unsharded
+from support.layouts import gather_unsharded, topology_of
 
 MODEL = ModelConfig(layer_pattern="cLSA*2", init_std=0.05)
 SHAPE = (500, 400)

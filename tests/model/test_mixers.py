@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import here, shared_config, topology_of, whole_plan
+from small_models import here, shared_config, whole_plan
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,6 +12,7 @@ from based_megatron.kernels.rotary import rotary_tables
 from based_megatron.model.mixers import MIXERS, MixerInputs, MixerSubmodules
 from based_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear
 from support.cases import each
+from support.layouts import topology_of
 
 LENGTH = 24
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from based_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -94,6 +95,21 @@ class Run:
         )
         loss = self.step.accumulate(batches)
         return loss.mean, self.step.update()
+
+
+_newest: list[tuple[ParallelConfig, Topology]] = []
+
+
+def topology_of(parallel: ParallelConfig | None = None) -> Topology:
+    """Groups of a layout over the joined ranks, on the device of the tests; the newest ones if they are of that layout.
+
+    NCCL keeps memory of the GPU for each group, of which a layout has dozens, and Megatron never frees them.
+    """
+    parallel = parallel or ParallelConfig()
+    in_use = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    if not (_newest and _newest[0][0] == parallel and _newest[0][1].tensor.group is in_use):
+        _newest[:] = [(parallel, build_topology(parallel, rank_device(dist.get_rank())))]
+    return _newest[0][1]
 
 
 def build_run(config: Config, bounds: tuple[int, ...] = (), node_ranks: int = 0) -> Run:
