@@ -63,7 +63,7 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
     def inputs() -> tuple[Any, ...]:
         state = TaylorState.zeros(B, H, F, V, dtype=bench.dtype, device=bench.device)
         state.moments_BHRV.copy_(bench.random(*state.moments_BHRV.shape))
-        state.normaliser_BHR[..., 0] = 100  # as of many tokens: it is positive
+        state.normaliser_BHR[..., -1] = 100  # as of many tokens: it is positive
         state.k_BHNF.copy_(bench.random(*state.k_BHNF.shape))
         state.v_BHNV.copy_(bench.random(*state.v_BHNV.shape))
         state.waiting_BH.random_(0, N + 1)

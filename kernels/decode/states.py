@@ -20,6 +20,21 @@ WAITING_KEYS = 15
 """Tokens that a Taylor state lets wait: with the one that finds the line full, 16 are absorbed at a time."""
 
 
+def rows_by_shift(feature_dim: int, device: torch.device) -> Tensor:
+    """[R] int64, the packed row (see `PackedLayout`) that each row of a decoding state is.
+
+    First come x_a, then x_a x_(a + shift mod F) for shift = 0, 1, .., F / 2, every pair once, then the 1: both factors of a row
+    are whole numbers away, where the packed order takes a square root to find them.
+    """
+    F, R = feature_dim, packed_rows(feature_dim)
+    row = torch.arange(R, device=device)
+    first = row % F
+    second = (first + row // F - 1) % F
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    pair = 1 + F + low * F - low * (low - 1) // 2 + high - low
+    return torch.where(row < F, 1 + row, pair).masked_fill(row == R - 1, 0)
+
+
 @dataclass(frozen=True)
 class TaylorState:
     """Moments of the Taylor features, and the last keys and values, that wait to be absorbed into them.
@@ -30,11 +45,11 @@ class TaylorState:
     """
 
     moments_BHRV: Tensor
-    """fp32 (fp64 under fp64 models), sum of packed(k) v^T over absorbed tokens."""
+    """fp32 (fp64 under fp64 models), sum of packed(k) v^T over absorbed tokens; rows in the order of `rows_by_shift`."""
     normaliser_BHR: Tensor
-    """Same dtype, sum of packed(k)."""
+    """Same dtype and order, sum of packed(k)."""
     k_BHNF: Tensor
-    """Keys that wait, in the model's dtype; places from `waiting` on are not read."""
+    """Keys that wait, in the model's dtype, and room for the one that finds the line full; places from `waiting` on are not read."""
     v_BHNV: Tensor
     waiting_BH: Tensor
     """int32, how many wait. Each head has its own count, so that the program of a head can advance it."""
@@ -48,23 +63,26 @@ class TaylorState:
         return cls(
             torch.zeros(batch, heads, rows, value_dim, dtype=wide, device=device),
             torch.zeros(batch, heads, rows, dtype=wide, device=device),
-            torch.zeros(batch, heads, WAITING_KEYS, feature_dim, dtype=dtype, device=device),
-            torch.zeros(batch, heads, WAITING_KEYS, value_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, WAITING_KEYS + 1, feature_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, WAITING_KEYS + 1, value_dim, dtype=dtype, device=device),
             torch.zeros(batch, heads, dtype=torch.int32, device=device),
         )
 
     def joined(self) -> Tensor:
         """A copy in the form [B, H, R, V + 1] that `taylor_attention` takes as its initial state; nobody waits in it."""
-        layout = PackedLayout.build(self.k_BHNF.shape[-1], self.k_BHNF.device, self.moments_BHRV.dtype)
-        free_BHN1 = (torch.arange(WAITING_KEYS, device=self.k_BHNF.device) >= self.waiting_BH[..., None])[..., None]
+        F, device = self.k_BHNF.shape[-1], self.k_BHNF.device
+        layout = PackedLayout.build(F, device, self.moments_BHRV.dtype)
+        free_BHN1 = (torch.arange(self.k_BHNF.shape[2], device=device) >= self.waiting_BH[..., None])[..., None]
         # What is left in free places may be anything, even NaN.
         k_BHNR = layout.features(self.k_BHNF.to(layout.weights.dtype)).masked_fill(free_BHN1, 0)
         v_BHNE = functional.pad(self.v_BHNV.to(layout.weights.dtype), (0, 1), value=1.0).masked_fill(free_BHN1, 0)
         absorbed_BHRE = torch.cat([self.moments_BHRV, self.normaliser_BHR.unsqueeze(-1)], dim=-1)
+        absorbed_BHRE = absorbed_BHRE.index_select(2, rows_by_shift(F, device).argsort())
         return absorbed_BHRE + k_BHNR.transpose(-1, -2) @ v_BHNE
 
     def set_joined(self, state_BHRE: Tensor) -> None:
         """Take over a final state [B, H, R, V + 1] of `taylor_attention`."""
+        state_BHRE = state_BHRE.index_select(2, rows_by_shift(self.k_BHNF.shape[-1], state_BHRE.device))
         self.moments_BHRV.copy_(state_BHRE[..., :-1])
         self.normaliser_BHR.copy_(state_BHRE[..., -1])
         self.waiting_BH.zero_()

@@ -19,129 +19,123 @@ from based_megatron.kernels.packing import packed_rows
 
 
 @triton.jit
-def _packed_pair(row, F: tl.constexpr):
-    """Indices (a, b) of the features whose product is packed row `row`; F stands for the constant 1.
+def _factors(row, F: tl.constexpr, R: tl.constexpr):
+    """Indices of the two features whose product is row `row` of a decoding state; F stands for the constant 1.
 
-    Rows: the 1, then x_a, then x_a x_b for a <= b, row-major. Pair (a, a) is the a F - a (a - 1) / 2-th.
+    Rows: x_a, then x_a x_(a + shift mod F) for shift = 0, 1, .. as far as pairs are new, then the 1; see `rows_by_shift`.
     """
-    pair = row - 1 - F
-    root = tl.sqrt(tl.maximum((2 * F + 1) * (2 * F + 1) - 8 * pair, 1).to(tl.float32))
-    # At the first pair of a row the root is a whole number: 0.02 keeps a rounded one from falling short, and is less than a pair.
-    a = ((2 * F + 1) - root + 0.02).to(tl.int32) // 2
-    b = pair - a * F + a * (a - 1) // 2 + a
-    first = tl.where(pair >= 0, a, tl.where(row == 0, F, row - 1))
-    return first, tl.where(pair >= 0, b, F)
+    constant = row == R - 1
+    first = row % F
+    second = (first + row // F - 1) % F
+    return tl.where(constant, F, first), tl.where(constant | (row < F), F, second)
 
 
 @triton.jit
-def _packed(x_ptr, first, second, F: tl.constexpr):
-    x_first = tl.load(x_ptr + first, mask=first < F, other=1.0).to(tl.float32)
-    return x_first * tl.load(x_ptr + second, mask=second < F, other=1.0).to(tl.float32)
+def _packed_query(q_ptr, row, F: tl.constexpr, R: tl.constexpr):
+    """Rows of packed(q), with the weights that turn packed(q).packed(k) into 1 + s + s^2/2; zeros from R on."""
+    first, second = _factors(row, F, R)
+    q_first = tl.load(q_ptr + first, mask=(first < F) & (row < R), other=1.0).to(tl.float32)
+    q_second = tl.load(q_ptr + second, mask=(second < F) & (row < R), other=1.0).to(tl.float32)
+    weight = tl.where(row < F, F**-0.5, tl.where(row < 2 * F, 0.5 / F, 1.0 / F))
+    return tl.where(row < R, q_first * q_second * tl.where(row == R - 1, 1.0, weight), 0.0)
+
+
+@triton.jit
+def _attend_to_waiting(
+    q_ptr, moments_ptr, normaliser_ptr, k_line_ptr, v_line_ptr, waiting, k_own, v_own, feature, column,
+    F: tl.constexpr, R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Numerators and normaliser of q over the moments, the keys that wait and the own one: tiles of ROWS rows, the last one of TAIL."""
+    inside, real_feature = column < V, feature < F
+    q = tl.load(q_ptr + feature, mask=real_feature, other=0.0).to(tl.float32) * F**-0.5
+    n = tl.arange(0, N)
+    waits = n < waiting
+    keys_mask, values_mask = waits[:, None] & real_feature[None, :], waits[:, None] & inside[None, :]
+    keys = tl.load(k_line_ptr + n[:, None] * F + feature[None, :], mask=keys_mask, other=0.0).to(tl.float32)
+    values = tl.load(v_line_ptr + n[:, None] * V + column[None, :], mask=values_mask, other=0.0).to(tl.float32)
+    scores = tl.sum(keys * q[None, :], axis=1)
+    weights = tl.where(waits, 1.0 + scores + 0.5 * scores * scores, 0.0)
+    score = tl.sum(q * k_own.to(tl.float32), axis=0)
+    weight_own = 1.0 + score + 0.5 * score * score
+    denominator = weight_own + tl.sum(weights, axis=0)
+    numerator = weight_own * v_own.to(tl.float32) + tl.sum(weights[:, None] * values, axis=0)
+    for start in tl.static_range(0, R, ROWS):
+        row = start + tl.arange(0, ROWS if R - start > TAIL else TAIL)
+        place, mask = row[:, None] * V + column[None, :], (row < R)[:, None] & inside[None, :]
+        moments = tl.load(moments_ptr + place, mask=mask, other=0.0)
+        z = tl.load(normaliser_ptr + row, mask=row < R, other=0.0)
+        q_packed = _packed_query(q_ptr, row, F, R)
+        denominator += tl.sum(q_packed * z, axis=0)
+        numerator += tl.sum(q_packed[:, None] * moments, axis=0)
+    return numerator, denominator
+
+
+@triton.jit
+def _absorb_and_attend(
+    q_ptr, moments_ptr, normaliser_ptr, k_line_ptr, v_line_ptr, column,
+    F: tl.constexpr, R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds the full line to the moments, in tiles of ROWS rows; numerators and normaliser of q over the sums."""
+    inside, n = column < V, tl.arange(0, N)
+    values = tl.load(v_line_ptr + n[:, None] * V + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+    numerator = tl.zeros([column.shape[0]], tl.float32)
+    denominator = 0.0
+    for start in range(0, R, ROWS):
+        row = start + tl.arange(0, ROWS)
+        place, mask = row[:, None] * V + column[None, :], (row < R)[:, None] & inside[None, :]
+        moments = tl.load(moments_ptr + place, mask=mask, other=0.0)
+        z = tl.load(normaliser_ptr + row, mask=row < R, other=0.0)
+        first, second = _factors(row, F, R)
+        keys = k_line_ptr + n[None, :] * F
+        k_first = tl.load(keys + first[:, None], mask=(first < F)[:, None], other=1.0).to(tl.float32)
+        k_second = tl.load(keys + second[:, None], mask=(second < F)[:, None], other=1.0).to(tl.float32)
+        k_packed = k_first * k_second
+        # Three products of tf32 parts: products of bf16 numbers are exact.
+        moments = tl.dot(k_packed, values, moments, input_precision="tf32x3")
+        z += tl.sum(k_packed, axis=1)
+        tl.store(moments_ptr + place, moments, mask=mask)
+        tl.store(normaliser_ptr + row, z, mask=row < R)
+        q_packed = _packed_query(q_ptr, row, F, R)
+        denominator += tl.sum(q_packed * z, axis=0)
+        numerator += tl.sum(q_packed[:, None] * moments, axis=0)
+    return numerator, denominator
 
 
 @triton.jit
 def _taylor_step(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    moments_ptr,
-    normaliser_ptr,
-    k_line_ptr,
-    v_line_ptr,
-    waiting_ptr,
-    o_ptr,
-    q_stride_b,
-    q_stride_h,
-    k_stride_b,
-    k_stride_h,
-    v_stride_b,
-    v_stride_h,
-    H,
-    F: tl.constexpr,
-    R: tl.constexpr,
-    V: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
-    ABSORBED_ROWS: tl.constexpr,
-):
-    """One program is one head of one row: tiles of ROWS rows of the state, the last one of TAIL if that is enough."""
+    q_ptr, k_ptr, v_ptr, moments_ptr, normaliser_ptr, k_line_ptr, v_line_ptr, waiting_ptr, o_ptr,
+    q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, H,
+    F: tl.constexpr, R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, ABSORBED_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program is one head of one row."""
     program = tl.program_id(0).to(tl.int64)
     b, h = program // H, program % H
     q_ptr += b * q_stride_b + h * q_stride_h
-    k_ptr += b * k_stride_b + h * k_stride_h
     moments_ptr += program * R * V
     normaliser_ptr += program * R
     k_line_ptr += program * N * F
     v_line_ptr += program * N * V
     waiting = tl.load(waiting_ptr + program)
-    absorbs = waiting == N
 
-    column = tl.arange(0, BLOCK_V)
-    inside = column < V
-    v_own = tl.load(v_ptr + b * v_stride_b + h * v_stride_h + column, mask=inside, other=0.0)
-    v = v_own.to(tl.float32)
-    if absorbs:
-        for start in range(0, R, ABSORBED_ROWS):
-            row = start + tl.arange(0, ABSORBED_ROWS)
-            real = row < R
-            place = row[:, None] * V + column[None, :]
-            mask = real[:, None] & inside[None, :]
-            first, second = _packed_pair(row, F)
-            k_packed = _packed(k_ptr, first, second, F)
-            z = tl.load(normaliser_ptr + row, mask=real, other=0.0) + k_packed
-            moments = tl.load(moments_ptr + place, mask=mask, other=0.0) + k_packed[:, None] * v[None, :]
-            for n in range(N):
-                k_packed = _packed(k_line_ptr + n * F, first, second, F)
-                v_waiting = tl.load(v_line_ptr + n * V + column, mask=inside, other=0.0).to(tl.float32)
-                z += k_packed
-                moments += k_packed[:, None] * v_waiting[None, :]
-            tl.store(normaliser_ptr + row, z, mask=real)
-            tl.store(moments_ptr + place, moments, mask=mask)
-        # Other threads may read what this one has written.
-        tl.debug_barrier()
-
-    numerator = tl.zeros([BLOCK_V], dtype=tl.float32)
-    denominator = 0.0
-    for start in tl.static_range(0, R, ROWS):
-        row = start + tl.arange(0, ROWS if R - start > TAIL else TAIL)
-        real = row < R
-        place = row[:, None] * V + column[None, :]
-        mask = real[:, None] & inside[None, :]
-        moments = tl.load(moments_ptr + place, mask=mask, other=0.0)
-        z = tl.load(normaliser_ptr + row, mask=real, other=0.0)
-        first, second = _packed_pair(row, F)
-        weight = tl.where(second == F, F**-0.5, tl.where(first == second, 0.5 / F, 1.0 / F))
-        weight = tl.where(row == 0, 1.0, weight)
-        q_packed = tl.where(real, _packed(q_ptr, first, second, F) * weight, 0.0)
-        denominator += tl.sum(q_packed * z, axis=0)
-        numerator += tl.sum(q_packed[:, None] * moments, axis=0)
-
-    if not absorbs:
-        feature, n = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N)
-        real_feature, waits = feature < F, n < waiting
-        q = tl.load(q_ptr + feature, mask=real_feature, other=0.0).to(tl.float32) * F**-0.5
-        k_own = tl.load(k_ptr + feature, mask=real_feature, other=0.0)
-        score = tl.sum(q * k_own.to(tl.float32), axis=0)
-        weight_own = 1.0 + score + 0.5 * score * score
-        keys_mask = waits[:, None] & real_feature[None, :]
-        keys = tl.load(k_line_ptr + n[:, None] * F + feature[None, :], mask=keys_mask, other=0.0).to(tl.float32)
-        values_mask = waits[:, None] & inside[None, :]
-        values = tl.load(v_line_ptr + n[:, None] * V + column[None, :], mask=values_mask, other=0.0).to(tl.float32)
-        scores = tl.sum(keys * q[None, :], axis=1)
-        weights = tl.where(waits, 1.0 + scores + 0.5 * scores * scores, 0.0)
-        denominator += weight_own + tl.sum(weights, axis=0)
-        numerator += weight_own * v + tl.sum(weights[:, None] * values, axis=0)
-        # The own place is none of those read above.
-        tl.store(k_line_ptr + waiting * F + feature, k_own, mask=real_feature)
-        tl.store(v_line_ptr + waiting * V + column, v_own, mask=inside)
-    # All threads have read the count before one of them changes it.
+    feature, column = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_V)
+    k_own = tl.load(k_ptr + b * k_stride_b + h * k_stride_h + feature, mask=feature < F, other=0.0)
+    v_own = tl.load(v_ptr + b * v_stride_b + h * v_stride_h + column, mask=column < V, other=0.0)
+    tl.store(k_line_ptr + waiting * F + feature, k_own, mask=feature < F)
+    tl.store(v_line_ptr + waiting * V + column, v_own, mask=column < V)
+    # Threads read what others have written here, and all have read the count before one of them changes it.
     tl.debug_barrier()
-    tl.store(waiting_ptr + program, tl.where(absorbs, 0, waiting + 1))
-    tl.store(o_ptr + program * V + column, (numerator / denominator).to(o_ptr.dtype.element_ty), mask=inside)
+    tl.store(waiting_ptr + program, (waiting + 1) % N)
+    if waiting == N - 1:
+        numerator, denominator = _absorb_and_attend(
+            q_ptr, moments_ptr, normaliser_ptr, k_line_ptr, v_line_ptr, column, F, R, V, N, ABSORBED_ROWS
+        )
+    else:
+        numerator, denominator = _attend_to_waiting(
+            q_ptr, moments_ptr, normaliser_ptr, k_line_ptr, v_line_ptr, waiting, k_own, v_own, feature, column,
+            F, R, V, N, ROWS, TAIL,
+        )  # fmt: skip
+    tl.store(o_ptr + program * V + column, (numerator / denominator).to(o_ptr.dtype.element_ty), mask=column < V)
 
 
 def taylor_step(
@@ -151,15 +145,16 @@ def taylor_step(
     state: TaylorState,
     *,
     rows: int | None = None,
+    absorbed_rows: int = 32,
     num_warps: int = 4,
 ) -> Tensor:
     """Append (k, v), then attend with q; see the package's function of the same name.
 
-    rows, num_warps: tile of the state; they change speed, not the result.
+    rows, absorbed_rows, num_warps: tiles of the state; they change speed, not the result.
     """
     B, H, F = q_BHF.shape
     rows = rows or (128 if v_BHV.shape[-1] <= 64 else 64)
-    V, R, N = v_BHV.shape[-1], packed_rows(F), state.k_BHNF.shape[2]
+    V, R = v_BHV.shape[-1], packed_rows(F)
     o_BHV = torch.empty(B, H, V, dtype=v_BHV.dtype, device=v_BHV.device)
     assert q_BHF.stride(-1) == k_BHF.stride(-1) == v_BHV.stride(-1) == 1, "features must be dense"
     _taylor_step[(B * H,)](
@@ -179,13 +174,13 @@ def taylor_step(
         F=F,
         R=R,
         V=V,
-        N=N,
+        N=state.k_BHNF.shape[2],
         BLOCK_F=triton.next_power_of_2(F),
-        BLOCK_V=triton.next_power_of_2(V),
-        BLOCK_N=triton.next_power_of_2(N),
+        # Matrix products have at least 16 columns.
+        BLOCK_V=max(16, triton.next_power_of_2(V)),
         ROWS=rows,
         TAIL=min(rows, triton.next_power_of_2(R - (R - 1) // rows * rows)),
-        ABSORBED_ROWS=16,
+        ABSORBED_ROWS=absorbed_rows,
         num_warps=num_warps,
     )
     return o_BHV
@@ -231,7 +226,7 @@ def _window_step(
     BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program is one head of one row; a softmax over tiles of ROWS keys, started by the own key."""
+    """One program is one head of one row: tiles of ROWS keys."""
     program = tl.program_id(0).to(tl.int64)
     b, h = program // H, program % H
     position = tl.load(position_ptr + b)
@@ -252,27 +247,32 @@ def _window_step(
     tl.store(k_ring_ptr + slot * V + column, k.to(k_ring_ptr.dtype.element_ty), mask=inside)
     tl.store(v_ring_ptr + slot * V + column, v, mask=inside)
 
-    largest = tl.sum(q * k, axis=0)
-    total = 1.0
-    o = v.to(tl.float32)
+    # Each of ROWS lanes keeps a softmax of its own until all keys are read: threads need not wait for each other meanwhile.
+    own = tl.sum(q * k, axis=0)
+    largest = tl.full([ROWS], 0.0, tl.float32) + own
+    totals = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK_V], tl.float32)
     written = tl.minimum(position, W)
     for start in tl.static_range(0, W, ROWS):
-        back = start + tl.arange(0, ROWS)
-        real = back < written
-        # Keys from the newest back: position - 1, position - 2, ...
-        slots = slot - 1 - back
-        slots = tl.where(slots < 0, slots + W + 1, slots)
+        index = start + tl.arange(0, ROWS)
+        real = index < written
+        # All slots but the own one. Until the ring is full that is the first one free.
+        slots = index + (index >= slot)
         place = slots[:, None] * V + column[None, :]
         mask = real[:, None] & inside[None, :]
         keys = tl.load(k_ring_ptr + place, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(v_ring_ptr + place, mask=mask, other=0.0).to(tl.float32)
         scores = tl.where(real, tl.sum(keys * q[None, :], axis=1), float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=0))
+        new_largest = tl.maximum(largest, scores)
         p = tl.exp(scores - new_largest)
         shrink = tl.exp(largest - new_largest)
-        total = total * shrink + tl.sum(p, axis=0)
-        o = o * shrink + tl.sum(p[:, None] * values, axis=0)
+        totals = totals * shrink + p
+        sums = sums * shrink[:, None] + p[:, None] * values
         largest = new_largest
+    top = tl.max(largest, axis=0)
+    shares, share_own = tl.exp(largest - top), tl.exp(own - top)
+    total = tl.sum(totals * shares, axis=0) + share_own
+    o = tl.sum(sums * shares[:, None], axis=0) + share_own * v.to(tl.float32)
     tl.store(o_ptr + program * V + column, (o / total).to(o_ptr.dtype.element_ty), mask=inside)
 
 

@@ -177,9 +177,9 @@ def test_greedy_generation_is_the_repeated_forward(worker_pool):
     assert result["found"] == result["expected"] == result["again"]
     assert result["alone"] == result["found"][:1]
     assert result["copied"][0] == [5, 5, 5] and result["copied"][1] < 1e-12
-    # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1] with 15 keys and values that wait for each of 4 heads, 2 windows of
+    # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1] with 16 places for keys and values that wait for each of 4 heads, 2 windows of
     # [4, 6, 8] keys and values, and the position; the counts of those who wait are int32.
-    assert result["bytes"] == 8 * (2 * 2 * 64 + 2 * 4 * 15 * (9 + 4 + 8) + 2 * 2 * 4 * 6 * 8 + 1) + 2 * 4 * 4
+    assert result["bytes"] == 8 * (2 * 2 * 64 + 2 * 4 * (15 * 9 + 16 * (4 + 8)) + 2 * 2 * 4 * 6 * 8 + 1) + 2 * 4 * 4
 
 
 def refusals() -> list[str]:
