@@ -144,16 +144,15 @@ def taylor_step(
     v_BHV: Tensor,
     state: TaylorState,
     *,
-    rows: int | None = None,
-    absorbed_rows: int = 32,
-    num_warps: int = 4,
+    rows: int = 32,
+    absorbed_rows: int = 16,
+    num_warps: int = 2,
 ) -> Tensor:
     """Append (k, v), then attend with q; see the package's function of the same name.
 
     rows, absorbed_rows, num_warps: tiles of the state; they change speed, not the result.
     """
     B, H, F = q_BHF.shape
-    rows = rows or (128 if v_BHV.shape[-1] <= 64 else 64)
     V, R = v_BHV.shape[-1], packed_rows(F)
     o_BHV = torch.empty(B, H, V, dtype=v_BHV.dtype, device=v_BHV.device)
     assert q_BHF.stride(-1) == k_BHF.stride(-1) == v_BHV.stride(-1) == 1, "features must be dense"
@@ -285,8 +284,8 @@ def window_step(
     state: WindowState,
     position_B: Tensor,
     *,
-    rows: int = 32,
-    num_warps: int = 2,
+    rows: int = 4,
+    num_warps: int = 1,
 ) -> Tensor:
     """Rotate, store the key and value, attend; see the package's function of the same name.
 

@@ -115,6 +115,13 @@ class _Launch:
         values = torch.empty(*shape, self.constants["value_dim"], dtype=self.dtype, device=self.device)
         return values, torch.empty(*shape, 4, dtype=self.dtype, device=self.device)
 
+    def new_moments(self, segments: int) -> tuple[Tensor, Tensor]:
+        """What segments add up to, fp32, in the order of the kernels' rows: values and normalisers."""
+        shape = (self.B, self.H, segments, self.rows_stored)
+        return torch.empty(*shape, self.constants["value_dim"], device=self.device), torch.empty(
+            *shape, device=self.device
+        )
+
     def pointers(self, states: States) -> list[Tensor]:
         """The states as a kernel takes them; it does not read what is not there."""
         stand_in = next(x for x in states if x is not None)
@@ -156,13 +163,12 @@ class Sweep:
         # The start of a segment costs its tiles a second state, so it must be worth some chunks.
         self._segment_chunks = triton.cdiv(launch.chunks, max(1, min(wanted, launch.chunks // 4)))
         self._segments = triton.cdiv(launch.chunks, self._segment_chunks)
-        B, H, R, E = launch.state_shape
-        self._moments_BHSRE = moments = torch.empty(B, H, self._segments, R, E, device=launch.device)
+        self._moments = launch.new_moments(self._segments)
         self._operand = launch.new_operand(launch.chunks)
-        triton_kernels.sweep[launch.blocks, self._segments, B * H](
-            x_BTHF, y_BTHV, moments if yz_BHT4 is None else yz_BHT4, launch.ids,
-            *self._operand, moments,
-            *strides(x_BTHF, y_BTHV), launch.ids_stride, launch.T, H, launch.chunks, self._segments, self._segment_chunks,
+        triton_kernels.sweep[launch.blocks, self._segments, launch.B * launch.H](
+            x_BTHF, y_BTHV, x_BTHF if yz_BHT4 is None else yz_BHT4, launch.ids,
+            *self._operand, *self._moments,
+            *strides(x_BTHF, y_BTHV), launch.ids_stride, launch.T, launch.H, launch.chunks, self._segments, self._segment_chunks,
             tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self._adjoint,
             num_warps=4, num_stages=schedule.adjoint_stages if self._adjoint else schedule.sweep_stages, **launch.constants,
         )  # fmt: skip
@@ -172,10 +178,8 @@ class Sweep:
 
         Backward the gradient to the state that enters, if none reaches the one that leaves.
         """
-        if self._segments == 1:
-            return self._moments_BHSRE[:, :, 0]
         end_BHRE = torch.empty(self._launch.state_shape, device=self._launch.device)
-        _combine(self._launch, self._moments_BHSRE, None, None, end_BHRE, self._segment_chunks, self._adjoint)
+        _combine(self._launch, self._moments, None, None, end_BHRE, self._segment_chunks, self._adjoint)
         return end_BHRE
 
     def states(self, initial_BHRE: Tensor | None) -> States:
@@ -183,22 +187,24 @@ class Sweep:
         if self._segments == 1 and initial_BHRE is None:
             return States(*self._operand, None, None)
         starts = self._launch.new_operand(self._segments)
-        _combine(self._launch, self._moments_BHSRE, initial_BHRE, starts, None, self._segment_chunks, self._adjoint)
+        _combine(self._launch, self._moments, initial_BHRE, starts, None, self._segment_chunks, self._adjoint)
         return States(*self._operand, *starts)
 
 
 def _combine(
-    launch: _Launch, moments_BHSRE: Tensor, initial_BHRE: Tensor | None, starts: tuple[Tensor, Tensor] | None,
-    end_BHRE: Tensor | None, segment_chunks: int, adjoint: bool,
+    launch: _Launch, moments: tuple[Tensor, Tensor] | None, initial_BHRE: Tensor | None,
+    starts: tuple[Tensor, Tensor] | None, end_BHRE: Tensor | None, segment_chunks: int, adjoint: bool,
 ) -> None:  # fmt: skip
-    """Writes the states before the segments to `starts`, or the one after them all to `end`."""
-    B, H, segments = moments_BHSRE.shape[:3]
+    """Writes the states before the segments to `starts`, or the one after them all to `end`. One segment needs no moments for its start."""
+    operand = moments or starts
+    assert operand is not None
+    stand_in = operand[0]
     names = ("feature_dim", "period", "value_dim", "value_width", "rows_stored", "has_ids")
     block_rows = 8
-    triton_kernels.combine[launch.rows_stored // block_rows, B * H](
-        moments_BHSRE, moments_BHSRE if initial_BHRE is None else initial_BHRE.contiguous(),
-        *((moments_BHSRE, moments_BHSRE) if starts is None else starts), moments_BHSRE if end_BHRE is None else end_BHRE,
-        launch.ids, launch.ids_stride, launch.T, H, segments, segment_chunks * launch.schedule.chunk_tokens,
+    triton_kernels.combine[launch.rows_stored // block_rows, launch.B * launch.H](
+        *(moments or operand), stand_in if initial_BHRE is None else initial_BHRE.contiguous(),
+        *(starts or operand), stand_in if end_BHRE is None else end_BHRE,
+        launch.ids, launch.ids_stride, launch.T, launch.H, stand_in.shape[2], segment_chunks * launch.schedule.chunk_tokens,
         block_rows=block_rows, adjoint=adjoint, has_initial=initial_BHRE is not None, only_end=starts is None,
         **{name: launch.constants[name] for name in names},
     )  # fmt: skip
@@ -280,7 +286,7 @@ def moment_gradients(
     launch = _Launch(k_BTHF, v_BTHV, ids_BT, schedule)
     # One segment, through which nothing flows but the adjoint state from its end.
     starts = launch.new_operand(1)
-    _combine(launch, dmoments_BHRE.contiguous()[:, :, None], dmoments_BHRE, starts, None, launch.chunks, adjoint=True)
+    _combine(launch, None, dmoments_BHRE, starts, None, launch.chunks, adjoint=True)
     adjoints = States(None, None, *starts)
     dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
     unused, no_strides = dmoments_BHRE, (0, 0, 0)

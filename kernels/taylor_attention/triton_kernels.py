@@ -184,7 +184,7 @@ def output_gradients(
 
 @triton.jit
 def sweep(
-    x_ptr, y_ptr, yz_ptr, ids_ptr, states_ptr, normalisers_ptr, moments_ptr,
+    x_ptr, y_ptr, yz_ptr, ids_ptr, states_ptr, normalisers_ptr, moments_ptr, totals_ptr,
     x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, ids_stride_b,
     T, H, chunks, segments, segment_chunks,
     feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
@@ -204,8 +204,6 @@ def sweep(
     y_ptr += b * y_stride_b + h * y_stride_h
     yz_ptr += bh64 * T * 4
     ids_ptr += b * ids_stride_b
-    E: tl.constexpr = value_dim + 1
-    R: tl.constexpr = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
     constant: tl.constexpr = period + period * (period + 1) // 2
     dtype = x_ptr.dtype.element_ty
 
@@ -267,22 +265,23 @@ def sweep(
     if adjoint:
         state *= weights[:, None]
         total *= weights
-    packed = public_rows(rows, period, feature_dim)
-    moments_ptr += (bh64 * segments + segment) * R * E
-    store_state(moments_ptr, packed, columns, value_dim, state, total)
+    moments_rows = (bh64 * segments + segment) * rows_stored
+    store_tile(moments_ptr + moments_rows * value_dim, rows, value_dim, rows_stored, columns, value_dim, state)
+    tl.store(totals_ptr + moments_rows + rows, total, mask=rows < rows_stored)
 
 
 @triton.jit
 def combine(
-    moments_ptr, initial_ptr, starts_ptr, normalisers_ptr, end_ptr, ids_ptr, ids_stride_b, T, H, segments, segment_tokens,
+    moments_ptr, totals_ptr, initial_ptr, starts_ptr, normalisers_ptr, end_ptr, ids_ptr, ids_stride_b, T, H, segments,
+    segment_tokens,
     feature_dim: tl.constexpr, period: tl.constexpr, value_dim: tl.constexpr, value_width: tl.constexpr,
     rows_stored: tl.constexpr, block_rows: tl.constexpr, adjoint: tl.constexpr, has_initial: tl.constexpr,
     has_ids: tl.constexpr, only_end: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of the state before each segment, from all segments' moments: a gated sum, in a fixed order.
 
-    With `only_end`, the state after all segments instead. It is in the public layout, as the moments and the initial
-    state are; the states before the segments are stored as those of chunks are.
+    With `only_end`, the state after all segments instead. It is in the public layout, as the initial state is; the moments
+    are in the order of the kernels' rows, and the states before the segments are stored as those of chunks are.
     """
     bh = tl.program_id(1).to(tl.int64)
     ids_ptr += (bh // H) * ids_stride_b
@@ -307,15 +306,17 @@ def combine(
             normaliser_columns = as_columns(total * weights, dtype)
             normaliser_rows = normalisers_ptr + here * rows_stored * 4
             store_tile(normaliser_rows, rows, 4, rows_stored, tl.arange(0, 16), 4, normaliser_columns)
-        if has_ids:
-            carried_id = tl.load(ids_ptr + tl.maximum(segment * segment_tokens - 1, 0))
-            last_id = tl.load(ids_ptr + tl.minimum((segment + 1) * segment_tokens, T) - 1)
-            keeps = tl.where(last_id == carried_id, 1.0, 0.0)
-            state *= keeps
-            total *= keeps
-        added, added_total = load_state(moments_ptr + here * elements, packed, columns, value_dim)
-        state += added
-        total += added_total
+        # The last moments reach the end alone.
+        if only_end or step < segments - 1:
+            if has_ids:
+                carried_id = tl.load(ids_ptr + tl.maximum(segment * segment_tokens - 1, 0))
+                last_id = tl.load(ids_ptr + tl.minimum((segment + 1) * segment_tokens, T) - 1)
+                keeps = tl.where(last_id == carried_id, 1.0, 0.0)
+                state *= keeps
+                total *= keeps
+            moments_rows = moments_ptr + here * rows_stored * value_dim
+            state += load_tile(moments_rows, rows, value_dim, rows_stored, columns, value_dim, value_width, True)
+            total += tl.load(totals_ptr + here * rows_stored + rows)
     if only_end:
         store_state(end_ptr + bh * elements, packed, columns, value_dim, state, total)
 
