@@ -192,7 +192,7 @@ class BasedAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.heads = config.num_attention_heads
-        self.window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.window = config.sliding_window if config.mixers[layer_idx] == "sliding_attention" else None
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)

@@ -56,7 +56,7 @@ class BasedBlock(GradientCheckpointingLayer):
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
         self.mixer_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        self.mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
         self.mlp_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = BasedMLP(config)
 
