@@ -29,6 +29,7 @@ class BasedCache(DynamicCache):
 
     def __init__(self, config: BasedConfig):
         super().__init__(config=config)
+        self.config = config
         self.seen_tokens = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -36,7 +37,8 @@ class BasedCache(DynamicCache):
         return self.seen_tokens
 
     def reset(self) -> None:
-        super().reset()
+        """Start over with empty layers; those that transformers 5.17 resets keep zeros as keys."""
+        self.layers = DynamicCache(config=self.config).layers
         self.seen_tokens = 0
 
     def state_bytes(self) -> int:
