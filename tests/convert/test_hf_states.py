@@ -109,6 +109,14 @@ def test_outputs_carry_the_cache_under_the_name_of_the_version(monkeypatch, name
         assert isinstance(getattr(output, name), BasedCache)
 
 
+@CACHE_NAMES
+def test_generation_begins_with_our_cache_under_the_name_of_the_version(monkeypatch, name):
+    monkeypatch.setattr(modeling_based, "CACHE_NAME", name)
+    inputs = {}
+    tiny_model("cL")._prepare_cache_for_generation(GenerationConfig(), inputs)
+    assert isinstance(inputs.pop(name), BasedCache) and not inputs
+
+
 def test_the_name_of_the_version_is_that_of_its_generation():
     model, ids = tiny_model("cL"), tokens(1, 5)
     assert CACHE_NAME in model(ids, use_cache=True)
