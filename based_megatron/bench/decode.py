@@ -223,6 +223,8 @@ def _dynamic_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:
     """Milliseconds of N steps: the cache grows and so does the time, taken to be linear between a few lengths."""
     from transformers import DynamicCache
 
+    from based_megatron.convert.hf_files.modeling_based import CACHE_NAME
+
     config, token_B1 = model.config, torch.zeros(B, 1, dtype=torch.int64, device=bench.device)
     head_dim = config.hidden_size // config.num_attention_heads
     lengths = [L, L + N // 4, L + N // 2, L + N]
@@ -234,7 +236,7 @@ def _dynamic_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:
             cache.update(bench.random(*shape), bench.random(*shape), layer)
 
         def step(cache: Any = cache) -> None:
-            logits = model(input_ids=token_B1, past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=token_B1, **{CACHE_NAME: cache}, use_cache=True).logits
             token_B1.copy_(logits[:, -1:].argmax(-1))
 
         times.append(_median_ms(bench, step, 5))
@@ -247,13 +249,15 @@ def _static_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:
     """Milliseconds of N steps: each attends to the whole cache, whatever is in it, and takes the same time."""
     from transformers import StaticCache
 
+    from based_megatron.convert.hf_files.modeling_based import CACHE_NAME
+
     cache = StaticCache(config=model.config, max_cache_len=L + N)
-    model(input_ids=torch.zeros(B, L, dtype=torch.int64, device=bench.device), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.zeros(B, L, dtype=torch.int64, device=bench.device), **{CACHE_NAME: cache}, use_cache=True)
     token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=bench.device)
     forward = torch.compile(model.forward, mode="reduce-overhead")
 
     def step() -> None:
-        logits = forward(input_ids=token_B1, past_key_values=cache, use_cache=True).logits
+        logits = forward(input_ids=token_B1, **{CACHE_NAME: cache}, use_cache=True).logits
         token_B1.copy_(logits[:, -1:].argmax(-1))
 
     for _ in range(3):

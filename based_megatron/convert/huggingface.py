@@ -19,7 +19,7 @@ from based_megatron.convert.proof import Proof, prove
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import CheckpointError
 
-LAYER_TYPES = {"c": "conv", "L": "linear_attention", "S": "sliding_attention", "A": "full_attention"}
+MIXERS = {"c": "conv", "L": "linear_attention", "S": "sliding_attention", "A": "full_attention"}
 AUTO_MAP = {
     "AutoConfig": "configuration_based.BasedConfig",
     "AutoModel": "modeling_based.BasedModel",
@@ -121,7 +121,7 @@ def hf_config(config: ModelConfig) -> BasedConfig:
         intermediate_size=config.ffn_hidden_size,
         num_hidden_layers=len(letters),
         num_attention_heads=config.num_heads,
-        layer_types=[LAYER_TYPES[letter] for letter in letters],
+        mixers=[MIXERS[letter] for letter in letters],
         feature_dim=config.feature_dim,
         sliding_window=config.window_left + 1,
         conv_kernel=config.conv_kernel,
@@ -136,9 +136,9 @@ def hf_config(config: ModelConfig) -> BasedConfig:
 
 def model_config(hf: BasedConfig) -> ModelConfig:
     """The inverse of hf_config; the layer pattern comes back in its short form."""
-    letters = {name: letter for letter, name in LAYER_TYPES.items()}
+    letters = {name: letter for letter, name in MIXERS.items()}
     return ModelConfig(
-        layer_pattern=short_pattern("".join(letters[name] for name in hf.layer_types)),
+        layer_pattern=short_pattern("".join(letters[name] for name in hf.mixers)),
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.intermediate_size,
         num_heads=hf.num_attention_heads,

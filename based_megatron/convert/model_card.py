@@ -35,7 +35,7 @@ It decodes with a state of constant size: {state_bytes:,} bytes for a sequence i
 
 ## Use
 
-The modeling files in this folder need torch and transformers 5.17 or newer. {tokenizer}
+The modeling files in this folder need torch and transformers 5.17 to 5.24; newer ones are untested. {tokenizer}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from based_megatron.convert.hf_files.modeling_based import CACHE_NAME
 from based_megatron.errors import CheckpointError
 
 RELOAD_TOLERANCE = 1e-5
@@ -62,9 +63,9 @@ def prove(folder: Path, model: PreTrainedModel) -> Proof:
     tolerance = ORDER_TOLERANCE * max(1.0, scale)
     pieces, cache = [], None
     for piece_ids in ids_BT.split([length // 2, length - length // 2 - DECODED_TOKENS, *[1] * DECODED_TOKENS], dim=1):
-        output = reloaded(piece_ids, past_key_values=cache, use_cache=True)
+        output = reloaded(piece_ids, cache=cache, use_cache=True)
         pieces.append(output.logits)
-        cache = output.past_key_values
+        cache = getattr(output, CACHE_NAME)
     assert cache is not None
     cache_difference = _compare("decoding with the cache", torch.cat(pieces, dim=1), full, tolerance)
 

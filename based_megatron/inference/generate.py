@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from based_megatron.checkpoint.full import read_full
 from based_megatron.convert.cli import data_folder, is_export, read_export
-from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
+from based_megatron.convert.hf_files.modeling_based import CACHE_NAME, BasedForCausalLM
 from based_megatron.convert.huggingface import hf_model
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import ConfigError
@@ -107,7 +107,7 @@ def generate(
         texts=tuple(str(tokenizer.decode(row)) for row in rows),
         new_tokens=sum(len(row) for row in rows),
         seconds=seconds,
-        state_bytes=output.past_key_values.state_bytes() // len(prompts),
+        state_bytes=getattr(output, CACHE_NAME).state_bytes() // len(prompts),
     )
 
 

@@ -3,17 +3,22 @@
 import pytest
 import torch
 from hf_tiny import TINY, assert_close, tiny_model, tokens
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.hf_files.configuration_based import BasedConfig
 from based_megatron.convert.hf_files.mixers_based import (
     ATTENTION_BLOCK_TOKENS,
     LINEAR_CHUNK_TOKENS,
+    BasedAttention,
+    BasedGatedConv,
+    BasedLinearAttention,
     causal_attention,
     rotate,
     taylor_attention,
     taylor_features,
 )
-from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
+from based_megatron.convert.hf_files.modeling_based import BasedCache, BasedForCausalLM
 from based_megatron.convert.huggingface import hf_config
 
 # --- mixers against their definitions
@@ -142,10 +147,23 @@ def test_fresh_weights_are_initialised_as_released():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_wrong_number_of_layer_types_is_refused():
-    config = hf_config(ModelConfig(layer_pattern="cLS", **TINY))
-    with pytest.raises(ValueError, match="3 mixers"):
-        type(config)(num_hidden_layers=3, layer_types=["conv", "mamba"])
+def test_a_wrong_number_of_mixers_is_refused():
+    with pytest.raises(ValueError, match=r"3 mixers.* got 2, with unknown mamba"):
+        BasedConfig(num_hidden_layers=3, mixers=["conv", "mamba"])
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_what_is_built_does_not_depend_on_layer_types(read_again):
+    """Versions of transformers rename entries of layer_types: 5.17 makes linear_attention of conv."""
+    config = hf_config(ModelConfig(layer_pattern="cLSA", **TINY))
+    config.layer_types = ["linear_attention"] * 4
+    if read_again:
+        config = BasedConfig.from_dict(config.to_dict())
+        kinds = [LinearAttentionLayer, LinearAttentionLayer, DynamicSlidingWindowLayer, DynamicLayer]
+        assert [type(layer) for layer in BasedCache(config).layers] == kinds
+    mixers = [layer.mixer for layer in BasedForCausalLM(config).model.layers]
+    assert [type(mixer) for mixer in mixers] == [BasedGatedConv, BasedLinearAttention, BasedAttention, BasedAttention]
+    assert [mixer.window for mixer in mixers[2:]] == [TINY["window_left"] + 1, None]
 
 
 @pytest.mark.parametrize(

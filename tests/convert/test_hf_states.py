@@ -1,11 +1,16 @@
 """States, padding and generation of the Hugging Face model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hf_tiny import TINY, assert_close, tiny_model, tokens
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from based_megatron.convert.hf_files.modeling_based import BasedCache
+from based_megatron.convert.hf_files import modeling_based
+from based_megatron.convert.hf_files.modeling_based import CACHE_NAME, BasedCache
+
+CACHE_NAMES = pytest.mark.parametrize("name", ["cache", "past_key_values"])
 
 # --- states
 
@@ -18,7 +23,7 @@ def test_prefill_then_single_steps_equals_one_pass_for_every_split(pattern):
         output = model(ids[:, :split], use_cache=True)
         logits = [output.logits]
         for t in range(split, 17):
-            logits.append(model(ids[:, t : t + 1], past_key_values=output.past_key_values).logits)
+            logits.append(model(ids[:, t : t + 1], cache=getattr(output, CACHE_NAME)).logits)
         assert_close(torch.cat(logits, 1), expected)
 
 
@@ -79,6 +84,53 @@ def test_a_reset_cache_starts_over():
     assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
 
 
+# --- the two names of the cache: transformers 5.24 calls it cache, older versions past_key_values
+
+
+@CACHE_NAMES
+def test_a_cache_is_continued_under_either_name(name):
+    model, ids = tiny_model("cLS"), tokens(1, 9)
+    expected = model(ids, use_cache=False, output_hidden_states=True)
+    cache = BasedCache(model.config)
+    logits = [model(chunk, **{name: cache}).logits for chunk in ids.split([4, 1, 4], dim=1)]
+    assert_close(torch.cat(logits, 1), expected.logits)
+    cache = BasedCache(model.config)
+    hidden = [model.model(chunk, **{name: cache}).last_hidden_state for chunk in ids.split([4, 1, 4], dim=1)]
+    assert_close(torch.cat(hidden, 1), expected.hidden_states[-1])
+
+
+@CACHE_NAMES
+def test_outputs_carry_the_cache_under_the_name_of_the_version(monkeypatch, name):
+    monkeypatch.setattr(modeling_based, "CACHE_NAME", name)
+    for output in ("BaseModelOutputWithPast", "CausalLMOutputWithPast"):  # those of the other version
+        monkeypatch.setattr(modeling_based, output, SimpleNamespace)
+    model, ids = tiny_model("cL"), tokens(1, 5)
+    for output in (model(ids, use_cache=True), model.model(ids, use_cache=True)):
+        assert isinstance(getattr(output, name), BasedCache)
+
+
+@CACHE_NAMES
+def test_generation_begins_with_our_cache_under_the_name_of_the_version(monkeypatch, name):
+    monkeypatch.setattr(modeling_based, "CACHE_NAME", name)
+    inputs = {}
+    tiny_model("cL")._prepare_cache_for_generation(GenerationConfig(), inputs)
+    assert isinstance(inputs.pop(name), BasedCache) and not inputs
+
+
+def test_the_name_of_the_version_is_that_of_its_generation():
+    model, ids = tiny_model("cL"), tokens(1, 5)
+    assert CACHE_NAME in model(ids, use_cache=True)
+    prepared = model.prepare_inputs_for_generation(ids, **{CACHE_NAME: BasedCache(model.config)})
+    assert isinstance(prepared[CACHE_NAME], BasedCache)
+
+
+def test_a_cache_under_both_names_is_refused():
+    model = tiny_model("cL")
+    cache = BasedCache(model.config)
+    with pytest.raises(ValueError, match="give one of cache and past_key_values"):
+        model(tokens(1, 5), cache=cache, past_key_values=cache)
+
+
 # --- padding
 
 
@@ -118,7 +170,7 @@ def test_positions_matter_only_relative_to_each_other():
 
 def test_a_mask_that_does_not_cover_the_cache_is_refused():
     model, ids = tiny_model("cL"), tokens(1, 6)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = getattr(model(ids, use_cache=True), CACHE_NAME)
     with pytest.raises(ValueError, match=r"cached \+ new tokens\] = \[1, 7\], got \[1, 1\]"):
         model(ids[:, :1], attention_mask=torch.ones(1, 1), past_key_values=cache)
 
@@ -147,6 +199,23 @@ def test_generation_with_a_cache_equals_generation_without(pattern, options):
     assert torch.equal(*both) and both[0].shape == (2, 21)
     alone = model.generate(ids[1:, 4:], do_sample=False, max_new_tokens=12, **options)
     assert torch.equal(both[0][1:, 4:], alone)
+
+
+@CACHE_NAMES
+def test_generation_continues_a_cache_under_either_name(name):
+    model, ids = tiny_model("cLSAc"), tokens(1, 9)
+    cache = BasedCache(model.config)
+    model(ids[:, :6], cache=cache)
+    continued = model.generate(ids, do_sample=False, max_new_tokens=8, **{name: cache})
+    assert torch.equal(continued, model.generate(ids, do_sample=False, max_new_tokens=8))
+    assert cache.get_seq_length() == 9 + 7
+
+
+def test_generation_reads_one_token_a_step():
+    model, lengths = tiny_model("cLSc"), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    model.generate(tokens(2, 9), do_sample=False, max_new_tokens=4)
+    assert lengths == [9, 1, 1, 1]
 
 
 def test_padding_rows_of_the_embedding_are_never_generated_but_have_logits():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert import huggingface, proof
+from based_megatron.convert.cli import read_export
 from based_megatron.convert.huggingface import export_huggingface, from_hf, hf_config, hf_model, model_config, to_hf
 from based_megatron.convert.layout import count_parameters, our_shapes, short_pattern
 from based_megatron.data_prep.tokenizer import train_tokenizer
@@ -204,6 +206,18 @@ def test_a_saved_export_can_be_saved_again(export, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert_equal(again.state_dict(), model.state_dict())
+
+
+def test_an_older_export_that_names_its_mixers_in_layer_types_loads(export, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(export[0], older)
+    config = json.loads((older / "config.json").read_text())
+    config["layer_types"] = config.pop("mixers")
+    assert config["layer_types"][0] == "conv"
+    (older / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(older, trust_remote_code=True)
+    assert_equal(model.state_dict(), hf_model(random_weights(CONFIG), CONFIG).state_dict())
+    assert_equal(read_export(older)[0], random_weights(CONFIG))
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(tmp_path, monkeypatch):

@@ -4,14 +4,24 @@ from dataclasses import field
 
 from transformers import PreTrainedConfig
 
-LAYER_TYPES = ("conv", "linear_attention", "sliding_attention", "full_attention")
+CACHE_LAYERS = {
+    "conv": "linear_attention",
+    "linear_attention": "linear_attention",
+    "sliding_attention": "sliding_attention",
+    "full_attention": "full_attention",
+}
+"""Mixers, and the kind of layer that each has in the caches of transformers."""
 
 
 class BasedConfig(PreTrainedConfig):
-    """Architecture of a Based model. `layer_types` names the mixer of each layer and drives the cache."""
+    """Architecture of a Based model. `mixers` names the mixer of each layer; `layer_types` only drives the cache.
+
+    `layer_types` belongs to transformers, which checks it and, in some versions, renames its entries: 5.17 makes
+    linear_attention of conv. So nothing is built from it, and it is set anew from `mixers` whenever a config is made.
+    """
 
     model_type = "based"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     vocab_size: int = 50264
     """Rows of the embedding; all of them take part in the softmax."""
@@ -23,8 +33,10 @@ class BasedConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
-    layer_types: list[str] = field(default_factory=list)
+    mixers: list[str] = field(default_factory=list)
     """Mixer of each layer: conv, linear_attention, sliding_attention or full_attention. Empty means as in the 360M."""
+    layer_types: list[str] = field(default_factory=list)
+    """Layers of the cache, which follow from `mixers`. Read only where `mixers` is empty: older exports named mixers here."""
     feature_dim: int = 16
     """Query and key dim of a linear attention head, before the Taylor feature map."""
     sliding_window: int = 129
@@ -44,17 +56,19 @@ class BasedConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if not self.layer_types:
+        self.mixers = self.mixers or self.layer_types
+        if not self.mixers:
             repeats = self.num_hidden_layers // 5 + 1
             pattern = ("conv", "linear_attention", "sliding_attention", "conv", "conv")
-            self.layer_types = list(pattern * repeats)[: self.num_hidden_layers]
+            self.mixers = list(pattern * repeats)[: self.num_hidden_layers]
         self.tokenizer_vocab_size = self.tokenizer_vocab_size or self.vocab_size
-        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
-        if unknown or len(self.layer_types) != self.num_hidden_layers:
+        unknown = sorted(set(self.mixers) - set(CACHE_LAYERS))
+        if unknown or len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types must name {self.num_hidden_layers} mixers out of {', '.join(LAYER_TYPES)}; "
-                f"got {len(self.layer_types)}{', with unknown ' + ', '.join(unknown) if unknown else ''}"
+                f"mixers must name {self.num_hidden_layers} mixers out of {', '.join(CACHE_LAYERS)}; "
+                f"got {len(self.mixers)}{', with unknown ' + ', '.join(unknown) if unknown else ''}"
             )
+        self.layer_types = [CACHE_LAYERS[mixer] for mixer in self.mixers]
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

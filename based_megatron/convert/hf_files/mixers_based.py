@@ -63,6 +63,18 @@ class BasedMLP(nn.Module):
         return self.down_proj(self.up_proj(x_BTD) * F.silu(self.gate_proj(x_BTD)))
 
 
+def _cached_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+    """Convolution and recurrent state of a layer, None where nothing is cached.
+
+    Not by Cache.get_conv_state and get_recurrent_state: transformers 5.17 to 5.20 have none, and the latter always
+    answers None for a layer without a convolution state.
+    """
+    if cache is None:
+        return None, None
+    layer: Any = cache.layers[layer_idx]
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
 class BasedGatedConv(nn.Module):
     """Gated short convolution: out(silu(conv(u1)) * u2) with [u1, u2] = in(x); the last tap is the present."""
 
@@ -79,7 +91,7 @@ class BasedGatedConv(nn.Module):
         if mask_BS is not None:  # the projection has a bias: padding must be zeroed after it
             u1_BTC = u1_BTC * mask_BS[:, -u1_BTC.shape[1] :, None]
         past = self.conv_weight.shape[1] - 1
-        before_BCK = cache.get_conv_state(self.layer_idx) if cache is not None else None
+        before_BCK = _cached_states(cache, self.layer_idx)[0]
         if before_BCK is None:
             before_BCK = u1_BTC.new_zeros(u1_BTC.shape[0], self.channels, past)
         u1_BCS = torch.cat([before_BCK, u1_BTC.transpose(1, 2)], dim=-1)
@@ -136,10 +148,7 @@ class BasedLinearAttention(nn.Module):
         self.o_proj = BasedOutput(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
-        state_BHPV = None
-        if cache is not None:  # Cache.get_recurrent_state always answers None for a layer without a conv state
-            layer: Any = cache.layers[self.layer_idx]
-            state_BHPV = layer.recurrent_states[0] if layer.is_recurrent_states_initialized[0] else None
+        state_BHPV = _cached_states(cache, self.layer_idx)[1]
         q, k, v = (_split_heads(proj(x_BTD), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         with torch.autocast(x_BTD.device.type, enabled=False):
             wide = wide_dtype(x_BTD.dtype)
@@ -192,7 +201,7 @@ class BasedAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.heads = config.num_attention_heads
-        self.window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.window = config.sliding_window if config.mixers[layer_idx] == "sliding_attention" else None
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of this call, S tokens with those of the cache, D hidd
 """
 
 import math
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,16 @@ from transformers.utils import can_return_tuple
 from .configuration_based import BasedConfig
 from .mixers_based import MIXERS, BasedGatedConv, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
 
+CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
+"""What the installed transformers calls the cache, in arguments and outputs: 5.24 renamed it. We take both names."""
+
+
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that was given, under either of its names."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give one of cache and past_key_values: they are two names of one argument")
+    return past_key_values if cache is None else cache
+
 
 class BasedCache(DynamicCache):
     """The cache of transformers for `config.layer_types`, which also knows its length where no layer is attention."""
@@ -29,6 +40,7 @@ class BasedCache(DynamicCache):
 
     def __init__(self, config: BasedConfig):
         super().__init__(config=config)
+        self.config = config
         self.seen_tokens = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -36,7 +48,8 @@ class BasedCache(DynamicCache):
         return self.seen_tokens
 
     def reset(self) -> None:
-        super().reset()
+        """Start over with empty layers; those that transformers 5.17 resets keep zeros as keys."""
+        self.layers = DynamicCache(config=self.config).layers
         self.seen_tokens = 0
 
     def state_bytes(self) -> int:
@@ -56,7 +69,7 @@ class BasedBlock(GradientCheckpointingLayer):
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
         self.mixer_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        self.mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
         self.mlp_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = BasedMLP(config)
 
@@ -118,13 +131,14 @@ class BasedModel(BasedPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, T, D] of `input_ids` [B, T], which continue those in `past_key_values`.
+        """Hidden states [B, T, D] of `input_ids` [B, T], which continue those in `cache`, or `past_key_values`.
 
         `attention_mask` [B, S] is 0 at padding, which may only be on the left of a row; with a cache it covers the
         cached tokens too. Positions matter in window and full attention only, and only relative to each other.
@@ -135,15 +149,14 @@ class BasedModel(BasedPreTrainedModel):
         B, T, _ = x_BTD.shape
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = BasedCache(self.config)
-        if past_key_values is not None and len(past_key_values.layers) != self.config.num_hidden_layers:
-            raise ValueError("past_key_values was not made for this model: use DynamicCache(config=model.config)")
-        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
-            raise ValueError(
-                f"{type(past_key_values).__name__} is not supported: the state of a Based model is small already"
-            )
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = given_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = BasedCache(self.config)
+        if cache is not None and len(cache.layers) != self.config.num_hidden_layers:
+            raise ValueError("the cache was not made for this model: use DynamicCache(config=model.config)")
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(f"{type(cache).__name__} is not supported: the state of a Based model is small already")
+        past = cache.get_seq_length() if cache is not None else 0
         mask_BS = None
         if attention_mask is not None:
             if tuple(attention_mask.shape) != (B, past + T):
@@ -167,14 +180,14 @@ class BasedModel(BasedPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(residual_BTD)
-            residual_BTD = layer(residual_BTD, mask_BS, past_key_values, rotary)
+            residual_BTD = layer(residual_BTD, mask_BS, cache, rotary)
         y_BTD = self.norm(residual_BTD)
-        if isinstance(past_key_values, BasedCache):
-            past_key_values.seen_tokens += T
+        if isinstance(cache, BasedCache):
+            cache.seen_tokens += T
         return BaseModelOutputWithPast(
             last_hidden_state=y_BTD,
-            past_key_values=past_key_values,
             hidden_states=(*hidden_states, y_BTD) if output_hidden_states else None,
+            **{CACHE_NAME: cache},  # type: ignore[arg-type]
         )
 
 
@@ -193,9 +206,12 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
         """Called by generate: our cache is the default one."""
+        cache = given_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
+        if cache is not None:
+            model_kwargs[CACHE_NAME] = cache
         default = generation_config.cache_implementation in (None, "dynamic")
-        if default and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = BasedCache(self.config)
+        if default and generation_config.use_cache is not False and cache is None:
+            model_kwargs[CACHE_NAME] = BasedCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
@@ -205,12 +221,13 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size]; with `labels` (unshifted, -100 is ignored) the mean next-token loss too.
@@ -221,7 +238,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -233,7 +250,10 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
