@@ -1,4 +1,4 @@
-"""Whole `based train` jobs on a tiny corpus, in processes of their own."""
+"""Whole `based train` jobs on a tiny corpus, in processes of their own or on the ranks of a pool."""
 
 import os
 import subprocess
@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from based_megatron.config import parse_config
+from based_megatron.data.sources import Sources
 from based_megatron.monitor.events import read_events
+from based_megatron.parallel.topology import build_topology
+from based_megatron.train.stop import StopVote
+from based_megatron.train.train import train_over
+from support.pool import rank_device
 
 TINY = [
     "--config", "tiny", "--model.layer-pattern", "cLSA", "--model.hidden-size", "32", "--model.ffn-hidden-size", "48",
@@ -36,6 +44,14 @@ def run_job(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **options,
     )
+
+
+def train_in_pool(run_dir: Path, data: Path, *overrides: str) -> bool:
+    """The same job on a rank of a pool, where no process has to start. Returns whether the run is done."""
+    config = parse_config(command(run_dir, data, *overrides)[4:])
+    topology = build_topology(config.parallel, rank_device(dist.get_rank()))
+    sources = Sources(config.data, config.train.global_batch_sequences)
+    return train_over(config, topology, sources, StopVote(run_dir / config.train.stop_file))
 
 
 def losses(run_dir: Path) -> dict[int, float]:
