@@ -102,11 +102,10 @@ def _check_nothing_left(path: Path, wanted: set[str]) -> None:
 def _check_carried(path: Path, fragments: Sequence[Fragment]) -> None:
     shapes = stored_shapes(path)
     for fragment in fragments:
-        name = stored_name(CARRIED, fragment.spec.name)
-        if shapes.get(name) != fragment.spec.shape:
-            raise CheckpointError(
-                f"{name} is {shapes.get(name, 'missing')} there and {fragment.spec.shape} in this run"
-            )
+        name, shape = stored_name(CARRIED, fragment.spec.name), fragment.spec.shape
+        found = shapes.get(name, "missing")
+        if found != shape:
+            raise CheckpointError(f"cannot load {path}: {name} is {found} there and {shape} in this run")
 
 
 def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str], peers: Peers) -> None:

@@ -1,8 +1,11 @@
 """Whole `based train` jobs on a tiny corpus, in processes of their own or on the ranks of a pool."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,26 @@ def run_job(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **options,
     )
+
+
+def start_job(run_dir: Path, corpus: Path, *overrides: str) -> subprocess.Popen:
+    """Start a job of one process, to be disturbed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(run_dir, corpus, *overrides), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def kill_when(
+    process: subprocess.Popen, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL
+) -> None:
+    """Send the signal as soon as the condition holds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "the job ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.wait(timeout=60)
 
 
 def train_in_pool(run_dir: Path, data: Path, *overrides: str) -> bool:

@@ -8,21 +8,21 @@ import pytest
 
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
-from support.runs import events, losses, train_in_pool
+from support.runs import events, kill_when, losses, start_job, train_in_pool
 
-CARRY = ("--data.carry-state", "--model.layer-pattern", "cLSLc", "--validation.interval-steps", "0")
-MIDDLE, LAST = 4, 8
-WRITERS = {
+MIDDLE, LAST = 4, 6
+CARRY = (
+    "--data.carry-state", "--model.layer-pattern", "cLSLc", "--train.steps", str(LAST), "--validation.interval-steps", "0",
+    "--checkpoint.interval-steps", str(MIDDLE),
+)  # fmt: skip
+LAYOUTS = {
     "single": (1, ()),
+    "single, larger micro batches": (1, ("--train.micro-batch-sequences", "4")),
     "cp2": (2, ("--parallel.context", "2")),
-    "tp2": (2, ("--parallel.tensor", "2")),
-    "dp2": (2, ("--train.micro-batch-sequences", "1")),
-    "pp2-interleaved": (2, ("--parallel.pipeline", "2", "--parallel.virtual-pipeline", "2")),
-}
-READERS = {
-    "single, other micro batches": (1, ("--train.micro-batch-sequences", "4")),
+    "tp2-bf16": (2, ("--parallel.tensor", "2", "--train.precision", "bf16")),
+    "tp2-cp2": (4, ("--parallel.tensor", "2", "--parallel.context", "2")),
+    "pp2-interleaved-dp2": (4, ("--parallel.pipeline", "2", "--parallel.virtual-pipeline", "2")),
     "cp2-dp2-zero3": (4, ("--parallel.context", "2", "--parallel.zero-stage", "3")),
-    "tp2-pp2": (4, ("--parallel.tensor", "2", "--parallel.pipeline", "2")),
 }
 
 
@@ -44,35 +44,35 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(worker_pool, corpus, tmp_path_factory):
-    """uninterrupted(writer) is the run folder of a job in that layout that nobody disturbed."""
+    """uninterrupted(layout) is the run folder of a job that nobody disturbed."""
     folders: dict[str, Path] = {}
 
-    def get(writer: str) -> Path:
-        if writer not in folders:
-            folders[writer] = tmp_path_factory.mktemp("run")
-            size, overrides = WRITERS[writer]
-            worker_pool(size).run(train_in_pool, folders[writer], corpus, *CARRY, *overrides)
-        return folders[writer]
+    def get(layout: str) -> Path:
+        if layout not in folders:
+            folders[layout] = tmp_path_factory.mktemp("run")
+            size, overrides = LAYOUTS[layout]
+            worker_pool(size).run(train_in_pool, folders[layout], corpus, *CARRY, *overrides)
+        return folders[layout]
 
     return get
 
 
-def resume(worker_pool, source: Path, run_dir: Path, corpus: Path, size: int, *overrides: str) -> dict[int, float]:
-    """Losses of a job that finds the checkpoint in the middle of another one."""
-    name = f"checkpoints/step-{MIDDLE:08d}"
+def resume(
+    worker_pool, source: Path, run_dir: Path, corpus: Path, layout: str, *overrides: str
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Losses of a job that finds the checkpoint in the middle of another one, and what the other one had."""
+    name, (size, of_layout) = f"checkpoints/step-{MIDDLE:08d}", LAYOUTS[layout]
     shutil.copytree(source / name, run_dir / name)
-    worker_pool(size).run(train_in_pool, run_dir, corpus, *CARRY, *overrides)
-    return losses(run_dir)
+    worker_pool(size).run(train_in_pool, run_dir, corpus, *CARRY, *of_layout, *overrides)
+    found, expected = losses(run_dir), losses(source)
+    assert sorted(found) == list(range(MIDDLE + 1, LAST + 1)) and sorted(expected) == list(range(1, LAST + 1))
+    assert events(run_dir, "warning") == []
+    return found, {step: expected[step] for step in found}
 
 
-def rest_of(curve: dict[int, float]) -> dict[int, float]:
-    return {step: loss for step, loss in curve.items() if step > MIDDLE}
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_the_same_layout_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tmp_path, writer):
+@pytest.mark.parametrize("layout", ["single", "cp2", "tp2-bf16"])
+def test_the_same_layout_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tmp_path, layout):
     """Although it validates and samples after each step: passes without gradients leave carried states alone."""
-    source, (size, overrides) = uninterrupted(writer), WRITERS[writer]
     beside = (
         "--validation.interval-steps",
         "1",
@@ -81,24 +81,52 @@ def test_the_same_layout_resumes_bit_for_bit(worker_pool, uninterrupted, corpus,
         "--monitor.sample-tokens",
         "2",
     )
-    found = resume(worker_pool, source, tmp_path, corpus, size, *overrides, *beside)
-    assert sorted(found) == list(range(MIDDLE + 1, LAST + 1))
-    assert found == rest_of(losses(source))
-    assert events(tmp_path, "warning") == [] and len(events(tmp_path, "validation")) == LAST - MIDDLE
+    found, expected = resume(worker_pool, uninterrupted(layout), tmp_path, corpus, layout, *beside)
+    assert found == expected
+    assert len(events(tmp_path, "validation")) == len(found)
 
 
 @pytest.mark.parametrize(
     ("writer", "reader"),
-    [("single", reader) for reader in READERS]
-    + [(writer, "single, other micro batches") for writer in WRITERS if writer != "single"],
+    [
+        ("single", "cp2-dp2-zero3"),
+        ("single", "pp2-interleaved-dp2"),
+        ("tp2-cp2", "single"),
+        ("pp2-interleaved-dp2", "single, larger micro batches"),
+    ],
 )
 def test_another_layout_resumes(worker_pool, uninterrupted, corpus, tmp_path, writer, reader):
-    source = uninterrupted(writer)
-    found, expected = resume(worker_pool, source, tmp_path, corpus, *_flat(READERS[reader])), rest_of(losses(source))
-    assert found.keys() == expected.keys()
+    found, expected = resume(worker_pool, uninterrupted(writer), tmp_path, corpus, reader)
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-5)
-    assert events(tmp_path, "warning") == []
 
 
-def _flat(layout: tuple[int, tuple[str, ...]]) -> tuple:
-    return layout[0], *layout[1]
+def test_a_killed_job_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tmp_path):
+    log = tmp_path / "events.jsonl"
+    endless = ("--train.steps", "100000")  # the warmup, in which both are, does not depend on it
+    kill_when(
+        start_job(tmp_path, corpus, *CARRY, *endless),
+        lambda: log.exists() and f'"step": {MIDDLE + 1}' in log.read_text(),
+    )
+    worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY)
+    assert [event["step"] for event in events(tmp_path, "resume")] == [MIDDLE]
+    assert losses(tmp_path) == losses(uninterrupted("single"))
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "resumed_with", "warning"),
+    [
+        ((), ("--model.window-left", "9"), "model.window_left 32, now 9"),
+        ((), ("--data.sequence-length-tokens", "48", "--data.allow-changed"), "is of other data"),
+        (("--data.no-carry-state",), ("--data.allow-changed",), "has none, by data.carry_state=false"),
+        ((), ("--data.no-carry-state", "--data.allow-changed"), None),
+    ],
+)
+def test_what_does_not_fit_is_left_out(worker_pool, corpus, tmp_path, saved_with, resumed_with, warning):
+    """One line says so, and the first step starts without carried states; a run that carries none asks for none."""
+    worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY, *saved_with, "--train.steps", "1")
+    worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY, *resumed_with, "--train.steps", "2")
+    assert sorted(losses(tmp_path)) == [1, 2]
+    lines = [event["message"] for event in events(tmp_path, "warning")]
+    assert len(lines) == (warning is not None)
+    for line in lines:
+        assert line.startswith("the first step starts without carried states: ") and warning in line
