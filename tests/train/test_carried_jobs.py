@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
@@ -110,6 +112,25 @@ def test_a_killed_job_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tm
     worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY)
     assert [event["step"] for event in events(tmp_path, "resume")] == [MIDDLE]
     assert losses(tmp_path) == losses(uninterrupted("single"))
+
+
+def test_whole_tensors_are_stored_as_they_are_in_memory(uninterrupted):
+    """Of all 8 rows, heads and channels, by the index of the layer."""
+    path = uninterrupted("tp2-bf16") / f"checkpoints/step-{MIDDLE:08d}"
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    found = {
+        name: (tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
+        for name, entry in stored.items()
+        if name.startswith("carried.")
+    }
+    conv, state, window = (8, 2, 64), (8, 4, 45, 9), (8, 32, 2, 4, 8)
+    assert found == {
+        "carried.layers.0.conv": (conv, torch.bfloat16),
+        "carried.layers.1.state": (state, torch.float32),
+        "carried.layers.2.window": (window, torch.bfloat16),
+        "carried.layers.3.state": (state, torch.float32),
+        "carried.layers.4.conv": (conv, torch.bfloat16),
+    }
 
 
 @pytest.mark.parametrize(
