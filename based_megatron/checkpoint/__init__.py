@@ -1,8 +1,9 @@
 """One checkpoint of a run, whatever the layout that wrote it and the layout that reads it."""
 
+from based_megatron.checkpoint.carried import carried_fragments
 from based_megatron.checkpoint.fragments import Fragment, Rectangle, rectangles
 from based_megatron.checkpoint.full import read_full, write_full
-from based_megatron.checkpoint.load import load_checkpoint, read_state
+from based_megatron.checkpoint.load import load_carried, load_checkpoint, read_state
 from based_megatron.checkpoint.peers import ALONE, Peers, everyone
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import find_checkpoint, newest_valid, prune, resolve_checkpoint, verify
@@ -15,8 +16,10 @@ __all__ = [
     "Rectangle",
     "adam_step",
     "after_load",
+    "carried_fragments",
     "everyone",
     "find_checkpoint",
+    "load_carried",
     "load_checkpoint",
     "newest_valid",
     "prune",

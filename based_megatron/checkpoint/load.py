@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from based_megatron.checkpoint.carried import CARRIED
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.peers import Peers, everyone
 from based_megatron.checkpoint.rectangles import FragmentLoadPlanner, stored_name
@@ -46,6 +47,16 @@ def load_checkpoint(
         raise CheckpointError(f"cannot load {path}: {error}") from None
 
 
+def load_carried(path: Path, fragments: Sequence[Fragment], peers: Peers | None = None) -> None:
+    """Fill the fragments of all ranks with the carried states of the checkpoint `path` (collective).
+
+    Raises CheckpointError on every rank, before anything is changed, if it has none of them or in other shapes.
+    """
+    peers = peers or everyone()
+    peers.together(lambda: _check_carried(path, fragments))
+    _read_tensors(path, fragments, [CARRIED], peers)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint; raises CheckpointError if it is unreadable or of an unknown format."""
     try:
@@ -58,7 +69,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors by name (model.NAME, exp_avg.NAME, exp_avg_sq.NAME)."""
+    """Shapes of the stored tensors by name (model.NAME, exp_avg.NAME, exp_avg_sq.NAME, carried.NAME)."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -86,6 +97,15 @@ def _check_nothing_left(path: Path, wanted: set[str]) -> None:
             raise CheckpointError(
                 f"it has a parameter {parameter} of {shape}, not in this model: check --model settings"
             )
+
+
+def _check_carried(path: Path, fragments: Sequence[Fragment]) -> None:
+    shapes = stored_shapes(path)
+    for fragment in fragments:
+        name, shape = stored_name(CARRIED, fragment.spec.name), fragment.spec.shape
+        found = shapes.get(name, "missing")
+        if found != shape:
+            raise CheckpointError(f"cannot load {path}: {name} is {found} there and {shape} in this run")
 
 
 def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str], peers: Peers) -> None:

@@ -1,7 +1,7 @@
 """Planners that let torch.distributed.checkpoint (DCP) store and read the rectangles of fragments.
 
-The stored tensors are `model.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`, in fp32 and of the unsharded shape, so the
-result is a plain DCP checkpoint: any DCP reader can open it, under any tiling.
+The stored tensors are `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `carried.NAME`, of the unsharded shape and in the dtype
+of the live ones, so the result is a plain DCP checkpoint: any DCP reader can open it, under any tiling.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ class FragmentSavePlanner(DefaultSavePlanner):
                 for index, view in _views(fragment, kind).items():
                     data = TensorWriteData(
                         chunk=_chunk(index, view),
-                        properties=TensorProperties(dtype=torch.float32),
+                        properties=TensorProperties(dtype=view.dtype),
                         size=torch.Size(fragment.spec.shape),
                     )
                     items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
@@ -80,7 +80,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
 
 def stored_name(kind: str, name: str) -> str:
-    """Name inside the checkpoint of one kind (model, exp_avg, exp_avg_sq) of tensor of a parameter."""
+    """Name inside the checkpoint of one kind of tensor (model, exp_avg, exp_avg_sq of a parameter, carried)."""
     return f"{kind}.{name}"
 
 

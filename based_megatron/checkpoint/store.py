@@ -3,7 +3,7 @@
 run_dir/checkpoints/
   step-00001000/          complete: it was renamed to this after everything in it was on the disk
     .metadata  __0_0.distcp  __1_0.distcp ...   tensors, in the format of torch.distributed.checkpoint
-    state.json            step, tokens, Adam's step, data fingerprint, config, topology, versions
+    state.json            step, tokens, Adam's step, known past of carried states, data fingerprint, config, versions
     manifest.json         size and hash of every file above
   step-00002000.tmp/      being written, or left by a run that was killed
   step-00001000.old/      replaced by a new checkpoint of the same step; used only if that one is damaged

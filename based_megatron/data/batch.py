@@ -24,5 +24,5 @@ class MicroBatch:
     """Where documents begin in the whole sequences; None if documents are not isolated."""
     bounds: tuple[int, ...]
     """First position of each context parallel slice, and S."""
-    number: int = 0
-    """Place of the micro batch in its step: the next step's micro batch of this number holds what follows, if states are carried."""
+    row: int = 0
+    """Row of the global batch that its first sequence is; others follow. With carried states the same row goes on in the next step."""

@@ -55,11 +55,18 @@ class Loader:
         self._global_batch_sequences = global_batch_sequences
         self._micro_batch_sequences = micro_batch_sequences
         self._dp_rank, self._dp_size = dp_rank, dp_size
+        rows = np.arange(global_batch_sequences, dtype=np.int64)
+        self._rows = rows.reshape(-1, dp_size, micro_batch_sequences)[:, dp_rank]
         self._bounds = even_bounds(data.sequence_length_tokens, cp_size, slice_multiple)
         self._slice = slice_of(self._bounds, cp_rank)
         self._steps_ahead = data.num_workers
         self._pool = ThreadPoolExecutor(data.num_workers, "loader") if data.num_workers else None
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
+
+    @property
+    def first_rows(self) -> list[int]:
+        """Row of the global batch that each micro batch of this rank begins with, the same at every step."""
+        return self._rows[:, 0].tolist()
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Micro batches of this rank at a step, counted from 0.
@@ -101,12 +108,11 @@ class Loader:
             self._pending.clear()
 
     def _read_step(self, step: int) -> list[MicroBatch]:
-        numbers = step * self._global_batch_sequences + np.arange(self._global_batch_sequences, dtype=np.int64)
-        mine = numbers.reshape(-1, self._dp_size, self._micro_batch_sequences)[:, self._dp_rank]
+        mine = step * self._global_batch_sequences + self._rows
         batches = [self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row)) for row in mine]
         return [
-            dataclasses.replace(batch, number=number, documents=self._with_past(batch.documents, row))
-            for number, (batch, row) in enumerate(zip(batches, mine, strict=True))
+            dataclasses.replace(batch, row=row, documents=self._with_past(batch.documents, numbers))
+            for batch, row, numbers in zip(batches, self.first_rows, mine, strict=True)
         ]
 
     def _with_past(self, documents: Documents | None, numbers: np.ndarray) -> Documents | None:

@@ -17,7 +17,7 @@ from based_megatron.data.batch import MicroBatch
 from based_megatron.model.based_model import BasedModel
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import get_forward_backward_func
-from based_megatron.parallel.sequence.carry import Carry
+from based_megatron.parallel.sequence.carry import Carries
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.optimizer import gradient
@@ -38,22 +38,20 @@ class LossSum:
 class Step:
     """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
 
-    def __init__(self, chunks: list[BasedModel], engine: Any, topology: Topology, carries_state: bool = False) -> None:
-        self.chunks, self.engine, self.topology = chunks, engine, topology
-        self._carries: dict[int, Carry] | None = {} if carries_state else None
+    def __init__(
+        self, chunks: list[BasedModel], engine: Any, topology: Topology, carries: Carries | None = None
+    ) -> None:
+        self.chunks, self.engine, self.topology, self._carries = chunks, engine, topology, carries
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`.
 
         With carried states, steps must come in order: each begins with what the one before left.
         """
+        loss = self._accumulate(micro_batches)
         if self._carries is not None:
-            before = self._carries
-            length_tokens = micro_batches[0].bounds[-1]
-            self._carries = {
-                batch.number: before[batch.number].next(length_tokens) if before else Carry() for batch in micro_batches
-            }
-        return self._accumulate(micro_batches)
+            self._carries.advance(micro_batches[0].bounds[-1])
+        return loss
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         raise NotImplementedError
@@ -75,9 +73,9 @@ class Step:
         """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""
         documents, carry = batch.documents, None
         if self._carries is not None and torch.is_grad_enabled():
-            carry = self._carries[batch.number]
+            carry = self._carries.by_row[batch.row]
         if documents is not None:
-            # A run that begins or resumes here has no past.
+            # A run that begins here, or resumes without carried states, has no past.
             documents = documents.with_past(carry.past_tokens if carry is not None else 0)
         return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carry)
 
@@ -195,10 +193,10 @@ class EngineStep(Step):
 
 
 def build_step(
-    chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int, carries_state: bool = False
+    chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int, carries: Carries | None = None
 ) -> Step:
     """The step of a layout."""
-    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries_state)
+    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries)
 
 
 def _loss_sum(loss_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

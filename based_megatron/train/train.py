@@ -12,6 +12,7 @@ from based_megatron.data.manifest import TOKENIZER_NAME, check_tokenizer
 from based_megatron.data.sources import Sources
 from based_megatron.launchers.environment import rank_from_environment
 from based_megatron.model.build import build_model
+from based_megatron.model.carried import build_carries, carried_bytes
 from based_megatron.monitor.flops import parameter_count
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.base import Callback
@@ -49,7 +50,7 @@ def train(config: Config) -> None:
         check_tokenizer(manifest, config.model.vocab_size)
     if config.validation.interval_steps:
         sources.validation_sequences(config.validation.sequences)
-    check_run_dir(run_dir, CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model))
+    check_run_dir(run_dir, CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model) + carried_bytes(config))
 
     device = pick_device(config.train.device, rank.local_rank)
     join(rank, device, config.parallel.timeout_seconds)
@@ -57,22 +58,27 @@ def train(config: Config) -> None:
     if topology.is_logger:
         save_config(config, run_dir / "config.yaml")
 
+    if train_over(config, topology, sources, stop) and topology.is_logger:
+        (run_dir / "done").touch()
+    leave()
+
+
+def train_over(config: Config, topology: Topology, sources: Sources, stop: StopVote) -> bool:
+    """Build what a run needs over the joined ranks, and train. Returns whether the run is done."""
     chunks = build_model(config, topology)
     engine = build_engine(chunks, config, topology)
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage, config.data.carry_state)
 
     loader = build_loader(config, topology)
-    checkpointer = Checkpointer(engine, config, loader.fingerprint)
+    carries = build_carries(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carries)
+    checkpointer = Checkpointer(engine, config, loader.fingerprint, carries)
     start = checkpointer.restore()
 
     callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config)]
     try:
-        done = Trainer(config, topology, step, loader, callbacks, stop, start).fit()
+        return Trainer(config, topology, step, loader, callbacks, stop, start).fit()
     finally:
         loader.close()
-    if done and topology.is_logger:
-        (run_dir / "done").touch()
-    leave()
 
 
 def build_loader(config: Config, topology: Topology) -> Loader:

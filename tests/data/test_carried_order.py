@@ -37,7 +37,7 @@ def test_rows_read_their_parts_of_the_stream_in_order(corpus):
     steps = [loader(folder).micro_batches(step) for step in range(share + 1)]
     for row in range(ROWS):
         batches = [step[row] for step in steps]
-        assert [batch.number for batch in batches] == [row] * len(batches)
+        assert [batch.row for batch in batches] == [row] * len(batches)
         tokens = torch.cat([batch.tokens_BL[0] for batch in batches[:-1]])
         begin = row * share * S
         assert tokens.tolist() == stream[begin : begin + share * S].tolist()

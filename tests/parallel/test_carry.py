@@ -12,13 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from based_megatron.config import ParallelConfig
+from based_megatron.config import Config, ParallelConfig
+from based_megatron.data.batch import MicroBatch
 from based_megatron.model.build import build_model
+from based_megatron.model.carried import build_carries
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.sequence.carry import Carry
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
 from based_megatron.parallel.topology import build_topology
+from based_megatron.train.optimizer import build_engine
+from based_megatron.train.step import build_step
 from support.layouts import VOCAB, small_config
 from support.pool import rank_device
 from support.sequence import gap
@@ -137,3 +141,84 @@ def test_gradients_stop_at_the_start_of_a_step(worker_pool):
     """The past is a constant: it was made with the weights of its own step."""
     (errors,) = worker_pool(1).run(detached_gradient_errors)
     assert len(errors) > 10 and max(errors.values()) < 1e-6, errors
+
+
+ROWS = 6
+
+
+def rows_and_ids() -> tuple[Tensor, Tensor]:
+    """Tokens [ROWS, STEPS x LENGTH + 1] and document ids; as many rows as two stages can take in turn."""
+    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH * STEPS + 1), generator=torch.Generator().manual_seed(4))
+    ids = long_ids()
+    return tokens, torch.cat([ids, ids[: ROWS - len(ids)]])
+
+
+def config_of_rows(parallel: ParallelConfig | None = None, precision: str = "fp32") -> Config:
+    config = small_config(parallel, micro_batch_sequences=1)
+    train = dataclasses.replace(config.train, global_batch_sequences=ROWS, precision=precision)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, layer_pattern="cLSLc"), train=train)
+
+
+def losses_of_long_rows() -> tuple[list[float], list[float]]:
+    """Mean losses of each step's part of the rows, within the whole rows and apart from them."""
+    config, (tokens, ids) = config_of_rows(), rows_and_ids()
+    topology = build_topology(config.parallel, rank_device(0))
+    (model,) = build_model(config, topology, torch.float64)
+
+    def losses(part: slice) -> Tensor:
+        inputs, labels = tokens[:, :-1][:, part].contiguous(), tokens[:, 1:][:, part].contiguous()
+        return model(inputs, whole_sequence(Documents.from_ids(ids[:, part]), inputs.shape[1], topology.device), labels)
+
+    parts = [slice(step * LENGTH, (step + 1) * LENGTH) for step in range(STEPS)]
+    with torch.no_grad():
+        whole = losses(slice(0, STEPS * LENGTH))
+        return [float(whole[:, part].mean()) for part in parts], [float(losses(part).mean()) for part in parts]
+
+
+def losses_of_steps(parallel: ParallelConfig, precision: str) -> tuple[list[float], list[float], bool]:
+    """Mean losses of training steps, of evaluations between them, and whether what is left keeps its declared form."""
+    config, (tokens, ids) = config_of_rows(parallel, precision), rows_and_ids()
+    topology = build_topology(parallel, rank_device(dist.get_rank()))
+    chunks = build_model(config, topology)
+    carries = build_carries(config, chunks, topology, range(ROWS))
+    step_runner = build_step(chunks, build_engine(chunks, config, topology), topology, parallel.zero_stage, carries)
+    declared, losses, evaluated = forms(carries.by_row), [], []
+    for step in range(STEPS):
+        part = slice(step * LENGTH, (step + 1) * LENGTH)
+        documents = part_of(ids, step)
+        batches = [
+            MicroBatch(
+                tokens[row : row + 1, :-1][:, part],
+                tokens[row : row + 1, 1:][:, part],
+                torch.ones(1, LENGTH),
+                Documents(documents.starts[row : row + 1], documents.tokens_before[row : row + 1]),
+                (0, LENGTH),
+                row,
+            )
+            for row in range(ROWS)
+        ]
+        losses.append(step_runner.accumulate(batches).mean)
+        evaluated.append(step_runner.evaluate(batches).mean)
+    return losses, evaluated, forms(carries.by_row) == declared
+
+
+def forms(by_row: dict[int, Carry]) -> list[tuple]:
+    return [(row, key, x.shape, x.dtype) for row, carry in by_row.items() for key, x in carry.before.items()]
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "precision", "error"),
+    [
+        (1, ParallelConfig(), "fp32", 1e-5),
+        (2, ParallelConfig(pipeline=2, virtual_pipeline=2), "fp32", 1e-5),
+        (2, ParallelConfig(tensor=2, zero_stage=2), "bf16", 0.02),
+    ],
+)
+def test_the_training_step_carries_and_evaluation_does_not(worker_pool, size, parallel, precision, error):
+    """Micro batches of one row each; what they leave has the form that the layers declare."""
+    ((within, apart),) = worker_pool(1).run(losses_of_long_rows)
+    assert min(abs(a - b) for a, b in zip(within[1:], apart[1:], strict=True)) > 10 * 1e-5
+    for losses, evaluated, keeps_form in worker_pool(size).run(losses_of_steps, parallel, precision):
+        assert losses == pytest.approx(within, abs=error)
+        assert evaluated == pytest.approx(apart, abs=error)
+        assert keeps_form

@@ -73,7 +73,11 @@ def local_micro_batches(
     parts = [batch[key][rows, columns].contiguous().split(micro_batch) for key in ("tokens", "labels", "mask")]
     ids = batch["ids"][rows].split(micro_batch) if "ids" in batch else [None] * len(parts[0])
     documents = [None if part is None else Documents.from_ids(part) for part in ids]
-    return [MicroBatch(*part, bounds, number) for number, part in enumerate(zip(*parts, documents, strict=True))]
+    first_rows = range(rows.start, rows.stop, micro_batch)
+    return [
+        MicroBatch(*part, bounds, row)
+        for row, part in zip(first_rows, zip(*parts, documents, strict=True), strict=True)
+    ]
 
 
 @dataclasses.dataclass

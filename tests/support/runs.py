@@ -1,12 +1,23 @@
-"""Whole `based train` jobs on a tiny corpus, in processes of their own."""
+"""Whole `based train` jobs on a tiny corpus, in processes of their own or on the ranks of a pool."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from based_megatron.config import parse_config
+from based_megatron.data.sources import Sources
 from based_megatron.monitor.events import read_events
+from based_megatron.parallel.topology import build_topology
+from based_megatron.train.stop import StopVote
+from based_megatron.train.train import train_over
+from support.pool import rank_device
 
 TINY = [
     "--config", "tiny", "--model.layer-pattern", "cLSA", "--model.hidden-size", "32", "--model.ffn-hidden-size", "48",
@@ -36,6 +47,34 @@ def run_job(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **options,
     )
+
+
+def start_job(run_dir: Path, corpus: Path, *overrides: str) -> subprocess.Popen:
+    """Start a job of one process, to be disturbed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(run_dir, corpus, *overrides), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def kill_when(
+    process: subprocess.Popen, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL
+) -> None:
+    """Send the signal as soon as the condition holds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "the job ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.wait(timeout=60)
+
+
+def train_in_pool(run_dir: Path, data: Path, *overrides: str) -> bool:
+    """The same job on a rank of a pool, where no process has to start. Returns whether the run is done."""
+    config = parse_config(command(run_dir, data, *overrides)[4:])
+    topology = build_topology(config.parallel, rank_device(dist.get_rank()))
+    sources = Sources(config.data, config.train.global_batch_sequences)
+    return train_over(config, topology, sources, StopVote(run_dir / config.train.stop_file))
 
 
 def losses(run_dir: Path) -> dict[int, float]:

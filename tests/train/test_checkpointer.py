@@ -9,6 +9,7 @@ import pytest
 
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
+from based_megatron.parallel.sequence.carry import Carries, Carry
 from based_megatron.train.callbacks import checkpointer as module
 from based_megatron.train.callbacks.checkpointer import Checkpointer
 
@@ -21,6 +22,7 @@ class Disk:
     def __init__(self) -> None:
         self.saved: list[tuple[int, dict]] = []
         self.loaded: list[tuple[str, bool]] = []
+        self.carried: list[str] = []
         self.adam_steps: list[int] = []
         self.pruned: list[tuple[int, str]] = []
         self.newest: Path | None = None
@@ -37,6 +39,9 @@ class Disk:
     def load_checkpoint(self, path: Path, fragments: Any, *, weights_only: bool, peers: Any) -> dict:
         self.loaded.append((str(path), weights_only))
         return self.state
+
+    def load_carried(self, path: Path, fragments: Any, peers: Any) -> None:
+        self.carried.append(str(path))
 
     def after_load(self, engine: Any, adam_step: int) -> None:
         self.adam_steps.append(adam_step)
@@ -67,7 +72,7 @@ class FakeTrainer:
 @pytest.fixture
 def disk(monkeypatch) -> Disk:
     disk = Disk()
-    for name in ("save_checkpoint", "load_checkpoint", "after_load", "newest_valid", "prune"):
+    for name in ("save_checkpoint", "load_checkpoint", "load_carried", "after_load", "newest_valid", "prune"):
         monkeypatch.setattr(module, name, getattr(disk, name))
     monkeypatch.setattr(module, "resolve_checkpoint", lambda path, warn, peers: path / "newest")
     monkeypatch.setattr(module, "zero_fragments", lambda engine: [])
@@ -214,3 +219,38 @@ def test_other_data_is_refused_unless_allowed(disk):
         make(config).restore()
     allowed = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_changed=True))
     assert make(allowed).restore() == (6, 600)
+
+
+def test_the_known_past_of_carried_states_is_saved_and_restored(disk):
+    carries, config = Carries({row: Carry(past_tokens=192) for row in (0, 4)}, {}), config_with(interval_steps=0)
+    train(Checkpointer(None, config, FINGERPRINT, carries), 3)
+    assert disk.saved[0][1]["past_tokens"] == 192
+    disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=384)
+    Checkpointer(None, config, FINGERPRINT, carries).restore()
+    assert disk.carried == ["run/step-6"]
+    assert {carry.past_tokens for carry in carries.by_row.values()} == {384}
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({}, "has none"),
+        ({"past_tokens": 64, "model": {"rotary_base": 500.0}}, "model.rotary_base 500.0, now 10000.0"),
+    ],
+)
+def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected):
+    """Among them keys that were turned by other angles, in tensors of the same shape."""
+    disk.newest, disk.state = Path("run/step-6"), saved_state(**saved)
+    disk.state["config"]["model"] |= disk.state.pop("model", {})
+    carries = Carries({0: Carry()}, {})
+    callback = Checkpointer(None, config_with(), FINGERPRINT, carries)
+    assert callback.restore() == (6, 600)
+    ((_, told),) = train(callback, 0).records[:1]
+    assert "the first step starts without carried states: run/step-6" in told["message"] and expected in told["message"]
+    assert disk.carried == [] and carries.past_tokens == 0
+
+
+def test_a_run_that_carries_nothing_asks_for_nothing(disk):
+    disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=64)
+    assert make(config_with()).restore() == (6, 600)
+    assert disk.carried == []

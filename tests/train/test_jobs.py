@@ -1,13 +1,9 @@
 """Whole jobs: resume, crashes, stops, changed layouts and bad input, as a user meets them."""
 
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ from based_megatron.checkpoint.store import list_checkpoints
 from based_megatron.cli import main
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
-from support.runs import command, events, losses, run_job
+from support.runs import command, events, kill_when, losses, run_job, start_job
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +37,6 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     return run_dir
 
 
-def kill_when(
-    process: subprocess.Popen, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL
-) -> None:
-    """Send the signal as soon as the condition holds."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "the job ended before it could be killed"
-        time.sleep(0.001)
-    process.send_signal(number)
-    process.wait(timeout=60)
-
-
-def start(run_dir: Path, corpus: Path, *overrides: str) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(run_dir, corpus, *overrides), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
 def test_the_loss_falls_and_the_run_is_marked_done(uninterrupted):
     curve = losses(uninterrupted)
     assert sorted(curve) == list(range(1, 9))
@@ -73,7 +50,7 @@ def test_the_loss_falls_and_the_run_is_marked_done(uninterrupted):
 def test_a_killed_job_resumes_bit_for_bit(uninterrupted, corpus, tmp_path, moment):
     log, unfinished = tmp_path / "events.jsonl", tmp_path / "checkpoints" / "step-00000004.tmp"
     during = {"step": lambda: log.exists() and '"step": 5' in log.read_text(), "save": unfinished.exists}[moment]
-    kill_when(start(tmp_path, corpus), during)
+    kill_when(start_job(tmp_path, corpus), during)
     assert max(losses(tmp_path)) < 8
     resumed = run_job(tmp_path, corpus)
     assert resumed.returncode == 0, resumed.stderr
@@ -83,7 +60,7 @@ def test_a_killed_job_resumes_bit_for_bit(uninterrupted, corpus, tmp_path, momen
 
 def test_sigterm_stops_with_a_checkpoint(uninterrupted, corpus, tmp_path):
     log = tmp_path / "events.jsonl"
-    process = start(tmp_path, corpus, "--checkpoint.interval-steps", "0")
+    process = start_job(tmp_path, corpus, "--checkpoint.interval-steps", "0")
     kill_when(process, lambda: log.exists() and '"event": "step"' in log.read_text(), signal.SIGTERM)
     assert process.returncode == 0
     (stop,) = events(tmp_path, "stop")

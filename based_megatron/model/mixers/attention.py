@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from based_megatron.config import ModelConfig
 from based_megatron.kernels.decode import WindowState, window_step
 from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.rotary import apply_rotary, rotary_tables
@@ -24,8 +25,11 @@ from based_megatron.model.mixers.base import (
     split_heads,
 )
 from based_megatron.parallel.linear import Projection
+from based_megatron.parallel.sequence.carry import Left
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
+
+WINDOW = "window"
 
 
 class SoftmaxAttention(Mixer):
@@ -52,7 +56,7 @@ class SoftmaxAttention(Mixer):
         """Keys and values of the last rows are projected first, and are under way while the others are."""
         exchange = HaloExchange(
             plan,
-            "window",
+            WINDOW,
             self.layer_number,
             rows,
             keep=self.keeps_received,
@@ -100,6 +104,13 @@ class SoftmaxAttention(Mixer):
 
 class SlidingWindowAttention(SoftmaxAttention):
     """Each query sees itself and `window_left` keys before it."""
+
+    @staticmethod
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+        if not model.window_left:
+            return {}
+        shape = (model.window_left, 2, model.num_heads, model.hidden_size // model.num_heads)
+        return {WINDOW: Left(shape, cut_dim=2, dtype=dtype)}
 
     def look_back(self, plan: SequencePlan) -> int:
         return self.config.model.window_left

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from based_megatron.config import ModelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.config import BasedConfig
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import ColumnParallelLinear, MegatronModule, RowParallelLinear
+from based_megatron.parallel.sequence.carry import Left
 from based_megatron.parallel.sequence.plan import SequencePlan
 
 
@@ -81,6 +83,11 @@ class Mixer(MegatronModule):
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         """x: [L, B, D] normed, cut over tensor parallel ranks under sequence parallelism -> (the mix, alike; no loose bias)."""
         raise NotImplementedError
+
+    @staticmethod
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+        """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
+        return {}
 
     def zero_state(self, batch: int, device: torch.device) -> Any:
         """Buffers of what `batch` sequences leave behind for their next token. Raises ConfigError if there is no such form."""

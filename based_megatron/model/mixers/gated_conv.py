@@ -6,13 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from based_megatron.config import ModelConfig
 from based_megatron.kernels.decode import ConvState, conv_step
 from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_slices
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs
 from based_megatron.parallel.linear import Projection, shard_parameter
+from based_megatron.parallel.sequence.carry import Left
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
+
+CONV = "conv"
 
 
 class GatedConv(Mixer):
@@ -39,7 +43,7 @@ class GatedConv(Mixer):
     def _convolve_slice(self, project: Projection, plan: SequencePlan) -> Tensor:
         """The last rows are projected first, and are under way while the others are."""
         channels, taps = self.conv_weight.shape
-        exchange = HaloExchange(plan, "conv", self.layer_number, taps - 1, keep=self.keeps_received)
+        exchange = HaloExchange(plan, CONV, self.layer_number, taps - 1, keep=self.keeps_received)
         tail = functools.partial(project.tail, exchange.tail_rows, slice(channels))
         arriving = exchange.start(lambda: tail().transpose(0, 1))
         return gated_conv_over_slices(
@@ -49,6 +53,11 @@ class GatedConv(Mixer):
             key_document_ids_BS=plan.document_ids(taps - 1),
             backend=self.config.backend,
         )
+
+    @staticmethod
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+        rows, channels = model.conv_kernel - 1, model.hidden_size * model.conv_expand // 2
+        return {CONV: Left((rows, channels), cut_dim=1, dtype=dtype)} if rows else {}
 
     def zero_state(self, batch: int, device: torch.device) -> ConvState:
         channels, taps = self.conv_weight.shape

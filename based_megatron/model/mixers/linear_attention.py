@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from based_megatron.config import ModelConfig
 from based_megatron.kernels.decode import TaylorState, taylor_step
+from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.taylor_attention import (
     finish_sliced_attention,
     start_sliced_attention,
@@ -20,8 +22,9 @@ from based_megatron.model.mixers.base import (
     split_heads,
 )
 from based_megatron.parallel.linear import Projection
+from based_megatron.parallel.sequence.carry import Left
 from based_megatron.parallel.sequence.plan import SequencePlan
-from based_megatron.parallel.sequence.states import StateExchange
+from based_megatron.parallel.sequence.states import STATE, StateExchange
 
 
 class TaylorLinearAttention(Mixer):
@@ -53,6 +56,11 @@ class TaylorLinearAttention(Mixer):
             k, v, exchange, document_ids_BL=plan.document_ids(), backend=self.config.backend
         )
         return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started)
+
+    @staticmethod
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+        shape = (model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1)
+        return {STATE: Left(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
 
     def zero_state(self, batch: int, device: torch.device) -> TaylorState:
         return TaylorState.zeros(

@@ -118,11 +118,7 @@ class HaloExchange:
         if carry is None or self.plan.ranks.rank:
             return tail
         before = carry.before.get((self.kind, self.layer))
-        rows = (
-            self.renew(before.wait())
-            if before is not None
-            else tail.new_zeros(tail.shape[0], self.wanted, *tail.shape[2:])
-        )
+        rows = self.renew(before) if before is not None else tail.new_zeros(tail.shape[0], self.wanted, *tail.shape[2:])
         return torch.cat([rows, tail], dim=1)
 
     def _hand_over(self, source: Tensor) -> Pending[Tensor]:

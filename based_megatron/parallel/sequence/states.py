@@ -10,7 +10,7 @@ from based_megatron.parallel.sequence.channel import Pending
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.scan import start_gated_sum
 
-KIND = "state"
+STATE = "state"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StateExchange:
 
         moments: gives the moments of the slice's last document; not called if nobody needs them.
         """
-        key = (KIND, self.layer)
+        key = (STATE, self.layer)
         if key in self.plan.kept:
             return Pending.done(self.plan.kept[key])
         found = self._continued(moments) if self.plan.carry is not None else self._prefix(moments)
@@ -58,10 +58,10 @@ class StateExchange:
         plan, own = self.plan, moments()
         carry, ranks = plan.carry, plan.ranks
         assert carry is not None
-        key, carried = (KIND, self.layer), None
+        key, carried = (STATE, self.layer), None
         before = carry.before.get(key)
         if ranks.rank == 0 and before is not None and plan.documents is not None and any(plan.documents.tokens_before):
-            carried = before.wait() * _per_row(torch.tensor(plan.documents.tokens_before) > 0, own)
+            carried = before * _per_row(torch.tensor(plan.documents.tokens_before) > 0, own)
             own = own + carried * _per_row(plan.opens(0), own)
         prefix: Pending[Tensor | None] = Pending.done(carried)
         if plan.crosses:

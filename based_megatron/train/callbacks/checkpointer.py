@@ -7,24 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from based_megatron.checkpoint.load import load_checkpoint
+from based_megatron.checkpoint.carried import carried_fragments
+from based_megatron.checkpoint.load import load_carried, load_checkpoint
 from based_megatron.checkpoint.peers import Peers, everyone
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint
 from based_megatron.checkpoint.zero import adam_step, after_load, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
+from based_megatron.parallel.sequence.carry import Carries
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
 
 
+PAST_TOKENS = "past_tokens"
+"""Entry of a checkpoint's state: the tokens of each row that its carried states know of. Absent where it has none."""
+
+
 class Checkpointer(Callback):
     """Saves at every interval, at a stop and at the end. A failed save is told and training goes on; the last one must work."""
 
-    def __init__(self, engine: Any, config: Config, data_fingerprint: str) -> None:
-        self._engine, self._config, self._data_fingerprint = engine, config, data_fingerprint
+    def __init__(self, engine: Any, config: Config, data_fingerprint: str, carries: Carries | None = None) -> None:
+        self._engine, self._config, self._data_fingerprint, self._carries = engine, config, data_fingerprint, carries
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
         self._peers: Peers = everyone(dist.new_group(backend="gloo"))
@@ -38,6 +44,7 @@ class Checkpointer(Callback):
         if found is not None:
             state = self._load(found, weights_only=False)
             self._check_data(found, state)
+            self._restore_carried(found, state)
             self._saved_step = state["step"]
             return state["step"], state["tokens_seen"]
         if settings.load:
@@ -61,14 +68,18 @@ class Checkpointer(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        state = {
+        fragments = zero_fragments(self._engine)
+        state: dict[str, Any] = {
             "tokens_seen": trainer.tokens_seen,
             "adam_step": adam_step(self._engine),
             "data_fingerprint": self._data_fingerprint,
             "world_size": trainer.topology.world_size,
             "config": to_dict(self._config),
         }
-        path = save_checkpoint(self._folder, trainer.step, zero_fragments(self._engine), state, self._peers)
+        if self._carries is not None:
+            fragments += carried_fragments(self._carries)
+            state[PAST_TOKENS] = self._carries.past_tokens
+        path = save_checkpoint(self._folder, trainer.step, fragments, state, self._peers)
         self._saved_step = trainer.step
         trainer.record("checkpoint", path=str(path))
         if self._peers.rank == 0:
@@ -85,6 +96,25 @@ class Checkpointer(Callback):
         state = load_checkpoint(path, fragments, weights_only=weights_only, peers=self._peers)
         after_load(self._engine, adam_step=0 if weights_only else state["adam_step"])
         return state
+
+    def _restore_carried(self, path: Path, state: dict[str, Any]) -> None:
+        """Take carried states up where they are of this data and model; else a line says that the run begins without them."""
+        if self._carries is None:
+            return
+        if reason := self._carried_do_not_fit(state):
+            self._warnings.append(f"the first step starts without carried states: {path} {reason}")
+            return
+        load_carried(path, carried_fragments(self._carries), self._peers)
+        self._carries.past_tokens = state[PAST_TOKENS]
+
+    def _carried_do_not_fit(self, state: dict[str, Any]) -> str | None:
+        if PAST_TOKENS not in state:
+            return "has none, by data.carry_state=false or an older version"
+        if state["data_fingerprint"] != self._data_fingerprint:
+            return f"is of other data (fingerprint {state['data_fingerprint']}, now {self._data_fingerprint})"
+        saved, now = state["config"]["model"], to_dict(self._config)["model"]
+        changes = [f"model.{key} {saved[key]}, now {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
+        return f"was saved with {'; '.join(changes)}" if changes else None
 
     def _check_data(self, path: Path, state: dict[str, Any]) -> None:
         """The order of sequences is a pure function of data and step: it must still be the same one."""
