@@ -67,16 +67,24 @@ class Engine:
         return self._last_loop
 
 
+STEPS_A_REPLAY = 16
+"""Steps of a CUDA graph that a long run replays: between two graphs, and for a copy between them, a GPU rests."""
+
+
 class GreedyLoop:
-    """Greedy decoding of one batch size over buffers that stay; on a GPU a step is one replay of a CUDA graph."""
+    """Greedy decoding of one batch size over buffers that stay; on a GPU steps are replays of CUDA graphs."""
 
     def __init__(self, engine: Engine, batch: int) -> None:
         self.engine, self.batch = engine, batch
         self.states = engine.model.zero_states(batch)
         self.token_B = torch.zeros_like(self.states.position_B)
         """The newest token of each sequence, not yet absorbed."""
-        # What the warm-up leaves in the states is cleared by `start`.
-        self._graph = _captured(self._step) if self.token_B.is_cuda else None
+        self._newest_BS = self.token_B.new_empty(batch, STEPS_A_REPLAY)
+        """The tokens that a replay of so many steps has found."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if self.token_B.is_cuda:
+            # What the warm-up leaves in the states is cleared by `start`.
+            self._graph, self._long_graph = _captured(self._step), _captured(self._steps, warm_ups=0)
 
     def start(self, prompt_BL: Tensor) -> None:
         """Begin new sequences and choose their first token."""
@@ -86,9 +94,14 @@ class GreedyLoop:
     def run(self, tokens: int) -> Tensor:
         """The newest token and the `tokens` - 1 that follow it, [B, tokens]. Does not wait for the device."""
         found_BN = self.token_B.new_empty(self.batch, tokens)
-        for i in range(tokens):
-            if i:
-                self.step()
+        found_BN[:, :1] = self.token_B[:, None]
+        place = 1
+        while self._graph is not None and place + STEPS_A_REPLAY <= tokens:
+            self._long_graph.replay()
+            found_BN[:, place : place + STEPS_A_REPLAY] = self._newest_BS
+            place += STEPS_A_REPLAY
+        for i in range(place, tokens):
+            self.step()
             found_BN[:, i] = self.token_B
         return found_BN
 
@@ -102,6 +115,11 @@ class GreedyLoop:
     @torch.no_grad()
     def _step(self) -> None:
         self._choose(self.engine.decode_step(self.token_B, self.states))
+
+    def _steps(self) -> None:
+        for i in range(STEPS_A_REPLAY):
+            self._step()
+            self._newest_BS[:, i] = self.token_B
 
     def _choose(self, logits_BV: Tensor) -> None:
         # Rows that only round the vocabulary up are no tokens.
@@ -135,12 +153,12 @@ class PromptGraph:
         self._logits_BV = self.engine.prefill(self.tokens_BL, self.states)[0]
 
 
-def _captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of what `call` launches, after two calls that compile kernels and allocate what they keep."""
+def _captured(call: Callable[[], None], warm_ups: int = 2) -> torch.cuda.CUDAGraph:
+    """A graph of what `call` launches, after calls that compile kernels and allocate what they keep."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for _ in range(warm_ups):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from based_megatron.kernels.decode.states import ConvState, TaylorState, WindowState
+from based_megatron.kernels.overlap import overlapped, wait_for_inputs
 from based_megatron.kernels.packing import packed_rows
 
 
@@ -107,8 +108,10 @@ def _taylor_step(
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, H,
     F: tl.constexpr, R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, ABSORBED_ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program is one head of one row."""
+    wait_for_inputs(OVERLAPS)
     program = tl.program_id(0).to(tl.int64)
     b, h = program // H, program % H
     q_ptr += b * q_stride_b + h * q_stride_h
@@ -181,6 +184,7 @@ def taylor_step(
         TAIL=min(rows, triton.next_power_of_2(R - (R - 1) // rows * rows)),
         ABSORBED_ROWS=absorbed_rows,
         num_warps=num_warps,
+        **overlapped(o_BHV.device),
     )
     return o_BHV
 
@@ -224,8 +228,10 @@ def _window_step(
     W: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program is one head of one row: tiles of ROWS keys."""
+    wait_for_inputs(OVERLAPS)
     program = tl.program_id(0).to(tl.int64)
     b, h = program // H, program % H
     position = tl.load(position_ptr + b)
@@ -317,6 +323,7 @@ def window_step(
         BLOCK_V=triton.next_power_of_2(V),
         ROWS=rows,
         num_warps=num_warps,
+        **overlapped(o_BHV.device),
     )
     return o_BHV
 
@@ -335,7 +342,9 @@ def _conv_step(
     K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAPS)
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     inside = (b < B) & (column < D)
@@ -388,13 +397,15 @@ def conv_step(
         BLOCK_B=block_b,
         BLOCK_D=block_d,
         num_warps=num_warps,
+        **overlapped(y_BD.device),
     )
     return y_BD
 
 
 @triton.jit
-def _choose_token(logits_ptr, token_ptr, stride_b, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _choose_token(logits_ptr, token_ptr, stride_b, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     """One program is one row: each lane keeps the best of its columns, the first of equals."""
+    wait_for_inputs(OVERLAPS)
     b = tl.program_id(0).to(tl.int64)
     logits_ptr += b * stride_b
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -418,5 +429,11 @@ def choose_token(
     """The most likely token; see the package's function of the same name. block, num_warps: change speed, not the result."""
     assert logits_BC.stride(-1) == 1
     _choose_token[(len(logits_BC),)](
-        logits_BC, token_B, logits_BC.stride(0), COLUMNS=vocab_size, BLOCK=block, num_warps=num_warps
+        logits_BC,
+        token_B,
+        logits_BC.stride(0),
+        COLUMNS=vocab_size,
+        BLOCK=block,
+        num_warps=num_warps,
+        **overlapped(token_B.device),
     )

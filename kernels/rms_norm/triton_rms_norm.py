@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.overlap import overlapped, wait_for_inputs
+
 PROGRAMS_PER_MULTIPROCESSOR = 4
 INTERPRETER_PROGRAMS = 3
 
@@ -35,7 +37,9 @@ def _forward(
     eps,
     HAS_UPDATE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -115,6 +119,7 @@ class AddRMSNorm(torch.autograd.Function):
             HAS_UPDATE=update_MD is not None,
             BLOCK=block,
             num_warps=_warps(block),
+            **overlapped(residual_MD.device),
         )
         ctx.save_for_backward(sum_MD, scale_M, weight_D)
         ctx.update_dtype = None if update_MD is None else update_MD.dtype

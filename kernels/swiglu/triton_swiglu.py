@@ -15,12 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.overlap import overlapped, wait_for_inputs
+
 BLOCK = 2048
 """Columns of a program: twice 16 bytes of bf16 for each thread of four warps, the fastest of 512, 1024 and 2048."""
 
 
 @triton.jit
-def _forward(x_ptr, y_ptr, W, BLOCK: tl.constexpr):
+def _forward(x_ptr, y_ptr, W, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_inputs(OVERLAPS)
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < W
     value = tl.load(x_ptr + token * 2 * W + column, mask=inside, other=0.0).to(tl.float32)
@@ -51,7 +54,8 @@ class SwiGLU(torch.autograd.Function):
         x_M2W = x_M2W.contiguous()
         W = x_M2W.shape[-1] // 2
         y_MW = x_M2W.new_empty(*x_M2W.shape[:-1], W)
-        _forward[(y_MW.numel() // W, triton.cdiv(W, BLOCK))](x_M2W, y_MW, W, BLOCK=BLOCK)
+        grid = (y_MW.numel() // W, triton.cdiv(W, BLOCK))
+        _forward[grid](x_M2W, y_MW, W, BLOCK=BLOCK, **overlapped(y_MW.device))
         ctx.save_for_backward(x_M2W)
         return y_MW
 

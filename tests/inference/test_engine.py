@@ -9,7 +9,7 @@ from torch import Tensor
 
 from based_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from based_megatron.errors import ConfigError
-from based_megatron.inference.engine import Engine, PromptGraph
+from based_megatron.inference.engine import STEPS_A_REPLAY, Engine, PromptGraph
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.parallel.sequence.plan import whole_sequence
@@ -31,6 +31,8 @@ MODEL = ModelConfig(
     init_std=0.3,
 )
 TOKENS = 14
+NEW_TOKENS = STEPS_A_REPLAY + 4
+"""A replay of many steps and some single ones, on a GPU."""
 
 
 def build(dtype: torch.dtype = DOUBLE, backend: Any = "reference", **model: Any) -> tuple[BasedModel, Any]:
@@ -144,12 +146,12 @@ def test_rows_may_be_at_different_positions(worker_pool):
 def generated() -> dict[str, Any]:
     model, topology = build(vocab_size=89)
     engine, prompts = Engine(model, piece_tokens=1), some_tokens(tokens=5) % 89
-    found = engine.generate(prompts, 8)
+    found = engine.generate(prompts, NEW_TOKENS)
     sequence = prompts
-    for _ in range(8):
+    for _ in range(NEW_TOKENS):
         best = full_logits(model, topology, sequence)[:, -1, :89].argmax(-1)
         sequence = torch.cat([sequence, best[:, None]], dim=1)
-    again, other = engine.generate(prompts, 8), engine.generate(prompts[:1], 8)
+    again, other = engine.generate(prompts, NEW_TOKENS), engine.generate(prompts[:1], NEW_TOKENS)
     states = model.zero_states(3)
     copy = engine.prefill(prompts, states)[1].clone()
     engine.decode_step(found[:, 0], states)
