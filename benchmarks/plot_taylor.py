@@ -1,6 +1,6 @@
 """Draw Taylor attention beside its peers, from the JSON of `based bench kernels`.
 
-python benchmarks/plot_taylor.py docs/benchmarks/h200-kernels.json docs/benchmarks/h200-taylor.svg
+python benchmarks/plot_taylor.py docs/benchmarks/h200-taylor.json docs/benchmarks/h200-taylor.svg
 """
 
 import json
