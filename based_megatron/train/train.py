@@ -3,26 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from based_megatron.config import Config, parse_config, save_config
 from based_megatron.config.validate import check_run_dir, slice_multiple, validate
 from based_megatron.data.loader import Loader
-from based_megatron.data.manifest import TOKENIZER_NAME, check_tokenizer
+from based_megatron.data.manifest import check_tokenizer
 from based_megatron.data.sources import Sources
 from based_megatron.launchers.environment import rank_from_environment
 from based_megatron.model.build import build_model
-from based_megatron.model.carried import build_carries, carried_bytes
 from based_megatron.monitor.flops import parameter_count
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
-from based_megatron.train.callbacks.base import Callback
+from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
-from based_megatron.train.callbacks.console import ConsoleLogger
-from based_megatron.train.callbacks.events import EventLog
-from based_megatron.train.callbacks.heartbeat import Heartbeat
-from based_megatron.train.callbacks.sampler import Sampler
-from based_megatron.train.callbacks.tensorboard import TensorBoardLogger
-from based_megatron.train.callbacks.validator import Validator
+from based_megatron.train.carried import build_carries, carried_bytes
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
@@ -94,18 +86,3 @@ def build_loader(config: Config, topology: Topology) -> Loader:
         cp_size=topology.context.size,
         slice_multiple=slice_multiple(config.parallel),
     )
-
-
-def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
-    """Validation and samples, where the config asks for them."""
-    jobs: list[Callback] = []
-    if config.validation.interval_steps:
-        jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
-    if config.monitor.sample_interval_steps:
-        jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))
-    return jobs
-
-
-def loggers(config: Config) -> list[Callback]:
-    """What is written while training."""
-    return [ConsoleLogger(), EventLog(), Heartbeat(), *([TensorBoardLogger()] if config.monitor.tensorboard else [])]

@@ -15,12 +15,12 @@ from torch import Tensor
 from based_megatron.config import Config, ParallelConfig
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.build import build_model
-from based_megatron.model.carried import build_carries
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.sequence.carry import Carry
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
 from based_megatron.parallel.topology import build_topology
+from based_megatron.train.carried import build_carries
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from support.layouts import VOCAB, small_config

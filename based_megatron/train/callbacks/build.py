@@ -1,0 +1,31 @@
+"""The jobs beside the training loop that a config asks for."""
+
+from tokenizers import Tokenizer
+
+from based_megatron.config import Config
+from based_megatron.data.loader import Loader
+from based_megatron.data.manifest import TOKENIZER_NAME
+from based_megatron.data.sources import Sources
+from based_megatron.parallel.topology import Topology
+from based_megatron.train.callbacks.base import Callback
+from based_megatron.train.callbacks.console import ConsoleLogger
+from based_megatron.train.callbacks.events import EventLog
+from based_megatron.train.callbacks.heartbeat import Heartbeat
+from based_megatron.train.callbacks.sampler import Sampler
+from based_megatron.train.callbacks.tensorboard import TensorBoardLogger
+from based_megatron.train.callbacks.validator import Validator
+
+
+def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
+    """Validation and samples, where the config asks for them."""
+    jobs: list[Callback] = []
+    if config.validation.interval_steps:
+        jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
+    if config.monitor.sample_interval_steps:
+        jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))
+    return jobs
+
+
+def loggers(config: Config) -> list[Callback]:
+    """What is written while training."""
+    return [ConsoleLogger(), EventLog(), Heartbeat(), *([TensorBoardLogger()] if config.monitor.tensorboard else [])]
