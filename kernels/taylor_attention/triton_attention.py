@@ -23,7 +23,7 @@ from torch import Tensor
 
 from based_megatron.kernels.layout import ids_or, laid_out_like, strides
 from based_megatron.kernels.packing import packed_rows
-from based_megatron.kernels.taylor_attention import triton_kernels
+from based_megatron.kernels.taylor_attention import triton_sweep, triton_tiles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -165,7 +165,7 @@ class Sweep:
         self._segments = triton.cdiv(launch.chunks, self._segment_chunks)
         self._moments = launch.new_moments(self._segments)
         self._operand = launch.new_operand(launch.chunks)
-        triton_kernels.sweep[launch.blocks, self._segments, launch.B * launch.H](
+        triton_sweep.sweep[launch.blocks, self._segments, launch.B * launch.H](
             x_BTHF, y_BTHV, x_BTHF if yz_BHT4 is None else yz_BHT4, launch.ids,
             *self._operand, *self._moments,
             *strides(x_BTHF, y_BTHV), launch.ids_stride, launch.T, launch.H, launch.chunks, self._segments, self._segment_chunks,
@@ -201,7 +201,7 @@ def _combine(
     stand_in = operand[0]
     names = ("feature_dim", "period", "value_dim", "value_width", "rows_stored", "has_ids")
     block_rows = 8
-    triton_kernels.combine[launch.rows_stored // block_rows, launch.B * launch.H](
+    triton_sweep.combine[launch.rows_stored // block_rows, launch.B * launch.H](
         *(moments or operand), stand_in if initial_BHRE is None else initial_BHRE.contiguous(),
         *(starts or operand), stand_in if end_BHRE is None else end_BHRE,
         launch.ids, launch.ids_stride, launch.T, launch.H, stand_in.shape[2], segment_chunks * launch.schedule.chunk_tokens,
@@ -227,7 +227,7 @@ def attend(
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     o_BTHV = laid_out_like(v_BTHV)
     inverse_z_BHT = torch.empty(launch.B, launch.H, launch.T, dtype=torch.float32, device=launch.device)
-    triton_kernels.outputs[launch.tiles(schedule.output_tokens)](
+    triton_tiles.outputs[launch.tiles(schedule.output_tokens)](
         q_BTHF, k_BTHF, v_BTHV, launch.ids, *launch.pointers(states), o_BTHV, inverse_z_BHT,
         *strides(q_BTHF, k_BTHF, v_BTHV, o_BTHV),
         launch.ids_stride, *launch.counts(states), **launch.tile_options(schedule.output_tokens, states),
@@ -241,7 +241,7 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> 
     g_BHTV = torch.empty(B, H, T, V, dtype=o_BTHV.dtype, device=o_BTHV.device)
     gz_BHT4 = torch.empty(B, H, T, 4, dtype=o_BTHV.dtype, device=o_BTHV.device)
     tile = 64
-    triton_kernels.output_gradients[triton.cdiv(T, tile), B * H](
+    triton_tiles.output_gradients[triton.cdiv(T, tile), B * H](
         do_BTHV, o_BTHV, inverse_z_BHT, g_BHTV, gz_BHT4, *strides(do_BTHV, o_BTHV), T, H,
         value_dim=V, value_width=max(16, triton.next_power_of_2(V)), tile_tokens=tile, even=T % tile == 0, num_warps=4,
     )  # fmt: skip
@@ -255,7 +255,7 @@ def query_gradients(
     """dq, given the states of a sweep over the keys."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     dq_BTHF = laid_out_like(q_BTHF)
-    triton_kernels.query_gradients[launch.tiles(schedule.gradient_tokens)](
+    triton_tiles.query_gradients[launch.tiles(schedule.gradient_tokens)](
         q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *launch.pointers(states), dq_BTHF,
         *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dq_BTHF),
         launch.ids_stride, *launch.counts(states), **launch.tile_options(schedule.gradient_tokens, states),
@@ -270,7 +270,7 @@ def key_gradients(
     """dk and dv, given the states of a sweep over the queries."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
-    triton_kernels.key_gradients[launch.tiles(schedule.gradient_tokens)](
+    triton_tiles.key_gradients[launch.tiles(schedule.gradient_tokens)](
         q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *launch.pointers(adjoints), dk_BTHF, dv_BTHV,
         *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dk_BTHF, dv_BTHV),
         launch.ids_stride, *launch.counts(adjoints),
@@ -290,7 +290,7 @@ def moment_gradients(
     adjoints = States(None, None, *starts)
     dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
     unused, no_strides = dmoments_BHRE, (0, 0, 0)
-    triton_kernels.key_gradients[launch.tiles(schedule.gradient_tokens)](
+    triton_tiles.key_gradients[launch.tiles(schedule.gradient_tokens)](
         k_BTHF, k_BTHF, v_BTHV, v_BTHV, unused, launch.ids, *launch.pointers(adjoints), dk_BTHF, dv_BTHV,
         *no_strides, *strides(k_BTHF, v_BTHV, dk_BTHF, dv_BTHV),
         launch.ids_stride, *launch.counts(adjoints),

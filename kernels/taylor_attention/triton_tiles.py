@@ -1,24 +1,10 @@
-"""Triton kernels of Taylor linear attention; `triton_attention.py` launches them and holds the maths around them.
+"""Triton kernels of Taylor attention that treat all tiles of all chunks at once; `triton_attention.py` launches them.
 
 Legend: B batch, T sequence, H heads, F feature dim, V value head dim, N chunks, M tokens of a tile, X rows of a block.
 
-A sequence is cut into segments of chunks. `sweep` walks over the chunks of all segments at once and leaves, for every
-chunk, the state of what came before it in its segment; `combine` adds the segments up to the state before each one.
-`outputs`, `query_gradients` and `key_gradients` then treat all tiles of all chunks at once: tokens of the own chunk pair
-by pair, those before through the chunk's state, those before the segment through the segment's. Where a row of the batch
-is one segment that nothing enters, no such second state exists. Packed features never reach memory. They are products of two factors,
-picked out of a token's vector x by products with one-hot columns: exact, and left in the registers where the next
-matrix product reads them.
-
-Rows of a chunk's state, with P = F rounded up to a power of two (`period`), differ from the public packed order:
-
-    r < P                     x_r
-    P + s P + a               x_a x_{(a+s) mod P}, for s = 0 .. P/2 (the last with a < P/2): every pair once
-    the next row              1, then rows of zeros
-
-so that the first factor of row r is x_{r mod P} in every block, and neither factor needs a table. States of chunks
-carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1. What belongs to the normaliser is a
-vector in fp32; `as_columns` splits it into two rounded parts, so that matrix products can take it.
+`outputs`, `query_gradients` and `key_gradients` take tokens of the own chunk pair by pair, those before through the chunk's
+state, those before the segment through the segment's (`triton_sweep.py` makes both). Where a row of the batch is one segment
+that nothing enters, no such second state exists.
 """
 
 from __future__ import annotations
@@ -26,136 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def one_hot(index_X, width: tl.constexpr, dtype: tl.constexpr):
-    """[width, X] columns that pick entry index[x]; a column of zeros where it is negative."""
-    return tl.where(tl.arange(0, width)[:, None] == index_X[None, :], 1.0, 0.0).to(dtype)
-
-
-@triton.jit
-def second_factor(rows_X, period: tl.constexpr):
-    """Index of the second factor of each row; -1 where the row is no pair."""
-    pairs: tl.constexpr = period * (period + 1) // 2
-    shift = rows_X // period - 1
-    is_pair = (rows_X >= period) & (rows_X < period + pairs)
-    return tl.where(is_pair, (rows_X + shift) % period, -1)
-
-
-@triton.jit
-def row_weights(rows_X, period: tl.constexpr, feature_dim: tl.constexpr):
-    """Factors that turn packed(q).packed(k) into 1 + s + s^2/2."""
-    scale: tl.constexpr = 1.0 / feature_dim**0.5
-    pairs: tl.constexpr = period * (period + 1) // 2
-    pair_weights = tl.where(rows_X < 2 * period, 0.5 * scale * scale, scale * scale)
-    return tl.where(rows_X < period, scale, tl.where(rows_X < period + pairs, pair_weights, 1.0))
-
-
-@triton.jit
-def public_rows(rows_X, period: tl.constexpr, feature_dim: tl.constexpr):
-    """Where a row lies in the public packed order [1 | x_a | x_a x_b, a <= b]; -1 for rows of zeros."""
-    pairs: tl.constexpr = period * (period + 1) // 2
-    first = rows_X % period
-    second = second_factor(rows_X, period)
-    low = tl.minimum(first, second)
-    high = tl.maximum(first, second)
-    pair = 1 + feature_dim + low * feature_dim - low * (low - 1) // 2 + high - low
-    row = tl.where(rows_X < period, 1 + first, tl.where(rows_X < period + pairs, pair, 0))
-    return tl.where(
-        (rows_X > period + pairs) | ((rows_X < period + pairs) & (tl.maximum(first, high) >= feature_dim)), -1, row
-    )
-
-
-@triton.jit
-def first_factors(x_MF, block_rows: tl.constexpr, period: tl.constexpr, width: tl.constexpr, precision: tl.constexpr):
-    """First factors [M, X] fp32, the same for every block of rows."""
-    picks = one_hot(tl.arange(0, block_rows) % period, width, x_MF.dtype)
-    return tl.dot(x_MF, picks, input_precision=precision)
-
-
-@triton.jit
-def second_factors(x_MF, rows_X, period: tl.constexpr, width: tl.constexpr, precision: tl.constexpr):
-    """Second factors [M, X] fp32 of a block of rows; zero in the constant row."""
-    picks = one_hot(second_factor(rows_X, period), width, x_MF.dtype)
-    linear = tl.where(rows_X < period, 1.0, 0.0)
-    return tl.dot(x_MF, picks, input_precision=precision) + linear[None, :]
-
-
-@triton.jit
-def features(a_MX, b_MX, rows_X, period: tl.constexpr):
-    """packed(x) of a block of rows from its factors."""
-    constant: tl.constexpr = period + period * (period + 1) // 2
-    return a_MX * b_MX + tl.where(rows_X == constant, 1.0, 0.0)[None, :]
-
-
-@triton.jit
-def as_columns(x_X, dtype: tl.constexpr):
-    """[X, 16] that brings a vector of fp32 into matrix products: columns 0 and 1 add up to it, column 2 is column 0."""
-    column = tl.arange(0, 16)[None, :]
-    high = x_X.to(dtype)
-    low = (x_X - high.to(tl.float32)).to(dtype)
-    return tl.where((column == 0) | (column == 2), high[:, None], tl.where(column == 1, low[:, None], 0.0).to(dtype))
-
-
-@triton.jit
-def as_factors(x_X, dtype: tl.constexpr):
-    """[X, 16] so that as_factors(x) @ as_columns(y)^T is the outer product of x and y, to twice the digits of dtype."""
-    column = tl.arange(0, 16)[None, :]
-    high = x_X.to(dtype)
-    low = (x_X - high.to(tl.float32)).to(dtype)
-    return tl.where(column < 2, high[:, None], tl.where(column == 2, low[:, None], 0.0).to(dtype))
-
-
-@triton.jit
-def sum_columns(x_M16):
-    """[M] from a product with as_columns."""
-    return tl.sum(tl.where(tl.arange(0, 16)[None, :] < 2, x_M16, 0.0), 1)
-
-
-@triton.jit
-def load_tile(
-    ptr, rows_M, stride, limit, columns_X, columns: tl.constexpr, columns_width: tl.constexpr, even: tl.constexpr
-):
-    """[M, X] of a matrix with dense rows; zeros outside of it."""
-    ptrs = ptr + rows_M.to(tl.int64)[:, None] * stride + columns_X[None, :]
-    if even and columns == columns_width:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=(rows_M < limit)[:, None] & (columns_X < columns)[None, :], other=0.0)
-
-
-@triton.jit
-def load_vector(ptr, rows_M, limit, even: tl.constexpr):
-    """[M] entries; zeros outside."""
-    if even:
-        return tl.load(ptr + rows_M)
-    return tl.load(ptr + rows_M, mask=rows_M < limit, other=0)
-
-
-@triton.jit
-def store_tile(ptr, rows_M, stride, limit, columns_X, columns: tl.constexpr, x_MX):
-    """Stores the part of [M, X] that is inside of the matrix."""
-    tl.store(
-        ptr + rows_M.to(tl.int64)[:, None] * stride + columns_X[None, :], x_MX.to(ptr.dtype.element_ty),
-        mask=(rows_M < limit)[:, None] & (columns_X < columns)[None, :],
-    )  # fmt: skip
-
-
-@triton.jit
-def load_state(ptr, packed_X, columns_V, value_dim: tl.constexpr):
-    """Rows of a state [R, V + 1] in the public layout: values [X, V] and the last column [X]; zeros where packed < 0."""
-    rows = ptr + packed_X * (value_dim + 1)
-    mask = (packed_X >= 0)[:, None] & (columns_V < value_dim)[None, :]
-    values = tl.load(rows[:, None] + columns_V[None, :], mask=mask, other=0.0)
-    return values, tl.load(rows + value_dim, mask=packed_X >= 0, other=0.0)
-
-
-@triton.jit
-def store_state(ptr, packed_X, columns_V, value_dim: tl.constexpr, values_XV, total_X):
-    """The reverse of `load_state`."""
-    rows = ptr + packed_X * (value_dim + 1)
-    mask = (packed_X >= 0)[:, None] & (columns_V < value_dim)[None, :]
-    tl.store(rows[:, None] + columns_V[None, :], values_XV, mask=mask)
-    tl.store(rows + value_dim, total_X, mask=packed_X >= 0)
+from based_megatron.kernels.taylor_attention.triton_rows import (
+    as_columns,
+    as_factors,
+    features,
+    first_factors,
+    load_tile,
+    load_vector,
+    one_hot,
+    second_factor,
+    second_factors,
+    store_tile,
+    sum_columns,
+)
 
 
 @triton.jit
@@ -180,145 +49,6 @@ def output_gradients(
     store_tile(g_ptr + bh64 * T * value_dim, tokens, value_dim, T, columns, value_dim, g)
     gz_columns = as_columns(gz, g_ptr.dtype.element_ty)
     store_tile(gz_ptr + bh64 * T * 4, tokens, 4, T, tl.arange(0, 16), 4, gz_columns)
-
-
-@triton.jit
-def sweep(
-    x_ptr, y_ptr, yz_ptr, ids_ptr, states_ptr, normalisers_ptr, moments_ptr, totals_ptr,
-    x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, ids_stride_b,
-    T, H, chunks, segments, segment_chunks,
-    feature_dim: tl.constexpr, period: tl.constexpr, width: tl.constexpr, value_dim: tl.constexpr,
-    value_width: tl.constexpr, rows_stored: tl.constexpr, block_rows: tl.constexpr, chunk_tokens: tl.constexpr,
-    tile_tokens: tl.constexpr, adjoint: tl.constexpr, has_ids: tl.constexpr, even: tl.constexpr,
-    precision: tl.constexpr,
-):  # fmt: skip
-    """One block of rows of what the chunks before a chunk in its segment add up to, and of what the whole segment does.
-
-    Forward (x = k, y = v): left to right, sum_j packed(k_j) [v_j; 1].
-    Adjoint (x = q, y = g, yz = gz): right to left, sum_i packed(q_i) [g_i; gz_i].
-    """
-    block, segment, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, h = (bh // H).to(tl.int64), bh % H
-    bh64 = bh.to(tl.int64)
-    x_ptr += b * x_stride_b + h * x_stride_h
-    y_ptr += b * y_stride_b + h * y_stride_h
-    yz_ptr += bh64 * T * 4
-    ids_ptr += b * ids_stride_b
-    constant: tl.constexpr = period + period * (period + 1) // 2
-    dtype = x_ptr.dtype.element_ty
-
-    rows = block * block_rows + tl.arange(0, block_rows)
-    columns = tl.arange(0, value_width)
-    vector = tl.arange(0, width)
-    pick_first = tl.trans(one_hot(rows % period, width, dtype))
-    pick_second = tl.trans(one_hot(second_factor(rows, period), width, dtype))
-    is_linear = tl.where(rows < period, 1.0, 0.0)[:, None]
-    is_constant = tl.where(rows == constant, 1.0, 0.0)[:, None]
-    weights = row_weights(rows, period, feature_dim)
-    state = tl.zeros([block_rows, value_width], tl.float32)
-    normaliser = tl.zeros([block_rows, 16], tl.float32)
-
-    begin_chunk = segment * segment_chunks
-    count = tl.minimum(segment_chunks, chunks - begin_chunk)
-    ones = as_columns(tl.full([tile_tokens], 1.0, tl.float32), dtype)
-    columns16 = tl.arange(0, 16)
-    for step in range(0, count):
-        if adjoint:
-            chunk = begin_chunk + count - 1 - step
-        else:
-            chunk = begin_chunk + step
-        begin = chunk * chunk_tokens
-        out = (bh64 * chunks + chunk) * rows_stored
-        state_rows = states_ptr + out * value_dim
-        store_tile(state_rows, rows, value_dim, rows_stored, columns, value_dim, state * weights[:, None])
-        normaliser_columns = as_columns(sum_columns(normaliser) * weights, dtype)
-        store_tile(normalisers_ptr + out * 4, rows, 4, rows_stored, columns16, 4, normaliser_columns)
-        if has_ids:
-            carried_id = tl.load(ids_ptr + tl.maximum(begin - 1, 0))
-            last_id = tl.load(ids_ptr + tl.minimum(begin + chunk_tokens, T) - 1)
-            keeps = tl.where(last_id == carried_id, 1.0, 0.0)
-            state = state * keeps
-            normaliser = normaliser * keeps
-            seen_id = carried_id if adjoint else last_id
-        # Unrolled, so that the loads of all tiles of the chunks ahead are under way.
-        for tile in tl.static_range(chunk_tokens // tile_tokens):
-            tokens = begin + tile * tile_tokens + tl.arange(0, tile_tokens)
-            x_t = tl.trans(load_tile(x_ptr, tokens, x_stride_t, T, vector, feature_dim, width, even))
-            y = load_tile(y_ptr, tokens, y_stride_t, T, columns, value_dim, value_width, even)
-            a = tl.dot(pick_first, x_t, input_precision=precision)
-            b_plus = tl.dot(pick_second, x_t, input_precision=precision) + is_linear
-            phi = a * b_plus + is_constant
-            if has_ids:
-                ids = load_vector(ids_ptr, tokens, T, even)
-                phi = tl.where(((ids == seen_id) & (tokens < T))[None, :], phi, 0.0)
-            elif not even:
-                phi = tl.where((tokens < T)[None, :], phi, 0.0)
-            operand = phi.to(dtype)
-            if adjoint:
-                yz = load_tile(yz_ptr, tokens, 4, T, columns16, 4, 16, even)
-            else:
-                yz = ones
-            normaliser = tl.dot(operand, yz, normaliser, input_precision=precision)
-            state = tl.dot(operand, y, state, input_precision=precision)
-
-    total = sum_columns(normaliser)
-    if adjoint:
-        state *= weights[:, None]
-        total *= weights
-    moments_rows = (bh64 * segments + segment) * rows_stored
-    store_tile(moments_ptr + moments_rows * value_dim, rows, value_dim, rows_stored, columns, value_dim, state)
-    tl.store(totals_ptr + moments_rows + rows, total, mask=rows < rows_stored)
-
-
-@triton.jit
-def combine(
-    moments_ptr, totals_ptr, initial_ptr, starts_ptr, normalisers_ptr, end_ptr, ids_ptr, ids_stride_b, T, H, segments,
-    segment_tokens,
-    feature_dim: tl.constexpr, period: tl.constexpr, value_dim: tl.constexpr, value_width: tl.constexpr,
-    rows_stored: tl.constexpr, block_rows: tl.constexpr, adjoint: tl.constexpr, has_initial: tl.constexpr,
-    has_ids: tl.constexpr, only_end: tl.constexpr,
-):  # fmt: skip
-    """One block of rows of the state before each segment, from all segments' moments: a gated sum, in a fixed order.
-
-    With `only_end`, the state after all segments instead. It is in the public layout, as the initial state is; the moments
-    are in the order of the kernels' rows, and the states before the segments are stored as those of chunks are.
-    """
-    bh = tl.program_id(1).to(tl.int64)
-    ids_ptr += (bh // H) * ids_stride_b
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    columns = tl.arange(0, value_width)
-    packed = public_rows(rows, period, feature_dim)
-    elements: tl.constexpr = (1 + feature_dim + feature_dim * (feature_dim + 1) // 2) * (value_dim + 1)
-    dtype = starts_ptr.dtype.element_ty
-    # Adjoint moments have the weights already.
-    weights = tl.full([block_rows], 1.0, tl.float32) if adjoint else row_weights(rows, period, feature_dim)
-    if has_initial:
-        state, total = load_state(initial_ptr + bh * elements, packed, columns, value_dim)
-    else:
-        state = tl.zeros([block_rows, value_width], tl.float32)
-        total = tl.zeros([block_rows], tl.float32)
-    for step in range(0, segments):
-        segment = segments - 1 - step if adjoint else step
-        here = bh * segments + segment
-        if not only_end:
-            start_rows = starts_ptr + here * rows_stored * value_dim
-            store_tile(start_rows, rows, value_dim, rows_stored, columns, value_dim, state * weights[:, None])
-            normaliser_columns = as_columns(total * weights, dtype)
-            normaliser_rows = normalisers_ptr + here * rows_stored * 4
-            store_tile(normaliser_rows, rows, 4, rows_stored, tl.arange(0, 16), 4, normaliser_columns)
-        # The last moments reach the end alone.
-        if only_end or step < segments - 1:
-            if has_ids:
-                carried_id = tl.load(ids_ptr + tl.maximum(segment * segment_tokens - 1, 0))
-                last_id = tl.load(ids_ptr + tl.minimum((segment + 1) * segment_tokens, T) - 1)
-                keeps = tl.where(last_id == carried_id, 1.0, 0.0)
-                state *= keeps
-                total *= keeps
-            moments_rows = moments_ptr + here * rows_stored * value_dim
-            state += load_tile(moments_rows, rows, value_dim, rows_stored, columns, value_dim, value_width, True)
-            total += tl.load(totals_ptr + here * rows_stored + rows)
-    if only_end:
-        store_state(end_ptr + bh * elements, packed, columns, value_dim, state, total)
 
 
 @triton.jit
