@@ -1,6 +1,6 @@
 """What a sequence leaves behind for its next token: one state per mixer, of constant size, updated in place.
 
-Legend: B batch, T tokens, H heads, F feature dim, R packed rows, V value head dim, N keys of a waiting line, W window_left,
+Legend: B batch, T tokens, H heads, F feature dim, R packed rows, V value head dim, N places of a waiting line, W window_left,
 D channels, K taps, h = K - 1.
 
 Buffers keep their addresses, so that a CUDA graph of a step can be replayed; positions are tensors on the device.

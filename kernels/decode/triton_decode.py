@@ -1,6 +1,6 @@
 """Steps of one token as Triton kernels: one launch each, bound by the bytes of the states.
 
-Legend: B batch, H heads, F feature dim, R packed rows, V value head dim, N keys of a waiting line, W window_left, P rotated pairs,
+Legend: B batch, H heads, F feature dim, R packed rows, V value head dim, N places of a waiting line, W window_left, P rotated pairs,
 D channels, K taps, h = K - 1, C vocabulary rows.
 
 Programs are independent and hold no more than a tile at a time, so that many share a multiprocessor and their loads overlap.

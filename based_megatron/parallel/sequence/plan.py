@@ -91,6 +91,18 @@ class SequencePlan:
         numbers_B2 = self.documents.numbers(torch.tensor([self.bounds[rank], self.bounds[rank + 1] - 1]))
         return (numbers_B2[:, 0] == numbers_B2[:, 1]).float()
 
+    @cached_property
+    def device_opens(self) -> Tensor:
+        """The same of this rank's slice, on the device: copied once for all layers, and nobody waits for it."""
+        return self.opens(self.ranks.rank).to(self.device, non_blocking=True)
+
+    @cached_property
+    def device_continues(self) -> Tensor:
+        """[b] is 1 where the sequence goes on with the document that the step before ended in; fp32, on the device."""
+        assert self.documents is not None
+        continues_B = torch.tensor(self.documents.tokens_before) > 0
+        return continues_B.float().to(self.device, non_blocking=True)
+
     def messages(self, rows: int) -> tuple[Message, ...]:
         """What this rank sends or receives so that every slice has the `rows` before it. Both ends find the same.
 

@@ -61,8 +61,8 @@ class StateExchange:
         key, carried = (STATE, self.layer), None
         before = carry.before.get(key)
         if ranks.rank == 0 and before is not None and plan.documents is not None and any(plan.documents.tokens_before):
-            carried = before * _per_row(torch.tensor(plan.documents.tokens_before) > 0, own)
-            own = own + carried * _per_row(plan.opens(0), own)
+            carried = before * _per_row(plan.device_continues, own)
+            own = own + carried * _per_row(plan.device_opens, own)
         prefix: Pending[Tensor | None] = Pending.done(carried)
         if plan.crosses:
             prefix = start_gated_sum(own, plan).then(lambda state: state if ranks.rank else carried)
@@ -79,7 +79,7 @@ class StateExchange:
         plan, ranks = self.plan, self.plan.ranks
         last = ranks.size - 1
         if ranks.rank == last and last and state is not None:
-            own = own + state * _per_row(plan.opens(last), own)
+            own = own + state * _per_row(plan.device_opens, own)
         if last == 0:
             return Pending.done(own)
         assert ranks.halos is not None
@@ -92,4 +92,4 @@ class StateExchange:
 
 
 def _per_row(gates_B: Tensor, like: Tensor) -> Tensor:
-    return gates_B.to(like.device, like.dtype).view(-1, *([1] * (like.ndim - 1)))
+    return gates_B.to(like.dtype).view(-1, *([1] * (like.ndim - 1)))
