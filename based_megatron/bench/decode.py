@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from based_megatron.bench.kernels import Ceilings, measure_ceilings
 from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
 from based_megatron.bench.timing import Bench, attempt
+from based_megatron.bench.work import Ceilings, measure_ceilings
 from based_megatron.inference.engine import Engine
 from based_megatron.kernels.decode import (
     WAITING_KEYS,

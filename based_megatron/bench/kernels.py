@@ -1,77 +1,29 @@
 """`based bench kernels`: the training kernels against fp64 and beside their peers.
 
-Legend: B batch, T sequence, H heads, F feature dim, V value head dim, W window_left, D channels or hidden size, K taps,
-N tokens, C vocabulary columns.
-
-What is checked is what is timed: outputs and gradients of the first set of inputs, compared on a few heads, channels or tokens
-with the reference in fp64.
+Legend: B batch, T sequence, H heads, F feature dim, V value head dim, W window_left, D channels, K taps.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from based_megatron.bench.report import Case, Check, Row, Target, relative_error
-from based_megatron.bench.timing import Bench, Timing, forward_backward
-from based_megatron.kernels.cross_entropy import vocab_cross_entropy
+from based_megatron.bench.neighbours import cross_entropy_rows, norm_rows, swiglu_rows
+from based_megatron.bench.report import Case, Row, Target
+from based_megatron.bench.timing import Bench
+from based_megatron.bench.work import Ceilings, Peer, Run, Work, compiled, measure, measure_ceilings
 from based_megatron.kernels.gated_conv import gated_conv_fused
 from based_megatron.kernels.packing import packed_rows
-from based_megatron.kernels.rms_norm import add_rms_norm
 from based_megatron.kernels.sliding_window import sliding_window_attention
-from based_megatron.kernels.swiglu import swiglu
 from based_megatron.kernels.taylor_attention import taylor_attention
-
-Run = Callable[..., Any]
-Peer = Callable[..., tuple[Run, Sequence[Tensor]]]
-"""From our inputs to a peer's function and its inputs."""
 
 CHUNK = 64
 """Tokens whose pairs a chunked algorithm computes directly, in the count of its operations."""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device does at best, measured in the same run."""
-
-    bytes_per_ms: float
-    flops_per_ms: float
-
-    def floor_ms(self, moved: float, flops: float = 0.0) -> float:
-        """The larger of the two times."""
-        return max(moved / self.bytes_per_ms, flops / self.flops_per_ms)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One op at one size."""
-
-    name: str
-    shape: str
-    run: Run
-    """(*inputs, backend) to one output, or several."""
-    inputs: Callable[[], Sequence[Tensor]]
-    """Fresh random inputs."""
-    cut: Callable[[Tensor, int], Tensor]
-    """(input i, or output at i = -1) to the part that is checked, on which the op gives the same result alone."""
-    gradients: tuple[str, ...]
-    """Names of the inputs' gradients."""
-    limits: Mapping[str, float]
-    """Largest relative errors in bf16, of `o` and the gradients."""
-    moved: tuple[float, float]
-    """Bytes that must be read and written, forward and forward + backward."""
-    flops: tuple[float, float] = (0.0, 0.0)
-    targets: tuple[float | None, float | None] = (None, None)
-    """Milliseconds, forward and forward + backward."""
-    peers: Mapping[str, Peer] = field(default_factory=dict)
-    splits_backward: bool = False
-    """Report backward alone: forward + backward less forward."""
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -94,142 +46,12 @@ def cases(bench: Bench) -> list[Case]:
     return [Case(name, run) for name, run in named.items()]
 
 
-def measure_ceilings(bench: Bench) -> Ceilings:
-    """Copy bandwidth, and the rate of a large matrix product on random data."""
-    side = bench.size(8192, 64)
-    a, b = bench.random(side, side), bench.random(side, side)
-    return Ceilings(copy_bandwidth(bench), 2 * side**3 / bench.time(lambda: a @ b).ms)
-
-
-def copy_bandwidth(bench: Bench) -> float:
-    """Bytes read and written in a millisecond by the faster of two ways to copy 4 GiB."""
-    source = torch.empty(bench.size(2**30, 2**16), dtype=torch.float32, device=bench.device).fill_(1)
-    target = torch.empty_like(source)
-    # By events: a copy inside a graph is another operation, and slower. An addition is a copy by a kernel.
-    copies = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))
-    copy_ms = min(bench.time(copy, graph=False).ms for copy in copies)
-    return 2 * source.nbytes / copy_ms
-
-
 def device_rows(ceilings: Ceilings) -> list[Row]:
     """The two ceilings, from which floors are computed."""
     return [
         Row("copy", "bytes read + written", ceilings.bytes_per_ms / 1e6, "GB/s"),
         Row("matrix product", "square", ceilings.flops_per_ms / 1e9, "TFLOP/s"),
     ]
-
-
-def measure(bench: Bench, work: Work, ceilings: Ceilings) -> list[Row]:
-    """Rows of one op: forward, and forward + backward or backward alone."""
-    torch.manual_seed(bench.seed)
-    first = work.inputs()
-    sets = [first, *(work.inputs() for _ in range(bench.copies(sum(x.nbytes for x in first)) - 1))]
-    run = functools.partial(work.run, backend=bench.backend)
-    cotangents = _cotangents(run, first)
-    both_calls = [_forward_backward(run, inputs, cotangents) for inputs in sets]
-    forward_calls = [_forward(run, inputs) for inputs in sets]
-    checks = check(bench, work, first, _several(forward_calls[0]()), cotangents, both_calls[0]())
-    both, forward = bench.time(both_calls), bench.time(forward_calls)
-    names = (f"{work.name} forward", f"{work.name} forward + backward")
-    rows = [
-        _row(bench, work, ceilings, names[0], 0, forward, {"o": checks.pop("o")}, sets),
-        _row(bench, work, ceilings, names[1], 1, both, checks, sets),
-    ]
-    if work.splits_backward:
-        moved = work.moved[1] - work.moved[0]
-        backward = Timing(both.ms - forward.ms, both.method)
-        rows[1] = _row(bench, work, ceilings, f"{work.name} backward", 1, backward, checks, sets, moved)
-    return rows
-
-
-def check(
-    bench: Bench,
-    work: Work,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    found: Sequence[Tensor],
-) -> dict[str, Check]:
-    """Errors of the outputs and of the gradients `found` against fp64, on the part that `work.cut` takes."""
-    floats = [i for i, x in enumerate(inputs) if x.is_floating_point()]
-    exact = [
-        (work.cut(x.detach(), i).double() if i in floats else work.cut(x, i)).requires_grad_(i in floats)
-        for i, x in enumerate(inputs)
-    ]
-    expected = _several(work.run(*exact, backend="reference"))
-    cut_cotangents = [work.cut(x, -1).double() for x in cotangents]
-    wanted = torch.autograd.grad(expected, [exact[i] for i in floats], cut_cotangents)
-    rounding = 1.0 if bench.dtype == torch.bfloat16 else 1e-5 / max(work.limits.values())
-    errors = {"o": max(relative_error(work.cut(a, -1), b) for a, b in zip(outputs, expected, strict=True))}
-    for i, name, got, want in zip(floats, work.gradients, found, wanted, strict=True):
-        errors[name] = relative_error(work.cut(got, i), want)
-    return {name: Check(error, work.limits[name] * rounding) for name, error in errors.items()}
-
-
-def _row(
-    bench: Bench,
-    work: Work,
-    ceilings: Ceilings,
-    name: str,
-    which: int,
-    timing: Timing,
-    checks: Mapping[str, Check],
-    sets: Sequence[Sequence[Tensor]],
-    moved: float | None = None,
-) -> Row:
-    moved = work.moved[which] if moved is None else moved
-    rates = {"GB/s": moved / timing.ms / 1e6, "% of copy": 100 * moved / timing.ms / ceilings.bytes_per_ms}
-    if work.flops[which]:
-        rates["TFLOP/s"] = work.flops[which] / timing.ms / 1e9
-    target = work.targets[which]
-    alone = work.splits_backward and which == 1
-    return Row(
-        name,
-        work.shape,
-        timing.ms,
-        target=None if bench.quick or target is None else Target("at most", target),
-        floor=ceilings.floor_ms(moved, work.flops[which]),
-        peers={peer: _peer(bench, prepare, sets, which, alone) for peer, prepare in work.peers.items()},
-        checks=checks,
-        rates=rates,
-        note="timed by events" if timing.method == "events" else "",
-    )
-
-
-def _peer(bench: Bench, prepare: Peer, sets: Sequence[Sequence[Tensor]], which: int, alone: bool) -> Timing | str:
-    def build(which: int) -> list[Callable[[], object]]:
-        prepared = [prepare(*inputs) for inputs in sets]
-        if not which:
-            return [_forward(run, inputs) for run, inputs in prepared]
-        cotangents = _cotangents(*prepared[0])
-        return [_forward_backward(run, inputs, cotangents) for run, inputs in prepared]
-
-    timing = bench.peer(lambda: build(which))
-    if not alone or isinstance(timing, str):
-        return timing
-    forward = bench.peer(lambda: build(0))
-    return forward if isinstance(forward, str) else Timing(timing.ms - forward.ms, timing.method)
-
-
-def _forward(run: Run, inputs: Sequence[Tensor]) -> Callable[[], object]:
-    def call() -> object:
-        with torch.no_grad():
-            return run(*inputs)
-
-    return call
-
-
-def _forward_backward(run: Run, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Callable[[], Any]:
-    return forward_backward(lambda *leaves: _several(run(*leaves)), inputs, grads)
-
-
-def _cotangents(run: Run, inputs: Sequence[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return [torch.randn_like(x) for x in _several(run(*inputs))]
-
-
-def _several(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def taylor_work(bench: Bench, B: int, T: int, V: int, **more: Any) -> Work:
@@ -381,7 +203,7 @@ def _flex_window(bench: Bench, W: int, q: Tensor, k: Tensor, v: Tensor) -> tuple
 
     T = q.shape[1]
     mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= W), None, None, T, T, device=str(q.device))
-    run = functools.partial(_compiled(bench, flex_attention), block_mask=mask)
+    run = functools.partial(compiled(bench, flex_attention), block_mask=mask)
     return run, [x.transpose(1, 2).contiguous() for x in (q, k, v)]
 
 
@@ -431,121 +253,3 @@ def _causal_conv1d(projected_BTE: Tensor, weight_DK: Tensor) -> tuple[Run, Seque
         return causal_conv1d_fn(u, weight_DK, activation="silu") * gate
 
     return run, (projected_BTE, weight_DK)
-
-
-def norm_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The residual stream of based-1b: fp32 residual, update and output in the weights' dtype."""
-    N, D = bench.size(16384, 12), bench.size(1792, 32)
-    narrow = torch.finfo(bench.dtype).bits // 8
-    forward = N * D * (4 + narrow + 4 + narrow)
-    backward = N * D * (narrow + 4 + 4 + 4 + narrow)
-
-    def inputs() -> list[Tensor]:
-        return [bench.random(N, D, dtype=torch.float32), bench.random(N, D), 1 + bench.random(D, scale=0.1)]
-
-    work = Work(
-        "add + RMSNorm",
-        f"N{N} D{D}, fp32 residual",
-        lambda residual, update, weight, backend: add_rms_norm(residual, update, weight, 1e-5, backend=backend),
-        inputs,
-        cut=lambda x, i: x,
-        gradients=("dresidual", "dupdate", "dweight"),
-        limits={"o": 3e-3, "dresidual": 4e-3, "dupdate": 4e-3, "dweight": 4e-3},
-        moved=(forward, forward + backward),
-        peers={
-            "PyTorch": lambda *x: (_plain_norm, x),
-            "torch.compile": lambda *x: (_compiled(bench, _plain_norm), x),
-            "Liger (bf16 residual)": lambda r, u, w: (_liger_norm(), (u, r.to(u.dtype), w)),
-        },
-    )
-    return measure(bench, work, ceilings())
-
-
-def swiglu_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The MLP of based-1b."""
-    N, W = bench.size(16384, 12), bench.size(3584, 24)
-    element = N * W * torch.finfo(bench.dtype).bits // 8
-    work = Work(
-        "SwiGLU",
-        f"N{N} W{W}",
-        lambda x, backend: swiglu(x, backend=backend),
-        lambda: [bench.random(N, 2 * W)],
-        cut=lambda x, i: x,
-        gradients=("dx",),
-        limits={"o": 4e-3, "dx": 4e-3},
-        moved=(3.0 * element, 8.0 * element),
-        peers={
-            "PyTorch": lambda x: (swiglu, (x,)),
-            "torch.compile": lambda x: (_compiled(bench, swiglu), (x,)),
-            "Liger (halves swapped)": lambda x: (_liger_swiglu(), (x,)),
-        },
-    )
-    return measure(bench, work, ceilings())
-
-
-def cross_entropy_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The vocabulary of based-1b on one rank; the gradient is written over the logits, so each call works on a copy."""
-    N, C = bench.size(16384, 12), bench.size(50264, 91)
-    element = N * C * torch.finfo(bench.dtype).bits // 8
-    tokens = min(N, 256)
-
-    def inputs() -> list[Tensor]:
-        return [bench.random(N, C), torch.randint(0, C, (N,), device=bench.device)]
-
-    def run(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
-        # A copy as in a model, where the logits are an intermediate value.
-        return vocab_cross_entropy(logits.clone(), labels, backend=backend)
-
-    work = Work(
-        "cross entropy",
-        f"N{N} C{C}, with a copy of the logits",
-        run,
-        inputs,
-        cut=lambda x, i: x[:tokens],
-        gradients=("dlogits",),
-        limits={"o": 3e-3, "dlogits": 4e-3},
-        moved=(3.0 * element, 5.0 * element),
-        peers={
-            "PyTorch": lambda *x: (functools.partial(run, backend="reference"), x),
-            "torch.compile": lambda *x: (_compiled(bench, _plain_cross_entropy), x),
-            "Liger": lambda *x: (_liger_cross_entropy(), x),
-        },
-    )
-    return measure(bench, work, ceilings())
-
-
-def _plain_norm(residual: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(residual, update, weight, 1e-5)
-
-
-def _plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.clone().float(), labels, reduction="none")
-
-
-def _compiled(bench: Bench, run: Run) -> Run:
-    if bench.device.type != "cuda":
-        raise NotImplementedError("compiled for a GPU only")
-    return _compile(run)
-
-
-@functools.cache
-def _compile(run: Run) -> Run:
-    return torch.compile(run, dynamic=False)
-
-
-def _liger_norm() -> Run:
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-    return lambda x, residual, weight: LigerFusedAddRMSNormFunction.apply(x, residual, weight, 1e-5)
-
-
-def _liger_swiglu() -> Run:
-    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
-
-    return LigerFusedGateUpSiLUMulFunction.apply
-
-
-def _liger_cross_entropy() -> Run:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return lambda logits, labels: liger_cross_entropy(logits.clone(), labels, reduction="none")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from based_megatron import cli
-from based_megatron.bench import kernels
+from based_megatron.bench import kernels, neighbours
 from based_megatron.bench.report import Case, Check, Row
 
 
@@ -47,7 +47,7 @@ def test_a_wrong_kernel_fails_and_is_named(tmp_path, monkeypatch, capsys):
         value, gate = x.chunk(2, dim=-1)
         return value * torch.nn.functional.silu(gate) * (2 if x.dtype == torch.bfloat16 else 1)
 
-    monkeypatch.setattr(kernels, "swiglu", doubled)
+    monkeypatch.setattr(neighbours, "swiglu", doubled)
     code, rows = bench(tmp_path, "kernels", "--only", "SwiGLU")
     assert code == 1 and not any(row["passed"] for row in rows)
     assert "failed: SwiGLU forward N12 W24; SwiGLU forward + backward" in capsys.readouterr().err
