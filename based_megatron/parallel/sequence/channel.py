@@ -49,7 +49,22 @@ class Traffic:
     sent_bytes: Counter[str] = field(default_factory=Counter)
     received_bytes: Counter[str] = field(default_factory=Counter)
 
-    def count(self, kind: str, sent_bytes: int, received_bytes: int) -> None:
+    def count_all_gather(self, kind: str, x: Tensor, size: int) -> None:
+        """`x` goes to every other of `size` ranks, and as much comes from each."""
+        self._count(kind, x.nbytes * (size - 1), x.nbytes * (size - 1))
+
+    def count_all_to_all(self, kind: str, x: Tensor, size: int) -> None:
+        """All parts of `x` but the own one go away, and as many come."""
+        moved_bytes = x.nbytes * (size - 1) // size
+        self._count(kind, moved_bytes, moved_bytes)
+
+    def count_exchange(
+        self, kind: str, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        """Point to point, as `Channel.exchange` takes it."""
+        self._count(kind, sum(x.nbytes for _, x in sends), sum(x.nbytes for _, x in receives))
+
+    def _count(self, kind: str, sent_bytes: int, received_bytes: int) -> None:
         self.calls[kind] += 1
         self.sent_bytes[kind] += sent_bytes
         self.received_bytes[kind] += received_bytes
@@ -91,7 +106,7 @@ class GroupChannel:
 
     def all_gather(self, kind: str, x: Tensor) -> Pending[Tensor]:
         x = x.contiguous()
-        self.traffic.count(kind, x.nbytes * (self.size - 1), x.nbytes * (self.size - 1))
+        self.traffic.count_all_gather(kind, x, self.size)
         gathered = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
         work = dist.all_gather_into_tensor(gathered.flatten(0, 1), x, group=self.group, async_op=True)
 
@@ -103,8 +118,7 @@ class GroupChannel:
 
     def all_to_all(self, kind: str, x: Tensor) -> Tensor:
         x = x.contiguous()
-        moved = x.nbytes * (self.size - 1) // self.size
-        self.traffic.count(kind, moved, moved)
+        self.traffic.count_all_to_all(kind, x, self.size)
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=self.group)
         return received
@@ -114,7 +128,7 @@ class GroupChannel:
     ) -> Pending[None]:
         if not sends and not receives:
             return Pending.done(None)
-        self.traffic.count(kind, sum(x.nbytes for _, x in sends), sum(x.nbytes for _, x in receives))
+        self.traffic.count_exchange(kind, sends, receives)
         operations = [dist.P2POp(dist.isend, x, self._global_ranks[peer], self.group) for peer, x in sends]
         operations += [dist.P2POp(dist.irecv, x, self._global_ranks[peer], self.group) for peer, x in receives]
         works = dist.batch_isend_irecv(operations)

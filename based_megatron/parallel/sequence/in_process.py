@@ -51,13 +51,12 @@ class InProcessChannel:
     traffic: Traffic
 
     def all_gather(self, kind: str, x: Tensor) -> Pending[Tensor]:
-        self.traffic.count(kind, x.nbytes * (self.size - 1), x.nbytes * (self.size - 1))
+        self.traffic.count_all_gather(kind, x, self.size)
         self._put([x] * self.size)
         return Pending(lambda: torch.stack(self._take()))
 
     def all_to_all(self, kind: str, x: Tensor) -> Tensor:
-        moved = x.nbytes * (self.size - 1) // self.size
-        self.traffic.count(kind, moved, moved)
+        self.traffic.count_all_to_all(kind, x, self.size)
         self._put(list(x.unbind(0)))
         return torch.stack(self._take())
 
@@ -66,7 +65,7 @@ class InProcessChannel:
     ) -> Pending[None]:
         if not sends and not receives:
             return Pending.done(None)
-        self.traffic.count(kind, sum(x.nbytes for _, x in sends), sum(x.nbytes for _, x in receives))
+        self.traffic.count_exchange(kind, sends, receives)
         for peer, x in sends:
             self.mailbox.put(self.rank, peer, x.detach().clone())
 
