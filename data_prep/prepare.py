@@ -92,10 +92,10 @@ def _write(config: PrepConfig, corpus: Corpus, folder: Path, progress: Progress)
     total_tokens = 0
     task = progress.add_task("tokenize", total=corpus.total_bytes, tokens=0)
     for batch in _batches(corpus.documents(skips)):
-        for document, tokens in zip(batch, encoder.encode([document.text for document in batch]), strict=True):
-            split = "validation" if is_validation(document.text, config.validation_fraction) else "train"
-            for leaving in buffers[split].add(TokenizedDocument(tokens, document.file, document.record)):
-                writers[split].add(leaving)
+        for source, tokens in zip(batch, encoder.encode([source.text for source in batch]), strict=True):
+            split = "validation" if is_validation(source.text, config.validation_fraction) else "train"
+            for document in buffers[split].add(TokenizedDocument(tokens, source.file, source.record)):
+                writers[split].add(document)
             total_tokens += len(tokens)
         progress.update(task, completed=corpus.bytes_read, tokens=total_tokens)
     for split, buffer in buffers.items():

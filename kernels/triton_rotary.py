@@ -74,7 +74,8 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTHV: Tensor) -> tuple[Tensor, None, None]:
-        return rotate(dy_BTHV, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return rotate(dy_BTHV, cos, sin, -1), None, None
 
 
 def rotate(x_BTHV: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

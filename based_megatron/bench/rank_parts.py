@@ -115,7 +115,7 @@ def window_rows(bench: Bench, L: int) -> list[Row]:
     return [
         _row(bench, "window: boundary projection", L, boundary),
         _row(bench, "window: projection", L, lambda: functional.linear(x, of_qkv)),
-        *_both_passes(bench, "window", L, lambda *leaves: run(*leaves, halo), (q, k, v)),
+        *_both_passes(bench, "window", L, lambda q, k, v: run(q, k, v, halo), (q, k, v)),
     ]
 
 
@@ -134,7 +134,8 @@ def conv_rows(bench: Bench, L: int) -> list[Row]:
         _row(bench, "conv: projection", L, lambda: functional.linear(x, weight, bias)),
         *_both_passes(
             bench, "conv", L,
-            lambda *leaves: gated_conv_over_slices(*leaves, halo, backend=bench.backend), (projected, taps),
+            lambda projected, taps: gated_conv_over_slices(projected, taps, halo, backend=bench.backend),
+            (projected, taps),
         ),
     ]  # fmt: skip
 

@@ -84,8 +84,11 @@ class SlidingWindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_BTHV: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, ids_BS, halo_BR2HV = ctx.saved_tensors
-        gradients = attention_backward(*saved, unit_last_stride(do_BTHV), ctx.window_left, ids_BS, halo_BR2HV, ctx.back)
+        q_BTHV, k_BTHV, v_BTHV, o_BTHV, lse_BHT, ids_BS, halo_BR2HV = ctx.saved_tensors
+        do_BTHV = unit_last_stride(do_BTHV)
+        gradients = attention_backward(
+            q_BTHV, k_BTHV, v_BTHV, o_BTHV, lse_BHT, do_BTHV, ctx.window_left, ids_BS, halo_BR2HV, ctx.back
+        )
         return *gradients, None, None, None
 
 
