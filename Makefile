@@ -1,22 +1,24 @@
-# make setup | demo | test | lint. A fresh machine needs Python >= 3.11, make and a package index.
+# make setup | demo | test | lint | coverage. A fresh machine needs Python >= 3.11, make and a package index.
 PYTHON ?= python3
 VENV ?= .venv
 # The build of torch for this machine; without CUDA any CPU build does.
 TORCH ?= torch==2.13.0
+# The versions tested together; with another torch, or to try newer ones: make setup CONSTRAINTS=
+CONSTRAINTS ?= constraints.txt
 DEMO_DIR ?= runs/demo
 DEMO_STEPS ?= 200
 BIN := $(VENV)/bin
 BASED := $(BIN)/based
 
-.PHONY: setup demo test test-gpu lint format clean
+.PHONY: setup demo test test-gpu coverage lint format clean
 
 setup: $(VENV)/.installed
 
 # DS_BUILD_OPS=0: DeepSpeed's own kernels are not compiled; those in use are built on first use on a GPU.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q -e '.[dev]'
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	touch $@
 
 # The main job on real text: corpus -> tokenizer and shards -> pretraining on 4 ranks (TP 2 x PP 2) -> Hugging Face -> text.
@@ -41,6 +43,10 @@ test-gpu: setup
 	BASED_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/inference tests/model tests/parallel tests/train/test_step.py \
 	  tests/checkpoint/test_checkpoint_store.py
 
+# Lines and branches that no test reaches, the processes of jobs included: a table, and pages in htmlcov/.
+coverage: setup
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +57,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build htmlcov .coverage* *.egg-info

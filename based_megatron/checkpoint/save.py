@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
+from based_megatron import __version__
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.manifest import FileEntry, seal_file, sync_folder, write_durably, write_manifest
 from based_megatron.checkpoint.peers import Peers, everyone
@@ -20,7 +21,7 @@ from based_megatron.checkpoint.store import STATE, step_name
 from based_megatron.errors import CheckpointError
 
 FORMAT = 1
-_LIBRARIES = ("based-megatron", "torch", "megatron-core", "deepspeed")
+_LIBRARIES = ("torch", "megatron-core", "deepspeed")
 
 
 def save_checkpoint(
@@ -106,7 +107,7 @@ def _commit(unfinished: Path, final: Path, sealed: list[FileEntry], document: di
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"based-megatron": __version__}
     for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)

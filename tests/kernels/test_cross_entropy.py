@@ -21,7 +21,8 @@ def some(tokens: int, columns: int, dtype: torch.dtype = torch.float32, scale: f
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
+    got, want = got.detach().double(), want.detach()
+    return float((got - want).norm() / want.norm())
 
 
 def errors(logits: Tensor, labels: Tensor, backend: str, columns: int | None = None) -> tuple[float, float]:
