@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | coverage. A fresh machine needs Python >= 3.11, make and a package index.
+# make setup | demo | test | test-all | lint | coverage. A fresh machine needs Python >= 3.11, make and a package index.
 PYTHON ?= python3
 VENV ?= .venv
 # The build of torch for this machine; without CUDA any CPU build does.
@@ -10,7 +10,7 @@ DEMO_STEPS ?= 200
 BIN := $(VENV)/bin
 BASED := $(BIN)/based
 
-.PHONY: setup demo test test-gpu coverage lint format clean
+.PHONY: setup demo test test-all test-gpu coverage lint format clean
 
 setup: $(VENV)/.installed
 
@@ -35,8 +35,16 @@ demo: setup
 	@echo "Checkpoint:        $$(ls -d $(DEMO_DIR)/run/checkpoints/step-* | tail -n 1)"
 	@echo "Hugging Face:      $(DEMO_DIR)/hf"
 
+# On PROCESSES cores: a file's tests run in one of them, so that they share what it sets up.
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# Also what must take long: curves of 200 steps, kills at every system call, launched jobs.
+test-all: setup
+	$(PYTEST)
 
 # The kernels compiled, and the same layouts over NCCL, one GPU a rank; those that need more GPUs than there are say so.
 test-gpu: setup
@@ -45,7 +53,7 @@ test-gpu: setup
 
 # Lines and branches that no test reaches, the processes of jobs included: a table, and pages in htmlcov/.
 coverage: setup
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html
+	$(PYTEST) --cov --cov-report=term --cov-report=html
 
 lint: setup
 	$(BIN)/ruff check .

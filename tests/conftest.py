@@ -16,7 +16,11 @@ if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.interpreter import patch_once_a_launch
 from support.pool import WorkerPool, on_gpu
+
+if not on_gpu():
+    patch_once_a_launch()
 
 
 @pytest.fixture(scope="session")

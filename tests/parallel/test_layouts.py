@@ -31,8 +31,8 @@ LAYOUTS = {
     "tp2-dp2-zero3": (4, ParallelConfig(tensor=2, zero_stage=3)),
     "cp2-dp2-zero2": (4, ParallelConfig(context=2, zero_stage=2)),
     "pp2-dp2-zero1": (4, ParallelConfig(pipeline=2)),
+    "cp4-zero3": (4, ParallelConfig(context=4, zero_stage=3)),
 }
-
 
 SLICES = {
     "cp2": (0, 1, 32),
@@ -48,8 +48,8 @@ EXCHANGES = {
 LONG = {
     "tp2-cp2": LAYOUTS["tp2-cp2"],
     "pp2-cp2": LAYOUTS["pp2-cp2"],
-    "cp4-zero1": (4, ParallelConfig(context=4, zero_stage=1)),
-    "cp4-zero3": (4, ParallelConfig(context=4, zero_stage=3)),
+    "cp4-zero1": LAYOUTS["cp4"],
+    "cp4-zero3": LAYOUTS["cp4-zero3"],
 }
 LONG_STEPS, LONG_LR = 200, 1e-3
 """At the rate of the short runs, fp32 rounding alone grows to 1.2e-4 nats in 200 steps."""
@@ -158,6 +158,7 @@ def test_states_may_take_other_ways(worker_pool, oracles, layout):
     check(worker_pool, oracles, *EXCHANGES[layout], steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LONG)
 def test_curves_stay_together_over_slices(worker_pool, long_oracles, layout):
     """Uneven masks, documents and clipping; norms of the first step to 1e-6."""
