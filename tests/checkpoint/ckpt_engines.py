@@ -22,6 +22,7 @@ from ckpt_fragments import SHAPES, specs
 from torch import Tensor, nn
 
 from based_megatron.parallel.sharding import ShardSpec
+from support.pool import fork_context
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def run_cases(cases: Sequence[tuple[str, Callable[..., None], tuple]], folder: P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, args=(2, port, cases, folder), nprocs=2)
+    fork_context()  # what the server that forks has imported
+    torch.multiprocessing.start_processes(_worker, args=(2, port, cases, folder), nprocs=2, start_method="forkserver")
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {name: "".join(dict.fromkeys(rank.get(name, "did not run") for rank in found)) for name, _, _ in cases}
 
