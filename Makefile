@@ -42,7 +42,7 @@ PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 test: setup
 	$(PYTEST) -m "not slow"
 
-# Also what must take long: curves of 200 steps, kills at every system call, launched jobs.
+# Also what must take long: curves of 200 steps, and ranks that torchrun starts.
 test-all: setup
 	$(PYTEST)
 

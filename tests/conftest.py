@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ from support.pool import WorkerPool, on_gpu
 
 if not on_gpu():
     patch_once_a_launch()
+# An example may wait for the cores that tests share.
+hypothesis.settings.register_profile("shared cores", deadline=None)
+hypothesis.settings.load_profile("shared cores")
 
 
 @pytest.fixture(scope="session")

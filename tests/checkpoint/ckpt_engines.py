@@ -7,7 +7,6 @@ parallel layout, and padding (zeros) has none.
 import json
 import logging
 import os
-import socket
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from ckpt_fragments import SHAPES, specs
 from torch import Tensor, nn
 
 from based_megatron.parallel.sharding import ShardSpec
-from support.pool import fork_context
+from support.pool import fork_context, free_port
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,9 @@ def train(engine: Any, first_step: int, steps: int) -> list[float]:
 
 def run_cases(cases: Sequence[tuple[str, Callable[..., None], tuple]], folder: Path) -> dict[str, str]:
     """Run cases (name, function, arguments) one after another on two ranks; what went wrong by name, empty if nothing."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork_context()  # what the server that forks has imported
-    torch.multiprocessing.start_processes(_worker, args=(2, port, cases, folder), nprocs=2, start_method="forkserver")
+    fork_context()  # sets what the server that forks has imported
+    arguments = (2, free_port(), cases, folder)
+    torch.multiprocessing.start_processes(_worker, args=arguments, nprocs=2, start_method="forkserver")
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {name: "".join(dict.fromkeys(rank.get(name, "did not run") for rank in found)) for name, _, _ in cases}
 

@@ -1,7 +1,7 @@
 """Mixers over slices of a sequence are the mixers over the whole, in value and gradient, in fp64.
 
-Every rank computes the whole sequence too, from the same seed (kernels are slow in the interpreter: only rank 0 runs them over the whole), and
-reports how far its slice is from it.
+Every rank computes the whole sequence too, from the same seed, and reports how far its slice is from it. Kernels are slow
+in the interpreter: only rank 0 runs them over the whole.
 """
 
 import dataclasses

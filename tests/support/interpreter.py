@@ -9,8 +9,9 @@ from triton.runtime import interpreter
 def patch_once_a_launch() -> None:
     """Replace the builtins of the language once a launch and module, not again in each call of a device function.
 
-    A launch of the interpreter puts its own builtins into `triton.language`, and takes them out at its end. Each call of a device function
-    puts them in once more, which takes 40 % of the time of the kernels' tests; after the first call of its module nothing is left to replace.
+    A launch of the interpreter puts its own builtins into `triton.language`, and takes them out at its end. Each call of a
+    device function puts them in once more, which takes 40 % of the time of the kernels' tests; after the first call of its
+    module nothing is left to replace.
     """
     original: Callable[[Any], Any] = interpreter._patch_lang
     patched: set[str] = set()
