@@ -18,6 +18,9 @@ signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 rank = os.environ["RANK"]
 found = " ".join(os.environ[name] for name in ("WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS"))
 (folder / f"rank{rank}").write_text(found)
+started = [folder / f"rank{other}" for other in (0, 1)]
+while not all(file.exists() and file.stat().st_size for file in started):  # a rank that fails ends the other
+    time.sleep(0.01)
 while status < 0:
     time.sleep(0.05)
     if stopped:
