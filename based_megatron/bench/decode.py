@@ -1,4 +1,4 @@
-"""`based bench decode`: one step of each mixer's state, and 1024 generated tokens, beside a transformer of the same size.
+"""`based bench decode`: one step of each mixer's state, and 1024 generated tokens, against a transformer of that size.
 
 Legend: B sequences, L prompt tokens, N new tokens, H heads, F feature dim, V value head dim, W window_left, D channels, K taps.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions
+from based_megatron.bench.keys import Baseline, Operation, Quantity, Sizes
+from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions, preset_name
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
 from based_megatron.bench.timing import Bench, attempt
 from based_megatron.bench.work import Ceilings, measure_ceilings
@@ -52,9 +53,9 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
-    """Every moment is read, and written in one of N + 1 steps; the mean of N / 2 waiting keys is read, one is written.
+    """Every moment is read, and written in one of N + 1 steps; the mean of N / 2 buffered keys is read, one is written.
 
-    Heads begin with different numbers of waiting keys, so that every step absorbs the same part of them.
+    Heads begin with different numbers of buffered keys, so that every step absorbs the same part of them.
     """
     B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, WAITING_KEYS
     moments = 4 * packed_rows(F) * (V + 1) * (1 + 1 / (N + 1))
@@ -69,12 +70,20 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
         state.waiting_BH.random_(0, N + 1)
         return bench.random(B, H, F), bench.random(B, H, F), bench.random(B, H, V), state
 
-    row = _step_row(bench, ceilings, "taylor step", f"B{B} H{H} F{F} V{V}", taylor_step, inputs, moved)
+    row = _step_row(
+        bench,
+        ceilings,
+        Operation.TAYLOR_STEP,
+        Sizes(batch=B, heads=H, feature_dim=F, head_dim=V),
+        taylor_step,
+        inputs,
+        moved,
+    )
     plain_ms = ceilings().floor_ms(2 * 4 * B * H * packed_rows(F) * (V + 1))
     return dataclasses.replace(
         row,
         target=None if bench.quick else Target("at most", TARGET_OF_FLOOR * plain_ms),
-        rates={**row.rates, "x floor without waiting keys": row.value / plain_ms},
+        rates={**row.rates, Quantity.UNBUFFERED_FLOOR_RATIO: row.value / plain_ms},
     )
 
 
@@ -88,9 +97,8 @@ def window_row(bench: Bench, ceilings: Ceiling) -> Row:
         state = WindowState(bench.random(B, H, W + 1, V), bench.random(B, H, W + 1, V))
         return *(bench.random(B, H, V) for _ in range(3)), *tables, state, position_B
 
-    return _step_row(
-        bench, ceilings, "window step", f"B{B} H{H} W{W} V{V}", window_step, inputs, 2 * 2 * B * H * V * (W + 3)
-    )
+    sizes, moved = Sizes(batch=B, heads=H, head_dim=V, window_left=W), 2 * 2 * B * H * V * (W + 3)
+    return _step_row(bench, ceilings, Operation.WINDOW_STEP, sizes, window_step, inputs, moved)
 
 
 def conv_row(bench: Bench, ceilings: Ceiling) -> Row:
@@ -101,14 +109,15 @@ def conv_row(bench: Bench, ceilings: Ceiling) -> Row:
         state = ConvState(bench.random(B, K - 1, D))
         return *bench.random(B, 2 * D).chunk(2, dim=-1), bench.random(D, K), state
 
-    return _step_row(bench, ceilings, "conv step", f"B{B} D{D} K{K}", conv_step, inputs, 2 * B * D * (2 * K + 1))
+    sizes, moved = Sizes(batch=B, channels=D, taps=K), 2 * B * D * (2 * K + 1)
+    return _step_row(bench, ceilings, Operation.CONV_STEP, sizes, conv_step, inputs, moved)
 
 
 def _step_row(
     bench: Bench,
     ceilings: Ceiling,
-    name: str,
-    shape: str,
+    operation: Operation,
+    sizes: Sizes,
     step: Callable[..., Tensor],
     inputs: Callable[[], tuple[Any, ...]],
     moved: int,
@@ -123,7 +132,7 @@ def _step_row(
     checks = {"o": Check(relative_error(found, expected), 3e-3 if rough else 1e-5)}
     for got, want in zip(sets[0], exact, strict=True):
         if isinstance(got, TaylorState):
-            # Where a token is, absorbed or waiting, is up to the implementation.
+            # Where a token is, absorbed or buffered, is up to the implementation.
             checks["state"] = Check(relative_error(got.joined(), want.joined()), 1e-5)
         elif dataclasses.is_dataclass(got):
             for field, x in vars(got).items():
@@ -131,8 +140,8 @@ def _step_row(
                 checks[field] = Check(relative_error(x, vars(want)[field]), limit)
     timing = bench.time([functools.partial(step, *one, backend=bench.backend) for one in sets])
     floor = ceilings().floor_ms(moved)
-    rates = {"GB/s": moved / timing.ms / 1e6, "x floor": timing.ms / floor}
-    return Row(name, shape, timing.ms, floor=floor, checks=checks, rates=rates)
+    rates = {Quantity.GIGABYTES_PER_SECOND: moved / timing.ms / 1e6, Quantity.FLOOR_RATIO: timing.ms / floor}
+    return Row(operation, timing.ms, sizes=sizes, method=timing.method, floor=floor, checks=checks, rates=rates)
 
 
 def _in_double(x: Any) -> Any:
@@ -160,16 +169,26 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
         size = parameters_in_billions(model)
         del loop, model
     return Row(
-        "generation",
-        f"{'tiny' if bench.quick else 'based-1b'} B{B}, {N} tokens after {L}",
+        Operation.GENERATION,
         B * N / seconds,
-        "tok/s",
+        Quantity.TOKENS_PER_SECOND,
+        sizes=Sizes(batch=B, prompt_tokens=L, new_tokens=N),
+        model=preset_name(bench),
         target=None if bench.quick else Target("at least", TARGET_TOKENS_PER_SECOND),
         floor=1e3 * B / ceilings().floor_ms(moved),
-        peers={f"Llama, {kind} cache": transformer(bench, B, L, N, kind) for kind in ("dynamic", "compiled static")},
+        baselines={
+            Baseline.LLAMA_DYNAMIC_CACHE: transformer(bench, B, L, N, _dynamic_steps),
+            Baseline.LLAMA_STATIC_CACHE: "not in a quick run"
+            if bench.quick
+            else transformer(bench, B, L, N, _static_steps),
+        },
         checks=checks,
-        rates={"ms a step": step_ms, "GB a step": moved / 1e9, "MB of state a sequence": state_bytes / 1e6},
-        note=f"{size:.3f} G parameters. Peer: Hugging Face Llama, steps timed at a few lengths and integrated, prefill left out",
+        rates={
+            Quantity.STEP_MILLISECONDS: step_ms,
+            Quantity.STEP_GIGABYTES: moved / 1e9,
+            Quantity.STATE_MEGABYTES: state_bytes / 1e6,
+        },
+        note=f"{size:.3f} G parameters. Baseline: Hugging Face Llama, steps timed at a few lengths and integrated, prefill left out",
     )
 
 
@@ -210,13 +229,12 @@ def agreement(bench: Bench, model: BasedModel, topology: Topology, prompts: Sequ
     return checks
 
 
-def transformer(bench: Bench, B: int, L: int, N: int, kind: str) -> float | str:
+def transformer(
+    bench: Bench, B: int, L: int, N: int, steps_ms: Callable[[Bench, Any, int, int, int], float]
+) -> float | str:
     """Tokens per second of a Hugging Face Llama's decoding steps, or why there are none."""
-    if kind != "dynamic" and bench.quick:
-        return "not in a quick run"
-    steps = _dynamic_steps if kind == "dynamic" else _static_steps
     with torch.no_grad():
-        return attempt(lambda: 1e3 * B * N / steps(bench, llama(bench), B, L, N))
+        return attempt(lambda: 1e3 * B * N / steps_ms(bench, llama(bench), B, L, N))
 
 
 def _dynamic_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:

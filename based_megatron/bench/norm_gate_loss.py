@@ -1,4 +1,4 @@
-"""The kernels beside the mixers: norm, gate and loss, of which a library has its own.
+"""Rows of the kernels between mixers: norm, gate and loss.
 
 Legend: N tokens, D hidden size, C vocabulary columns.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from based_megatron.bench.keys import Baseline, Operation, Sizes
 from based_megatron.bench.report import Row
 from based_megatron.bench.timing import Bench
 from based_megatron.bench.work import Ceilings, Run, Work, compiled, measure
@@ -31,19 +32,20 @@ def norm_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
         return [bench.random(N, D, dtype=torch.float32), bench.random(N, D), 1 + bench.random(D, scale=0.1)]
 
     work = Work(
-        "add + RMSNorm",
-        f"N{N} D{D}, fp32 residual",
+        Operation.ADD_RMS_NORM,
+        Sizes(rows=N, hidden=D),
         lambda residual, update, weight, backend: add_rms_norm(residual, update, weight, 1e-5, backend=backend),
         inputs,
         cut=lambda x, i: x,
         gradients=("dresidual", "dupdate", "dweight"),
         limits={"o": 3e-3, "dresidual": 4e-3, "dupdate": 4e-3, "dweight": 4e-3},
         moved=(forward, forward + backward),
-        peers={
-            "PyTorch": lambda *x: (_plain_norm, x),
-            "torch.compile": lambda *x: (compiled(bench, _plain_norm), x),
-            "Liger (bf16 residual)": lambda r, u, w: (_liger_norm(), (u, r.to(u.dtype), w)),
+        baselines={
+            Baseline.PYTORCH: lambda *x: (_plain_norm, x),
+            Baseline.COMPILED: lambda *x: (compiled(bench, _plain_norm), x),
+            Baseline.LIGER_BF16_RESIDUAL: lambda r, u, w: (_liger_norm(), (u, r.to(u.dtype), w)),
         },
+        note="fp32 residual",
     )
     return measure(bench, work, ceilings())
 
@@ -53,18 +55,18 @@ def swiglu_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
     N, W = bench.size(16384, 12), bench.size(3584, 24)
     element = N * W * torch.finfo(bench.dtype).bits // 8
     work = Work(
-        "SwiGLU",
-        f"N{N} W{W}",
+        Operation.SWIGLU,
+        Sizes(rows=N, width=W),
         lambda x, backend: swiglu(x, backend=backend),
         lambda: [bench.random(N, 2 * W)],
         cut=lambda x, i: x,
         gradients=("dx",),
         limits={"o": 4e-3, "dx": 4e-3},
         moved=(3.0 * element, 8.0 * element),
-        peers={
-            "PyTorch": lambda x: (swiglu, (x,)),
-            "torch.compile": lambda x: (compiled(bench, swiglu), (x,)),
-            "Liger (halves swapped)": lambda x: (_liger_swiglu(), (x,)),
+        baselines={
+            Baseline.PYTORCH: lambda x: (swiglu, (x,)),
+            Baseline.COMPILED: lambda x: (compiled(bench, swiglu), (x,)),
+            Baseline.LIGER_HALVES_SWAPPED: lambda x: (_liger_swiglu(), (x,)),
         },
     )
     return measure(bench, work, ceilings())
@@ -84,19 +86,20 @@ def cross_entropy_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[R
         return vocab_cross_entropy(logits.clone(), labels, backend=backend)
 
     work = Work(
-        "cross entropy",
-        f"N{N} C{C}, with a copy of the logits",
+        Operation.CROSS_ENTROPY,
+        Sizes(rows=N, columns=C),
         run,
         inputs,
         cut=lambda x, i: x[:tokens],
         gradients=("dlogits",),
         limits={"o": 3e-3, "dlogits": 4e-3},
         moved=(3.0 * element, 5.0 * element),
-        peers={
-            "PyTorch": lambda *x: (functools.partial(run, backend="reference"), x),
-            "torch.compile": lambda *x: (compiled(bench, _plain_cross_entropy), x),
-            "Liger": lambda *x: (_liger_cross_entropy(), x),
+        baselines={
+            Baseline.PYTORCH: lambda *x: (functools.partial(run, backend="reference"), x),
+            Baseline.COMPILED: lambda *x: (compiled(bench, _plain_cross_entropy), x),
+            Baseline.LIGER: lambda *x: (_liger_cross_entropy(), x),
         },
+        note="with a copy of the logits",
     )
     return measure(bench, work, ceilings())
 
