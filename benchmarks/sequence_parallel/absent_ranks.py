@@ -1,6 +1,6 @@
-"""A rank's place among others that are not there: their messages are random, and come when they are waited for.
+"""A rank among others that do not exist: their messages are random numbers, there as soon as they are waited for.
 
-What a rank computes for an exchange, and what it computes while it waits, can so be timed on one device.
+So the computation for an exchange, and the computation that hides it, can be timed on one device.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from based_megatron.parallel.sequence.ranks import Algorithm, ContextRanks
 
 @dataclass
 class AbsentChannel:
-    """A channel (sequence/channel.py) that moves nothing and notes when it is asked and when it is waited for."""
+    """A channel (sequence/channel.py) that moves nothing and records when an exchange starts and when it is waited for."""
 
     rank: int
     size: int
     covers: list[tuple[Any, Any]] = field(default_factory=list)
-    """Of each exchange, moments (`moment`) of its start and of the wait for it."""
+    """Times (`now`) of the start of each exchange and of the wait for it."""
     _buffers: dict[Any, Tensor] = field(default_factory=dict)
 
     def all_gather(self, kind: str, x: Tensor) -> Pending[Tensor]:
@@ -44,24 +44,24 @@ class AbsentChannel:
         return self._pending((sends or receives)[0][1], None)
 
     def _pending(self, like: Tensor, value: Any) -> Pending[Any]:
-        start = moment(like.device)
+        start = now(like.device)
 
         def finish() -> Any:
-            self.covers.append((start, moment(like.device)))
+            self.covers.append((start, now(like.device)))
             return value
 
         return Pending(finish)
 
     def _buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Not zeros, on which products are faster; positive, as moments of the normaliser are."""
+        """Random numbers, since products with zeros are faster; positive, as the normaliser's moments are."""
         key = (tuple(shape), like.dtype, like.device)
         if key not in self._buffers:
             self._buffers[key] = torch.rand(*shape, dtype=like.dtype, device=like.device)
         return self._buffers[key]
 
 
-def moment(device: torch.device) -> Any:
-    """Now, on the device's stream; `milliseconds` tells how far two of them are apart."""
+def now(device: torch.device) -> Any:
+    """The present time on the device's stream; `milliseconds` is the difference of two."""
     if device.type != "cuda":
         return time.perf_counter()
     if torch.cuda.is_current_stream_capturing():
@@ -72,12 +72,12 @@ def moment(device: torch.device) -> Any:
 
 
 def milliseconds(start: Any, end: Any) -> float:
-    """Between two moments that have passed."""
+    """Milliseconds between two times that have passed."""
     return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
 
 
-def beside_absent_ranks(rank: int, size: int, algorithm: Algorithm, node_ranks: int = 8) -> ContextRanks:
-    """The place of one rank; nodes as `two_level` needs them."""
+def among_absent_ranks(rank: int, size: int, algorithm: Algorithm, node_ranks: int = 8) -> ContextRanks:
+    """One rank's view of the group; nodes as `two_level` needs them."""
     node = rail = None
     if algorithm == "two_level":
         number, place = divmod(rank, node_ranks)
@@ -86,6 +86,6 @@ def beside_absent_ranks(rank: int, size: int, algorithm: Algorithm, node_ranks: 
     return ContextRanks(rank, size, AbsentChannel(rank, size), AbsentChannel(rank, size), node, rail, algorithm)
 
 
-def plan_beside_absent_ranks(ranks: ContextRanks, tokens: int, device: torch.device) -> SequencePlan:
-    """Slices of so many tokens, one document over all of them."""
+def plan_among_absent_ranks(ranks: ContextRanks, tokens: int, device: torch.device) -> SequencePlan:
+    """A plan of slices with `tokens` tokens each, one document over all of them."""
     return SequencePlan(ranks, tuple(tokens * i for i in range(ranks.size + 1)), None, device)

@@ -1,4 +1,4 @@
-"""How much slower kernels run while an exchange moves bytes beside them: a stand-in for NCCL's kernels copies at a link's rate.
+"""Slowdown of kernels while an exchange moves bytes: in place of NCCL's kernels, a kernel copies at a link's rate.
 
 C programs of a copy kernel run on a stream of their own, as many as a collective has channels, all the while that the kernels
 that hide the exchange run.
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from based_megatron.bench.models import model_config
-from based_megatron.bench.rank_parts import taylor_steps
-from based_megatron.bench.report import Row
 from based_megatron.bench.timing import Bench
 from based_megatron.kernels.packing import packed_rows
+from benchmarks.sequence_parallel.rank_parts import taylor_steps
+from benchmarks.sequence_parallel.results import CoveringKernel, Slowdown
 
 CHANNELS = (4, 8, 16)
 BUFFER_BYTES = 8 << 20
@@ -34,26 +34,18 @@ def copy_round(source, target, rounds, elements, BLOCK: tl.constexpr):
             tl.store(target + places, tl.load(source + places, mask=places < elements), mask=places < elements)
 
 
-def interference_rows(bench: Bench, L: int) -> list[Row]:
-    """Time beside a copy over time alone, of what hides states (query projection, dq) and halos (a projection)."""
-    rows = []
-    for name, call in covering_calls(bench, L).items():
+def slowdowns(bench: Bench, L: int) -> list[Slowdown]:
+    """Slowdowns of the kernels that hide states (query projection, dq) and halos (a projection)."""
+    found = []
+    for kernel, call in covering_calls(bench, L).items():
         alone_ms = _repeated_ms(call)
         for channels in CHANNELS:
-            beside_ms, rate = _beside_copy(call, channels, alone_ms)
-            rows.append(
-                Row(
-                    f"slowdown of {name} beside a copy",
-                    f"L{L} C{channels}",
-                    beside_ms / alone_ms,
-                    "x",
-                    rates={"GB/s copied": rate, "ms alone": alone_ms / REPEATS},
-                )
-            )
-    return rows
+            during_copy_ms, rate = _during_copy(call, channels, alone_ms)
+            found.append(Slowdown(kernel, L, channels, during_copy_ms / alone_ms, rate, alone_ms / REPEATS))
+    return found
 
 
-def covering_calls(bench: Bench, L: int) -> dict[str, Callable[[], object]]:
+def covering_calls(bench: Bench, L: int) -> dict[CoveringKernel, Callable[[], object]]:
     """The kernels between the start of an exchange and the wait for it."""
     model = model_config(bench)
     D, H, F = model.hidden_size, model.num_heads, model.feature_dim
@@ -68,14 +60,14 @@ def covering_calls(bench: Bench, L: int) -> dict[str, Callable[[], object]]:
     o, z = steps.backend.attend(q, k, v, None, states, steps.schedule)
     g, gz = steps.backend.output_gradients(do, o, z)
     return {
-        "query projection": functools.partial(torch.nn.functional.linear, x, of_q),
-        "dq": lambda: steps.backend.query_gradients(q, k, v, g, gz, None, states, steps.schedule),
-        "window projection": functools.partial(torch.nn.functional.linear, x, of_qkv),
+        CoveringKernel.QUERY_PROJECTION: functools.partial(torch.nn.functional.linear, x, of_q),
+        CoveringKernel.DQ: lambda: steps.backend.query_gradients(q, k, v, g, gz, None, states, steps.schedule),
+        CoveringKernel.WINDOW_PROJECTION: functools.partial(torch.nn.functional.linear, x, of_qkv),
     }
 
 
-def _beside_copy(call: Callable[[], object], channels: int, alone_ms: float) -> tuple[float, float]:
-    """(milliseconds of the repeated call beside the copy, GB/s that are copied by it alone)."""
+def _during_copy(call: Callable[[], object], channels: int, alone_ms: float) -> tuple[float, float]:
+    """(milliseconds of the repeated call during the copy, GB/s that the copy alone reaches)."""
     source = torch.rand(BUFFER_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
 
@@ -89,10 +81,10 @@ def _beside_copy(call: Callable[[], object], channels: int, alone_ms: float) -> 
     with torch.cuda.stream(side):
         copy(2 + round(3 * alone_ms / one_round_ms))
         copied = side.record_event()
-    beside_ms = _repeated_ms(call, warm=False)
-    assert not copied.query(), "the copy ended before what it ran beside"
+    during_copy_ms = _repeated_ms(call, warm=False)
+    assert not copied.query(), "the copy ended before the calls that it should slow down"
     torch.cuda.synchronize()
-    return beside_ms, source.nbytes / one_round_ms / 1e6
+    return during_copy_ms, source.nbytes / one_round_ms / 1e6
 
 
 def _repeated_ms(call: Callable[[], object], warm: bool = True) -> float:

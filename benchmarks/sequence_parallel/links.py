@@ -1,4 +1,4 @@
-"""What a message costs between GPUs: an alpha-beta model whose numbers a YAML or JSON file can replace.
+"""Cost of messages between GPUs: an alpha-beta model whose numbers a YAML or JSON file can replace.
 
 Times are in microseconds, rates in GB/s = 1e9 bytes a second of one GPU and direction.
 """
@@ -29,18 +29,18 @@ class Protocol:
     start_us: float
     nvlink_hop_us: float
     nvlink_hop_between_nodes_us: float
-    """The same where the ring also leaves the node."""
+    """Latency of a hop inside a node in a ring that also leaves the node."""
     network_hop_us: float
     share: float = 1.0
-    """Of the bandwidth, which carries flags too."""
+    """Share of the bandwidth that carries data; the rest carries flags."""
     network_share: float = 1.0
-    """The same in a ring with one GPU of each node."""
+    """Share of the bandwidth in a ring with one GPU of each node."""
     cap_one_node_gb_per_s: float = math.inf
     cap_two_nodes_gb_per_s: float = math.inf
     cap_many_nodes_gb_per_s: float = math.inf
 
     def cap_gb_per_s(self, nodes: int) -> float:
-        """What it moves at most."""
+        """Largest rate over so many nodes."""
         caps = (self.cap_one_node_gb_per_s, self.cap_two_nodes_gb_per_s, self.cap_many_nodes_gb_per_s)
         return caps[min(nodes, 3) - 1]
 
@@ -57,12 +57,12 @@ class Links:
     nvlink_send_us: float = 8.0
     """Assumed: latency of a point to point message inside a node, launch included."""
     network_send_us: float = 12.0
-    """Assumed: the same between nodes."""
+    """Assumed: latency of a point to point message between nodes, launch included."""
     all_to_all_us: float = 10.0
     """Assumed: latency of an all-to-all inside a node."""
     network_all_to_all_us: float = 15.0
-    """Assumed: the same over several nodes."""
-    network_all_to_all_peer_us: float = 0.5
+    """Assumed: latency of an all-to-all over several nodes."""
+    network_all_to_all_rank_us: float = 0.5
     """Assumed: what each rank of another node adds to it."""
     low_latency: Protocol = field(default_factory=lambda: Protocol(6.6, 0.6, 1.08, 2.7, 1.0, 0.25, 141.0, 45.0, 35.0))
     low_latency_128: Protocol = field(default_factory=lambda: Protocol(14.0, 1.9, 1.9, 4.0, 0.92, 0.92))
@@ -77,18 +77,18 @@ class Links:
         return -(-ranks // self.node_ranks)
 
     def all_gather_us(self, ranks: int, bytes_of_rank: float) -> float:
-        """Around a ring of all ranks, P - 1 steps; NCCL takes the fastest protocol."""
+        """All-gather around a ring of all ranks, P - 1 steps; NCCL takes the fastest protocol."""
         if ranks < 2:
             return 0.0
         return min(self._steps_us(p, ranks) + self._transfer_us(p, ranks, bytes_of_rank) for p in self.protocols)
 
     def reduce_scatter_us(self, ranks: int, bytes_of_rank: float, messages: int = 1) -> float:
-        """Of `messages` buckets by the protocol for large ones; a rank keeps bytes_of_rank of each sum."""
+        """Reduce-scatter of `messages` buckets by the protocol for large ones; a rank keeps bytes_of_rank of each sum."""
         us = messages * self._steps_us(self.simple, ranks) + self._transfer_us(self.simple, ranks, bytes_of_rank)
         return us if ranks > 1 else 0.0
 
     def rail_all_gather_us(self, nodes: int, bytes_of_rank: float) -> float:
-        """Between GPUs of the same place in their nodes."""
+        """All-gather between GPUs of the same place in their nodes."""
         if nodes < 2:
             return 0.0
         return min(
@@ -99,11 +99,11 @@ class Links:
         )
 
     def rail_doubling_us(self, nodes: int, bytes_of_rank: float) -> float:
-        """The same exclusive sum by recursive doubling, ceil(log2 N) messages one after another. Ours does not do this."""
+        """Exclusive sum by recursive doubling, ceil(log2 N) messages one after another. We have no code for this."""
         return math.ceil(math.log2(nodes)) * self.send_us(bytes_of_rank, network=True) if nodes > 1 else 0.0
 
     def send_us(self, size_bytes: float, network: bool) -> float:
-        """From one GPU to another."""
+        """A message from one GPU to another."""
         if network:
             return self.network_send_us + _us(size_bytes, self.network_gb_per_s)
         return self.nvlink_send_us + _us(size_bytes, self.nvlink_gb_per_s)
@@ -116,7 +116,7 @@ class Links:
         others = ranks - self.node_ranks
         return (
             self.network_all_to_all_us
-            + self.network_all_to_all_peer_us * others
+            + self.network_all_to_all_rank_us * others
             + _us(others / ranks * bytes_of_rank, self.network_gb_per_s)
         )
 
@@ -128,11 +128,11 @@ class Links:
         return 2 * self.all_to_all_within_us(inside, state_bytes) + rail
 
     def hops_us(self, ranks: int, size_bytes: float) -> list[float]:
-        """Of messages from each rank to the next: P - 1 of them, those between nodes slower."""
+        """Times of messages from each rank to the next: P - 1 of them, those between nodes slower."""
         return [self.send_us(size_bytes, network=rank % self.node_ranks == 0) for rank in range(1, ranks)]
 
     def chain_us(self, ranks: int, state_bytes: float) -> float:
-        """From the first rank to the last, if all are ready at once."""
+        """A state handed from the first rank to the last, if all are ready at once."""
         return sum(self.hops_us(ranks, state_bytes))
 
     def ring_attention_us(self, ranks: int, slice_bytes: float) -> float:
@@ -140,7 +140,7 @@ class Links:
         return (ranks - 1) * self.send_us(slice_bytes, network=ranks > self.node_ranks)
 
     def bus_gb_per_s(self, ranks: int) -> float:
-        """A ring through all GPUs of all nodes, with all their ports."""
+        """Rate of a ring through all GPUs of all nodes, with all their ports."""
         if ranks <= self.node_ranks:
             return self.nvlink_gb_per_s
         return min(self.nvlink_gb_per_s, self.node_ranks * self.network_gb_per_s)

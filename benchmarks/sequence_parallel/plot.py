@@ -1,19 +1,20 @@
-"""The plot of `based bench sequence-parallel`: covers beside exchanges, and efficiency of many ranks."""
+"""The plot of results: covers and what they must hide, and efficiency of many ranks."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from based_megatron.bench.report import Row
+from based_megatron.bench.keys import Passes
+from benchmarks.sequence_parallel.results import Layer, Results, ScaledStep, Way
 
-AS_GRAPHS = "% as CUDA graphs"
+STATE_RANKS = (8, 64, 512)
+"""Numbers of ranks whose time of a state on the links is drawn."""
 
 
-def draw(rows: Sequence[Row], path: Path, facts: Mapping[str, str]) -> Path:
+def draw(results: Results, path: Path) -> None:
     """Above, what can hide a state and what it takes; below, weak and strong scaling. Raises ImportError without matplotlib."""
     import matplotlib
 
@@ -22,80 +23,65 @@ def draw(rows: Sequence[Row], path: Path, facts: Mapping[str, str]) -> Path:
 
     # Words as words: smaller, and the same bytes in every run.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "based"})
-    path = path.with_suffix(".svg")
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    _covers(panels[0][0], rows)
-    _exposed(panels[0][1], rows)
-    _efficiency(panels[1][0], rows, by_sequence=False)
-    _efficiency(panels[1][1], rows, by_sequence=True)
-    figure.suptitle(
-        f"One {facts['device']}, {facts['dtype']}: parts of a rank measured, links and other ranks modelled", fontsize=9
-    )
+    one_job = [step for step in results.modelled.steps if step.gpus == step.ranks]
+    _covers(panels[0][0], results)
+    _exposed(panels[0][1], one_job)
+    _efficiency(panels[1][0], one_job, "weak scaling: tokens of a rank", lambda step: step.length_tokens)
+    _efficiency(panels[1][1], one_job, "strong scaling: the same sequence", lambda step: step.sequence_tokens)
+    device, dtype = results.facts["device"], results.facts["dtype"]
+    figure.suptitle(f"One {device}, {dtype}: parts of a rank measured, links and other ranks modelled", fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
-    return path
 
 
-def sizes(row: Row) -> dict[str, int]:
-    """{"P": 64, "L": 16384} of a row's shape."""
-    return {letter: int(number) for letter, number in re.findall(r"\b([A-Z])(\d+)", row.shape)}
-
-
-def _covers(panel: Any, rows: Sequence[Row]) -> None:
+def _covers(panel: Any, results: Results) -> None:
     """Measured covers over L, and the exchanges' time on the links as lines across."""
-    for way, style in (("forward", "o-"), ("backward", "s-")):
-        points = [(sizes(row)["L"], 1e3 * row.value) for row in rows if row.work == f"state: cover {way}"]
+    state = Layer.LINEAR_ATTENTION
+    for passes, style in ((Passes.FORWARD, "o-"), (Passes.BACKWARD, "s-")):
+        covers = (cover for cover in results.measured.covers if (cover.layer, cover.passes) == (state, passes))
+        points = sorted((cover.length_tokens, 1e3 * cover.ms) for cover in covers)
         if points:
-            panel.plot(*zip(*sorted(points), strict=True), style, label=f"cover {way}, measured")
-    states = {sizes(row)["P"]: row for row in rows if row.work == "link time of a linear attention layer's state"}
-    for place, P in enumerate(P for P in states if P in (8, 64, 512)):
-        panel.axhline(
-            states[P].value, color="gray", linestyle=("-", "--", ":")[place % 3], label=f"state, P {P}, modelled"
-        )
+            panel.plot(*zip(*points, strict=True), style, label=f"cover {passes.label}, measured")
+    links = [cost for cost in results.modelled.links if (cost.layer, cost.way) == (state, Way.AUTO)]
+    for place, cost in enumerate(cost for cost in links if cost.ranks in STATE_RANKS):
+        style = ("-", "--", ":")[place % 3]
+        panel.axhline(cost.us, color="gray", linestyle=style, label=f"state, P {cost.ranks}, modelled")
     panel.set(xlabel="tokens of a rank", ylabel="us", title="a layer's state, and what covers it")
     _finish(panel)
 
 
-def _exposed(panel: Any, rows: Sequence[Row]) -> None:
+def _exposed(panel: Any, steps: list[ScaledStep]) -> None:
     """Exchanges' share of a step, as the simulation has it."""
-    lines: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    for row in _steps(rows):
-        lines[sizes(row)["L"]].append(
-            (
-                sizes(row)["P"],
-                100 * row.rates["ms for exchanges, own work and jitter"] / row.rates["ms of a rank alone"],
-            )
-        )
-    for L, points in sorted(lines.items()):
-        panel.plot(*zip(*sorted(points), strict=True), "o-", label=f"{L} tokens a rank")
+    for length_tokens, of_line in _lines(steps, lambda step: step.length_tokens):
+        points = [(step.ranks, 100 * step.exchanges_ms / step.alone_ms) for step in of_line]
+        panel.plot(*zip(*points, strict=True), "o-", label=f"{length_tokens} tokens a rank")
     panel.set(xlabel="ranks", ylabel="% of the step of a rank alone", title="exchanges, jitter and own work, modelled")
     _finish(panel)
 
 
-def _efficiency(panel: Any, rows: Sequence[Row], by_sequence: bool) -> None:
+def _efficiency(panel: Any, steps: list[ScaledStep], title: str, key: Callable[[ScaledStep], int]) -> None:
     """Steps launched one by one as lines, and replayed as CUDA graphs as dashes where they were measured."""
-    lines: dict[int, list[Row]] = defaultdict(list)
-    for row in _steps(rows):
-        lines[round(row.rates["tokens of the sequence"]) if by_sequence else sizes(row)["L"]].append(row)
-    for key, of_line in sorted(lines.items()):
+    for tokens, of_line in _lines(steps, key):
         if len(of_line) < 2:
             continue
-        of_line.sort(key=lambda row: sizes(row)["P"])
-        (drawn,) = panel.plot(
-            [sizes(row)["P"] for row in of_line], [row.value for row in of_line], "o-", label=f"{key // 1024}k tokens"
-        )
-        graphs = [(sizes(row)["P"], row.rates[AS_GRAPHS]) for row in of_line if AS_GRAPHS in row.rates]
+        points = [(step.ranks, step.efficiency_percent[Way.AUTO]) for step in of_line]
+        (drawn,) = panel.plot(*zip(*points, strict=True), "o-", label=f"{tokens // 1024}k tokens")
+        graphs = [(step.ranks, step.percent_as_graph) for step in of_line if step.percent_as_graph is not None]
         if graphs:
             panel.plot(*zip(*graphs, strict=True), "x--", color=drawn.get_color())
-    if lines:
+    if steps:
         panel.plot([], [], "x--", color="gray", label="as CUDA graphs")
-    what = "strong scaling: the same sequence" if by_sequence else "weak scaling: tokens of a rank"
-    panel.set(xlabel="ranks", ylabel="efficiency, %", title=f"{what}, modelled", ylim=(0, 102))
+    panel.set(xlabel="ranks", ylabel="efficiency, %", title=f"{title}, modelled", ylim=(0, 102))
     _finish(panel, log_y=False)
 
 
-def _steps(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.work == "training step, efficiency" and not row.failure]
+def _lines(steps: list[ScaledStep], key: Callable[[ScaledStep], int]) -> list[tuple[int, list[ScaledStep]]]:
+    """Steps of one key, by the number of ranks."""
+    lines: dict[int, list[ScaledStep]] = defaultdict(list)
+    for step in sorted(steps, key=lambda step: step.ranks):
+        lines[key(step)].append(step)
+    return sorted(lines.items())
 
 
 def _finish(panel: Any, log_y: bool = True) -> None:

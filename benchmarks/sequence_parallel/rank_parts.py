@@ -1,4 +1,4 @@
-"""Times of the parts of one rank that shares a sequence with others, beside ranks that are absent.
+"""Times of the parts of one rank that shares a sequence with others, which are absent.
 
 Legend: L tokens of a rank's slice, D hidden size, H heads, F feature dim, V value head dim, W window_left, C channels, K taps,
 R packed rows, E = V + 1.
@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from based_megatron.bench.absent_ranks import (
-    AbsentChannel,
-    beside_absent_ranks,
-    milliseconds,
-    plan_beside_absent_ranks,
-)
+from based_megatron.bench.keys import Passes
 from based_megatron.bench.models import model_config
-from based_megatron.bench.report import Row
-from based_megatron.bench.timing import Bench, Timing, forward_backward
+from based_megatron.bench.timing import Bench, forward_backward
 from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.gated_conv import gated_conv_over_slices
 from based_megatron.kernels.packing import packed_rows
@@ -35,32 +29,39 @@ from based_megatron.model.based_model import BasedModel
 from based_megatron.model.mixers import MIXERS, Mixer, MixerInputs
 from based_megatron.parallel.sequence.channel import Pending
 from based_megatron.parallel.sequence.plan import SequencePlan
-from based_megatron.parallel.sequence.ranks import Algorithm
 from based_megatron.parallel.sequence.scan import start_gated_sum
+from benchmarks.sequence_parallel.absent_ranks import (
+    AbsentChannel,
+    among_absent_ranks,
+    milliseconds,
+    plan_among_absent_ranks,
+)
+from benchmarks.sequence_parallel.results import LAYERS, CoverTime, Layer, LocalWork, Part, PartTime
+from benchmarks.sequence_parallel.slices import ALGORITHMS
 
 COVER_RANKS = 8
-"""Ranks of the plan beside which covers are timed; they do not depend on it."""
+"""Number of ranks in the plan with which covers are timed; they do not depend on it."""
 HOLD_CYCLES = 20_000_000
 """The GPU waits so long, about 10 ms, while the host launches what is then timed."""
 
 
 @dataclass(frozen=True)
 class NothingReturns:
-    """The way back of a halo (kernels/exchange.py) on which no gradient comes."""
+    """The return path of a halo (kernels/exchange.py) on which no gradient arrives."""
 
     rows: int
-    """Own rows that others have seen."""
+    """Number of own rows that other ranks have seen."""
 
     def start_return(self, dhalo: Tensor) -> Pending[Tensor]:
         return Pending.done(dhalo.new_zeros(dhalo.shape[0], self.rows, *dhalo.shape[2:]))
 
 
-def part_rows(bench: Bench, L: int) -> list[Row]:
+def part_times(bench: Bench, L: int) -> list[PartTime]:
     """Parts of the three mixers at one length."""
-    return [*attention_rows(bench, L), *window_rows(bench, L), *conv_rows(bench, L)]
+    return [*_attention_parts(bench, L), *_window_parts(bench, L), *_conv_parts(bench, L)]
 
 
-def attention_rows(bench: Bench, L: int) -> list[Row]:
+def _attention_parts(bench: Bench, L: int) -> list[PartTime]:
     """Linear attention, in the order in which a rank runs it."""
     model = model_config(bench)
     D, H, F = model.hidden_size, model.num_heads, model.feature_dim
@@ -83,82 +84,79 @@ def attention_rows(bench: Bench, L: int) -> list[Row]:
         adjoints = module.sweep_queries(q, g, gz, None, schedule).states(before)
         return module.key_gradients(*given, adjoints, schedule)
 
-    parts: dict[str, Callable[[], object]] = {
-        "key and value projection": lambda: functional.linear(x, of_kv),
-        "segment state": lambda: module.sweep_keys(k, v, None, schedule).moments(),
-        "query projection": lambda: functional.linear(x, of_q),
-        "outputs given a state": outputs,
-        "output gradients": lambda: module.output_gradients(do, o, z),
-        "adjoint segment state": lambda: module.sweep_queries(q, g, gz, None, schedule).moments(),
-        "dq": lambda: module.query_gradients(*given, states, schedule),
-        "dk and dv given an adjoint state": key_gradients,
+    parts: dict[Part, Callable[[], object]] = {
+        Part.KEY_VALUE_PROJECTION: lambda: functional.linear(x, of_kv),
+        Part.SEGMENT_STATE: lambda: module.sweep_keys(k, v, None, schedule).moments(),
+        Part.QUERY_PROJECTION: lambda: functional.linear(x, of_q),
+        Part.OUTPUTS: outputs,
+        Part.OUTPUT_GRADIENTS: lambda: module.output_gradients(do, o, z),
+        Part.ADJOINT_SEGMENT_STATE: lambda: module.sweep_queries(q, g, gz, None, schedule).moments(),
+        Part.DQ: lambda: module.query_gradients(*given, states, schedule),
+        Part.DK_DV: key_gradients,
     }
-    return [_row(bench, f"state: {name}", L, call) for name, call in parts.items()]
+    return [_part(bench, Layer.LINEAR_ATTENTION, part, L, call) for part, call in parts.items()]
 
 
-def window_rows(bench: Bench, L: int) -> list[Row]:
+def _window_parts(bench: Bench, L: int) -> list[PartTime]:
     """The sliding window, with its halo there."""
     model = model_config(bench)
     D, H, W = model.hidden_size, model.num_heads, model.window_left
-    V, tail = D // H, min(model.window_left, L)
+    V, boundary_rows = D // H, min(model.window_left, L)
     x, of_qkv = bench.random(L, D), bench.random(3 * D, D, scale=0.02)
     q, k, v = (bench.random(1, L, H, V) for _ in range(3))
-    halo = Halo(Pending.done(bench.random(1, W, 2, H, V)), NothingReturns(tail))
+    halo = Halo(Pending.done(bench.random(1, W, 2, H, V)), NothingReturns(boundary_rows))
     tables = rotary_tables(torch.arange(L, device=bench.device), V, model.rotary_fraction, model.rotary_base)
 
     def boundary() -> object:
-        k, v = functional.linear(x[L - tail :], of_qkv[D:]).view(1, tail, 2, H, V).unbind(2)
-        k = apply_rotary(k, *(table[L - tail :] for table in tables), backend=bench.backend)
+        k, v = functional.linear(x[L - boundary_rows :], of_qkv[D:]).view(1, boundary_rows, 2, H, V).unbind(2)
+        k = apply_rotary(k, *(table[L - boundary_rows :] for table in tables), backend=bench.backend)
         return torch.stack([k, v], dim=2)
 
     run = functools.partial(sliding_window_over_slices, window_left=W, backend=bench.backend)
     return [
-        _row(bench, "window: boundary projection", L, boundary),
-        _row(bench, "window: projection", L, lambda: functional.linear(x, of_qkv)),
-        *_both_passes(bench, "window", L, lambda q, k, v: run(q, k, v, halo), (q, k, v)),
+        _part(bench, Layer.SLIDING_WINDOW, Part.BOUNDARY_PROJECTION, L, boundary),
+        _part(bench, Layer.SLIDING_WINDOW, Part.PROJECTION, L, lambda: functional.linear(x, of_qkv)),
+        *_both_passes(bench, Layer.SLIDING_WINDOW, L, lambda q, k, v: run(q, k, v, halo), (q, k, v)),
     ]
 
 
-def conv_rows(bench: Bench, L: int) -> list[Row]:
+def _conv_parts(bench: Bench, L: int) -> list[PartTime]:
     """The gated convolution, with its halo there."""
     model = model_config(bench)
     D, K = model.hidden_size, model.conv_kernel
-    C, tail = D * model.conv_expand // 2, min(K - 1, L)
+    C, boundary_rows = D * model.conv_expand // 2, min(K - 1, L)
     x, weight, bias = bench.random(L, D), bench.random(2 * C, D, scale=0.02), bench.random(2 * C)
-    halo = Halo(Pending.done(bench.random(1, K - 1, C)), NothingReturns(tail))
+    halo = Halo(Pending.done(bench.random(1, K - 1, C)), NothingReturns(boundary_rows))
     projected, taps = bench.random(1, L, 2 * C), bench.random(C, K)
+    run = functools.partial(gated_conv_over_slices, backend=bench.backend)
+    boundary = functools.partial(functional.linear, x[L - boundary_rows :], weight[:C], bias[:C])
     return [
-        _row(
-            bench, "conv: boundary projection", L, lambda: functional.linear(x[L - tail :], weight[:C], bias[:C])
-        ),
-        _row(bench, "conv: projection", L, lambda: functional.linear(x, weight, bias)),
+        _part(bench, Layer.GATED_CONV, Part.BOUNDARY_PROJECTION, L, boundary),
+        _part(bench, Layer.GATED_CONV, Part.PROJECTION, L, lambda: functional.linear(x, weight, bias)),
         *_both_passes(
-            bench, "conv", L,
-            lambda projected, taps: gated_conv_over_slices(projected, taps, halo, backend=bench.backend),
-            (projected, taps),
+            bench, Layer.GATED_CONV, L, lambda projected, taps: run(projected, taps, halo), (projected, taps)
         ),
-    ]  # fmt: skip
+    ]
 
 
-def cover_rows(bench: Bench, model: BasedModel, L: int) -> list[Row]:
-    """What lies between the start of an exchange and the wait for it in the mixers as they are: the time that can hide it."""
-    names = {"L": "state", "S": "window", "c": "conv"}
-    mixers = {letter: mixer for letter, mixer in _mixers(model).items() if letter in names}
-    rows = []
-    for letter, mixer in mixers.items():
-        forward, backward = covers(bench, mixer, L)
-        rows += [
-            Row(f"{names[letter]}: cover forward", f"L{L}", forward, note="events, the host ahead"),
-            Row(f"{names[letter]}: cover backward", f"L{L}", backward, note="events, the host ahead"),
-        ]
-    return rows
+def cover_times(bench: Bench, model: BasedModel, L: int) -> list[CoverTime]:
+    """Time between the start of an exchange and the wait for it in the mixers as they are: what can hide it."""
+    found = []
+    for letter, mixer in _mixers(model).items():
+        if letter in LAYERS:
+            forward_ms, backward_ms = covers(bench, mixer, L)
+            found += [
+                CoverTime(LAYERS[letter], Passes.FORWARD, L, forward_ms),
+                CoverTime(LAYERS[letter], Passes.BACKWARD, L, backward_ms),
+            ]
+    return found
 
 
 def covers(bench: Bench, mixer: Mixer, L: int) -> tuple[float, float]:
     """(forward, backward) milliseconds between start and wait; medians."""
     settings = model_config(bench)
-    ranks = beside_absent_ranks(COVER_RANKS // 2, COVER_RANKS, "all_gather")
-    plan = plan_beside_absent_ranks(ranks, L, bench.device)
+    ranks = among_absent_ranks(COVER_RANKS // 2, COVER_RANKS, "all_gather")
+    plan = plan_among_absent_ranks(ranks, L, bench.device)
     positions = torch.arange(plan.start, plan.end, device=bench.device)
     head_dim = settings.hidden_size // settings.num_heads
     inputs = MixerInputs(plan, rotary_tables(positions, head_dim, settings.rotary_fraction, settings.rotary_base))
@@ -180,20 +178,19 @@ def covers(bench: Bench, mixer: Mixer, L: int) -> tuple[float, float]:
     return statistics.median(f for f, _ in found), statistics.median(b for _, b in found)
 
 
-def gated_sum_rows(bench: Bench, rank_counts: tuple[int, ...], node_ranks: int) -> list[Row]:
-    """What a rank computes for the exchange of one state itself: packing, and sums over what has come."""
+def local_work(bench: Bench, rank_counts: tuple[int, ...], node_ranks: int) -> list[LocalWork]:
+    """Packing of one state, and sums over what has come, for each way and number of ranks."""
     model = model_config(bench)
     H, R, E = model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1
     state = torch.rand(1, H, R, E, device=bench.device)
-    rows = []
-    algorithms: tuple[Algorithm, ...] = ("all_gather", "two_level", "chain")
+    found = []
     for P in rank_counts:
-        for algorithm in algorithms:
-            ranks = beside_absent_ranks(P // 2, P, algorithm, min(P, node_ranks))
-            plan = plan_beside_absent_ranks(ranks, 1, bench.device)
-            call = functools.partial(_wait_for_sum, state, plan)
-            rows.append(_timed(f"state: local work, {algorithm}", f"P{P}", bench.time(call)))
-    return rows
+        for way, algorithm in ALGORITHMS.items():
+            ranks = among_absent_ranks(P // 2, P, algorithm, min(P, node_ranks))
+            plan = plan_among_absent_ranks(ranks, 1, bench.device)
+            timing = bench.time(functools.partial(_wait_for_sum, state, plan))
+            found.append(LocalWork(way, P, timing.ms, timing.method))
+    return found
 
 
 def taylor_steps(bench: Bench) -> attention.Steps:
@@ -213,22 +210,21 @@ def _mixers(model: BasedModel) -> dict[str, Mixer]:
     return {letters[type(layer.mixer)]: layer.mixer for layer in model.layers.values()}  # type: ignore[index,union-attr,misc]
 
 
-def _both_passes(bench: Bench, name: str, L: int, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Row]:
+def _both_passes(
+    bench: Bench, layer: Layer, L: int, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> list[PartTime]:
     """Forward, and forward + backward less forward."""
     with torch.no_grad():
         grad = torch.randn_like(run(*inputs))
         forward = bench.time(lambda: run(*inputs))
     both = bench.time(forward_backward(run, inputs, grad))
     return [
-        _timed(f"{name}: forward", f"L{L}", forward),
-        _timed(f"{name}: backward", f"L{L}", Timing(both.ms - forward.ms, both.method)),
+        PartTime(layer, Part.FORWARD, L, forward.ms, forward.method),
+        PartTime(layer, Part.BACKWARD, L, both.ms - forward.ms, both.method),
     ]
 
 
-def _row(bench: Bench, name: str, L: int, call: Callable[[], object]) -> Row:
+def _part(bench: Bench, layer: Layer, part: Part, L: int, call: Callable[[], object]) -> PartTime:
     with torch.no_grad():
-        return _timed(name, f"L{L}", bench.time(call))
-
-
-def _timed(name: str, shape: str, timing: Timing) -> Row:
-    return Row(name, shape, timing.ms, note="timed by events" if timing.method == "events" else "")
+        timing = bench.time(call)
+    return PartTime(layer, part, L, timing.ms, timing.method)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_megatron.bench.links import Links
+from benchmarks.sequence_parallel.links import Links
 
 Times = np.ndarray
 """[P] fp64, one for each rank, in the direction in which the pass runs."""
 Arrival = Callable[[Times], Times]
-"""From when each rank has started an exchange to when it has what it asked for."""
+"""Maps the times at which ranks start an exchange to the times at which they have what they asked for."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,23 @@ class Segment:
     """A rank's work from one layer's exchange to the next."""
 
     before_ms: float
-    """Up to the start of the exchange."""
+    """Computation up to the start of the exchange."""
     cover_ms: float
-    """Between the start and the wait."""
+    """Computation between the start and the wait."""
     after_ms: float
-    """What the exchange itself makes a rank compute once everything is there."""
+    """Computation for the exchange itself, once everything is there."""
     arrival: Arrival | None = None
     """None: nothing is asked of other ranks."""
 
 
 def collective(ms: float) -> Arrival:
-    """All wait for the last one."""
+    """An exchange in which all wait for the last one."""
     return lambda start_P: np.full_like(start_P, start_P.max() + ms)
 
 
 def chain(hops_ms: Sequence[float]) -> Arrival:
-    """Each passes on what it got and has, once it has both; hops_ms[r] is the way from rank r to r + 1. The first asks for nothing.
+    """An exchange in which each rank hands on what it got and has, once it has both; hops_ms[r] is the time from rank r to r + 1. The first
+    asks for nothing.
 
     Sends are buffered: a sender does not wait for its receiver.
     """
@@ -56,7 +57,7 @@ def chain(hops_ms: Sequence[float]) -> Arrival:
 
 
 def neighbours(hops_ms: Sequence[float]) -> Arrival:
-    """Each gets what the one before it has sent, and no more: a halo. Both ends must have asked for it."""
+    """A halo: each rank gets what the one before it has sent, and no more. Both ends must have asked for it."""
     hops = np.asarray(hops_ms)
 
     def arrive(start_P: Times) -> Times:
@@ -86,16 +87,16 @@ def simulate(
             now_P = ready_P + computed(segment.after_ms)
         return now_P
 
-    turned_P = run(forward, np.zeros(ranks))[::-1]
-    return float(run(backward, turned_P).max())
+    reversed_P = run(forward, np.zeros(ranks))[::-1]
+    return float(run(backward, reversed_P).max())
 
 
 def gradients_exposed_ms(
     links: Links, ranks: int, parameters: float, forward_ms: float, backward_ms: float,
     buckets: int = 8, usable: float = 0.9,
 ) -> float:  # fmt: skip
-    """What stays of ZeRO-1's communication: fp32 gradients reduced and scattered beside backward, bf16 parameters gathered
-    beside the next forward pass. The last bucket has nothing to hide behind.
+    """Time of ZeRO-1's communication that is not hidden: fp32 gradients are reduced and scattered during backward, bf16 parameters gathered
+    during the next forward pass. The last bucket has nothing to hide behind.
 
     usable: share of a pass that can hide it.
     """

@@ -1,4 +1,4 @@
-"""All ranks of a sequence on one device, as threads: mixers over slices against the whole sequence in fp64.
+"""Checks of mixers over slices against the whole sequence in fp64: all ranks of a sequence run on one device, as threads.
 
 Legend: B sequences, S tokens of the whole sequence, L tokens of a slice, P ranks, H heads, F feature dim, V value head dim,
 W window_left, D channels, K taps.
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from based_megatron.bench.absent_ranks import beside_absent_ranks
-from based_megatron.bench.report import Check, Row, relative_error
+from based_megatron.bench.keys import Sizes
+from based_megatron.bench.report import Check, relative_error
 from based_megatron.bench.timing import Bench
-from based_megatron.bench.traffic import LayerTraffic
 from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_slices
 from based_megatron.kernels.sliding_window import sliding_window_attention, sliding_window_over_slices
@@ -28,7 +27,16 @@ from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.ranks import Algorithm, ContextRanks
 from based_megatron.parallel.sequence.slices import even_bounds
 from based_megatron.parallel.sequence.states import StateExchange
+from benchmarks.sequence_parallel.absent_ranks import among_absent_ranks
+from benchmarks.sequence_parallel.results import Layer, SliceCheck, Way
+from benchmarks.sequence_parallel.traffic import LayerTraffic
 
+ALGORITHMS: dict[Way, Algorithm] = {
+    Way.ALL_GATHER: "all_gather",
+    Way.TWO_LEVEL: "two_level",
+    Way.CHAIN: "chain",
+}
+"""Ways to sum states that we have code for."""
 FP32_LIMIT = 1e-5
 PADDING = 1e-2
 """Share of the bytes by which two levels pad a state, to give each rank of a node as many numbers."""
@@ -38,8 +46,8 @@ PADDING = 1e-2
 class Operation:
     """A mixer's operation over the whole sequence and over one slice of it."""
 
-    name: str
-    shape: str
+    layer: Layer
+    sizes: Sizes
     inputs: Callable[[], list[Tensor]]
     """Fresh random inputs; those that `shared` names are whole on every rank, others are [B, S, ...]."""
     whole: Callable[..., Tensor]
@@ -47,14 +55,14 @@ class Operation:
     slice: Callable[..., Tensor]
     """(*inputs of a slice, its plan) to the output of the slice."""
     limits: dict[str, float]
-    """Largest relative L2 errors in bf16: of `o` and of the gradient of each input."""
-    sent_bytes: Callable[[int, str], float]
-    """(P, algorithm) to what a rank between others sends of one sequence in one pass (bench/traffic.py)."""
+    """Largest relative L2 errors in bf16, of `o` and of the gradient of each input."""
+    sent_bytes: Callable[[int, Way], float]
+    """(P, way) to what a rank between others sends of one sequence in one pass (traffic.py)."""
     shared: frozenset[int] = frozenset()
 
 
-def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
-    """By mixer."""
+def operations(bench: Bench, S: int, heads: int) -> dict[Layer, Operation]:
+    """The operation of each layer."""
     B, F, V, W = 2, bench.size(16, 4), bench.size(112, 8), bench.size(128, 5)
     D, K = bench.size(3584, 16), 3
     backend = bench.backend
@@ -82,34 +90,34 @@ def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
 
     traffic = LayerTraffic("", heads, F, V, W, D, K, bench.dtype.itemsize)
 
-    def state_bytes(P: int, algorithm: str) -> float:
-        if algorithm == "two_level":
+    def state_bytes(P: int, way: Way) -> float:
+        if way is Way.TWO_LEVEL:
             return sum(traffic.two_level_bytes(P, P // 2))
-        return traffic.state_bytes if algorithm == "chain" else traffic.all_gather_bytes(P, traffic.state_bytes)
+        return traffic.state_bytes if way is Way.CHAIN else traffic.all_gather_bytes(P, traffic.state_bytes)
 
     attention_limits = {"o": 3e-3, "dq": 5e-3, "dk": 4e-3, "dv": 4e-3}
     return {
-        "linear attention": Operation(
-            "linear attention over slices",
-            f"B{B} S{S} H{heads} F{F} V{V}",
+        Layer.LINEAR_ATTENTION: Operation(
+            Layer.LINEAR_ATTENTION,
+            Sizes(batch=B, tokens=S, heads=heads, feature_dim=F, head_dim=V),
             lambda: [bench.random(B, S, heads, n) for n in (F, F, V)],
             lambda q, k, v, ids: taylor_attention(q, k, v, document_ids_BT=ids)[0],
             attend,
             attention_limits,
             state_bytes,
         ),
-        "window": Operation(
-            "window over slices",
-            f"B{B} S{S} H{heads} V{V} W{W}",
+        Layer.SLIDING_WINDOW: Operation(
+            Layer.SLIDING_WINDOW,
+            Sizes(batch=B, tokens=S, heads=heads, head_dim=V, window_left=W),
             lambda: [bench.random(B, S, heads, V) for _ in range(3)],
             lambda q, k, v, ids: sliding_window_attention(q, k, v, window_left=W, key_document_ids_BS=ids),
             slide,
             attention_limits,
             lambda P, _: traffic.window_halo_bytes,
         ),
-        "conv": Operation(
-            "conv over slices",
-            f"B{B} S{S} D{D} K{K}",
+        Layer.GATED_CONV: Operation(
+            Layer.GATED_CONV,
+            Sizes(batch=B, tokens=S, channels=D, taps=K),
             lambda: [bench.random(B, S, 2 * D), bench.random(D, K)],
             lambda projected, weight, ids: gated_conv_fused(projected, weight, key_document_ids_BS=ids),
             convolve,
@@ -120,21 +128,20 @@ def operations(bench: Bench, S: int, heads: int) -> dict[str, Operation]:
     }
 
 
-def check_rows(bench: Bench) -> list[Row]:
-    """Every mixer over 4 and 8 slices, every algorithm of the state; and a long sequence."""
+def slice_checks(bench: Bench) -> list[SliceCheck]:
+    """Checks of every mixer over 4 and 8 slices, with every algorithm of the state, and of a long sequence."""
     S, heads = bench.size(4096, 64), bench.size(16, 2)
     found = operations(bench, S, heads)
-    cases: list[tuple[Operation, int, Algorithm]] = []
-    algorithms: tuple[Algorithm, ...] = ("all_gather", "two_level", "chain")
+    cases: list[tuple[Operation, int, Way]] = []
     for P in (4, 8):
-        cases += [(found["linear attention"], P, algorithm) for algorithm in algorithms]
-        cases += [(found[name], P, "auto") for name in ("window", "conv")]
-    long = operations(bench, bench.size(131072, 96), bench.size(1, 1))["linear attention"]
-    return [check_row(bench, *case) for case in [*cases, (long, 8, "all_gather")]]
+        cases += [(found[Layer.LINEAR_ATTENTION], P, way) for way in ALGORITHMS]
+        cases += [(found[layer], P, Way.HALO) for layer in (Layer.SLIDING_WINDOW, Layer.GATED_CONV)]
+    long = operations(bench, bench.size(131072, 96), 1)[Layer.LINEAR_ATTENTION]
+    return [check_slices(bench, *case) for case in [*cases, (long, 8, Way.ALL_GATHER)]]
 
 
-def check_row(bench: Bench, operation: Operation, P: int, algorithm: Algorithm) -> Row:
-    """Errors of the outputs and gradients of all ranks together; the value is the largest."""
+def check_slices(bench: Bench, operation: Operation, P: int, way: Way) -> SliceCheck:
+    """Errors of the outputs and gradients of all ranks together, and what they sent over the formula of traffic.py."""
     torch.manual_seed(bench.seed)
     inputs = operation.inputs()
     S = inputs[0].shape[1]
@@ -149,8 +156,8 @@ def check_row(bench: Bench, operation: Operation, P: int, algorithm: Algorithm) 
     if bench.device.type == "cuda":
         # Kernels are compiled here, once, and not by every thread.
         for rank in range(P):
-            run_slice(operation, beside_absent_ranks(rank, P, "all_gather"), bounds, documents, inputs, cotangent)
-    places = in_process_ranks(P, algorithm, node_ranks=P // 2 if algorithm == "two_level" else 0)
+            run_slice(operation, among_absent_ranks(rank, P, "all_gather"), bounds, documents, inputs, cotangent)
+    places = in_process_ranks(P, ALGORITHMS.get(way, "auto"), node_ranks=P // 2 if way is Way.TWO_LEVEL else 0)
 
     def program(rank: int) -> tuple[Tensor, list[Tensor]]:
         return run_slice(operation, places[rank], bounds, documents, inputs, cotangent)
@@ -165,18 +172,9 @@ def check_row(bench: Bench, operation: Operation, P: int, algorithm: Algorithm) 
     rounding = 1.0 if bench.dtype == torch.bfloat16 else FP32_LIMIT / max(operation.limits.values())
     checks = {name: Check(error, operation.limits[name] * rounding) for name, error in errors.items()}
     sent = max(sum(place.traffic.sent_bytes.values()) for place in places)
-    formula = 2 * inputs[0].shape[0] * operation.sent_bytes(P, algorithm)
+    formula = 2 * inputs[0].shape[0] * operation.sent_bytes(P, way)
     checks["bytes"] = Check(abs(sent / formula - 1), PADDING)
-    way = "" if algorithm == "auto" else f", {algorithm}"
-    return Row(
-        f"{operation.name}{way}",
-        f"P{P} {operation.shape}",
-        max(errors.values()),
-        "error",
-        checks=checks,
-        rates={"kB sent by a rank": sent / 1e3},
-        note="several documents; all ranks as threads of one process",
-    )
+    return SliceCheck(operation.layer, way, P, operation.sizes, checks, sent / 1e3)
 
 
 def run_slice(
@@ -196,13 +194,13 @@ def run_slice(
 
 
 def uneven_bounds(S: int, P: int, step: int) -> tuple[int, ...]:
-    """Slices that differ by a few steps of so many tokens."""
+    """Bounds of slices that differ by a few steps of `step` tokens."""
     even = even_bounds(S, P, step)
     return tuple(b + step * (i % 3) * (0 < i < P) for i, b in enumerate(even))
 
 
 def packed_documents(bounds: tuple[int, ...]) -> Tensor:
-    """Ids [2, S]: one document over all slices; and documents that begin on a boundary, inside of slices, and last one token."""
+    """Ids of documents [2, S]: one document over all slices; documents that begin on a boundary, inside slices, and last one token."""
     S = bounds[-1]
     starts = sorted({bounds[1], bounds[2] + 3, bounds[2] + 4, (bounds[-2] + S) // 2, S - 1})
     changes = torch.zeros(2, S, dtype=torch.int32)

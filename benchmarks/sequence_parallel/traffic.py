@@ -1,4 +1,4 @@
-"""Bytes that one layer sends from each rank in one pass, by ours and other ways to share a sequence.
+"""Bytes that each rank sends for one layer in one pass, in our and other ways to share a sequence.
 
 Legend: P ranks, L tokens of a rank's slice, G ranks of a node, N nodes. One sequence in a micro batch, one tensor parallel rank.
 """
@@ -28,7 +28,7 @@ class LayerTraffic:
     conv_channels: int
     conv_taps: int
     number_bytes: int = 2
-    """Of activations."""
+    """Bytes of a number of the activations."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> LayerTraffic:
@@ -49,7 +49,7 @@ class LayerTraffic:
 
     @property
     def unpacked_state_bytes(self) -> int:
-        """The same with both x_a x_b and x_b x_a."""
+        """Bytes of moments that keep both x_a x_b and x_b x_a."""
         return self._state_bytes(1 + self.feature_dim + self.feature_dim**2)
 
     @property
