@@ -1,6 +1,6 @@
 """Draw the pictures of docs/sequence-parallelism.md.
 
-python benchmarks/draw_sequence_parallelism.py docs
+python -m benchmarks.sequence_parallel.pictures docs
 """
 
 import sys
@@ -95,12 +95,12 @@ def _row(
 
 
 def halo() -> Picture:
-    """The last rows of a slice, in front of the next one, and their gradients on the way back."""
+    """Boundary rows of a slice, in front of the next one, and their gradients on the way back."""
     picture = Picture(860, 240)
     picture.text(10, 20, "a slice longer than the window", bold=True)
     for rank, x in enumerate((40, 330)):
         picture.box(x, 35, 200, f"slice {rank}")
-        picture.box(x + 200, 35, 60, "tail", ORANGE)
+        picture.box(x + 200, 35, 60, "boundary", ORANGE)
     picture.box(620, 35, 60, "halo", ORANGE)
     picture.box(680, 35, 140, "slice 2")
     picture.arrow(560, 68, 648, 68)
@@ -126,13 +126,13 @@ Lane = tuple[str, list[tuple[str, int]], int, int, str]
 
 
 def timeline() -> Picture:
-    """What a rank computes, and what is under way meanwhile."""
+    """Computation of a rank, and the exchange that is under way meanwhile."""
     lanes: list[Lane] = [
         ("linear attention, forward",
-         [("k, v projection", 120), ("sweep: moments", 120), ("q projection", 110), ("states", 70), ("outputs", 90)],
+         [("k, v projection", 120), ("chunk scan: moments", 130), ("q projection", 110), ("states", 70), ("outputs", 90)],
          2, 3, "states of slices"),
         ("linear attention, backward",
-         [("g = do / Z", 90), ("adjoint sweep: moments", 160), ("dq", 110), ("adjoint states", 110), ("dk, dv", 90)],
+         [("g = do / Z", 90), ("adjoint chunk scan: moments", 180), ("dq", 110), ("adjoint states", 110), ("dk, dv", 90)],
          2, 3, "adjoint states"),
         ("window, forward",
          [("last keys, values", 120), ("q, k, v projection, rotary", 220), ("attention", 110)], 1, 2, "halo"),

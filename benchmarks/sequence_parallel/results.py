@@ -273,7 +273,7 @@ class ScaledStep:
     """Exchanges, the work for them, and jitter."""
     gradients_exposed_ms: float
     tokens_per_second: float
-    """Of one GPU."""
+    """Tokens per second of one GPU."""
     percent_as_graph: float | None = None
     tokens_per_second_as_graph: float | None = None
 

@@ -1,6 +1,6 @@
 """Train steps of a model on one long random sequence that ranks share, and report each rank's memory and the losses.
 
-    torchrun --nproc-per-node 4 benchmarks/context_parallel_memory.py --tokens 1048576 --steps 2 [--config tiny] [--vocab 512]
+    torchrun --nproc-per-node 4 -m benchmarks.sequence_parallel.step_memory --tokens 1048576 --steps 2 [--config tiny] [--vocab 512]
 
 On a CPU over gloo. Memory is the growth of the process's peak (RSS) over what it had before the first step: activations, gradients,
 optimizer state. Recomputes whole blocks if asked to. Prints one line of JSON.

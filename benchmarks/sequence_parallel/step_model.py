@@ -85,7 +85,7 @@ class StepModel:
 
     @property
     def alone_ms(self) -> float:
-        """The same tokens on one rank that shares nothing."""
+        """Time of as many tokens on one rank that shares nothing."""
         return self._total(Sharing.WHOLE)
 
     @property

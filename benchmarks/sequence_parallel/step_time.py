@@ -1,6 +1,6 @@
-"""Time forward and backward of a model whose sequence is shared by all ranks, beside ranks that have sequences of their own.
+"""Time forward and backward of a model whose sequence is shared by all ranks, and of ranks that have sequences of their own.
 
-    torchrun --nproc-per-node 2 benchmarks/context_parallel_step.py OUTPUT.json [--config based-1b] [--tokens 4096 16384]
+    torchrun --nproc-per-node 2 -m benchmarks.sequence_parallel.step_time OUTPUT.json [--config based-1b] [--tokens 4096 16384]
 
 Both have as many tokens on each rank, so that the difference is what crossing slices costs: states, halos, and waiting. Gradients are
 not reduced over ranks. Prints a table in Markdown and writes the medians.
