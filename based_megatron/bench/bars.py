@@ -14,7 +14,7 @@ MARKERS = "osD^vP*X"
 
 
 def draw_bars(report: Report, path: Path) -> None:
-    """One panel a quantity, on a logarithmic scale. Raises ImportError without matplotlib."""
+    """Draw one panel for each quantity, on a logarithmic scale. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -36,13 +36,13 @@ from based_megatron.model.based_model import BasedModel
 from based_megatron.parallel.topology import Topology
 
 TARGET_OF_FLOOR = 1.4
-"""Times the floor of reading and writing all moments that a step of the Taylor state may take."""
+"""Time that a step of the Taylor state may take, over the floor of reading and writing all moments."""
 TARGET_TOKENS_PER_SECOND = 60_000.0
 Ceiling = Callable[[], Ceilings]
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What `based bench decode` runs."""
+    """The cases of `based bench decode`."""
     ceilings = functools.cache(lambda: measure_ceilings(bench))
     return [
         *(Case(f"taylor step V{V}", functools.partial(taylor_row, bench, ceilings, V)) for V in (64, 112)),
@@ -53,8 +53,9 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
-    """Every moment is read, and written in one of N + 1 steps; the mean of N / 2 buffered keys is read, one is written.
+    """A step of Taylor attention.
 
+    Every moment is read, and written in one of N + 1 steps; the mean of N / 2 buffered keys is read, one is written.
     Heads begin with different numbers of buffered keys, so that every step absorbs the same part of them.
     """
     B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, WAITING_KEYS
@@ -88,7 +89,7 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
 
 
 def window_row(bench: Bench, ceilings: Ceiling) -> Row:
-    """W keys and values are read, one of each is written."""
+    """A step of a window: W keys and values are read, one of each is written."""
     B, H, V, W = bench.size(128, 2), bench.size(16, 2), bench.size(112, 16), bench.size(128, 8)
     position_B = torch.full((B,), 1000, device=bench.device)
     tables = rotary_tables(position_B, V, 1.0, 1e4)
@@ -102,7 +103,7 @@ def window_row(bench: Bench, ceilings: Ceiling) -> Row:
 
 
 def conv_row(bench: Bench, ceilings: Ceiling) -> Row:
-    """K - 1 inputs are read and written."""
+    """A step of a convolution: K - 1 inputs are read and written."""
     B, D, K = bench.size(128, 2), bench.size(3584, 64), 3
 
     def inputs() -> tuple[Any, ...]:
@@ -151,7 +152,7 @@ def _in_double(x: Any) -> Any:
 
 
 def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
-    """Greedy tokens per second after a short prompt, prefill included."""
+    """Tokens per second of greedy generation after a short prompt, prefill included."""
     B, L, N = bench.size(128, 2), bench.size(16, 4), bench.size(1024, 8)
     with one_rank(bench) as topology:
         model = based_model(bench, topology)
@@ -193,7 +194,7 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
 
 
 def bytes_of_step(model: BasedModel, batch: int) -> float:
-    """What one step must move: weights once, convolution states in and out, windows in, Taylor states in and sometimes out."""
+    """Bytes that one step must move: weights once, convolution states in and out, windows in, Taylor states in and sometimes out."""
     passes = {WindowState: 1.0, TaylorState: 1 + 1 / (WAITING_KEYS + 1), ConvState: 2.0}
     states = model.zero_states(1).layers.values()
     each = sum(passes[type(state)] * x.nbytes for state in states for x in vars(state).values())
@@ -201,7 +202,7 @@ def bytes_of_step(model: BasedModel, batch: int) -> float:
 
 
 def agreement(bench: Bench, model: BasedModel, topology: Topology, prompts: Sequence[int]) -> dict[str, Check]:
-    """Last logits of sequences as long as the longest prompt, prefilled up to each, against the reference ops in fp32.
+    """Errors of the last logits against the reference operations in fp32: of sequences prefilled up to a prompt and then decoded.
 
     The limit in bf16 is what the full forward of the reference ops in bf16 is off by, times 1.5.
     """
@@ -294,7 +295,7 @@ def _median_ms(bench: Bench, step: Callable[[], None], repeats: int) -> float:
 
 
 def _now(bench: Bench) -> float:
-    """Seconds, when all work so far is done."""
+    """The time in seconds, once all work so far is done."""
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

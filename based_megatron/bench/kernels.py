@@ -28,7 +28,7 @@ CHUNK = 64
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What `based bench kernels` runs."""
+    """The cases of `based bench kernels`."""
     ceilings = functools.cache(lambda: measure_ceilings(bench))
     named: dict[str, Callable[[], list[Row]]] = {
         "device": lambda: device_rows(ceilings()),
@@ -61,7 +61,7 @@ def device_rows(ceilings: Ceilings) -> list[Row]:
 
 
 def taylor_work(bench: Bench, B: int, T: int, V: int, **more: Any) -> Work:
-    """Linear attention of 16 heads, feature dim 16."""
+    """Taylor attention of 16 heads with feature dim 16."""
     H, F = bench.size(16, 2), bench.size(16, 8)
     token_heads = B * T * H
     features = 2 * packed_rows(F) * (V + 1)
@@ -108,7 +108,7 @@ def taylor_rows(bench: Bench, ceilings: Callable[[], Ceilings], B: int, T: int) 
 
 
 def wide_taylor_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The head dim of the 1.3B model, held against a multiple of the time at head dim 64."""
+    """Taylor attention at the head dim of the 1.3B model; the target is a multiple of the time at head dim 64."""
     B, T = bench.size(8, 2), bench.size(2048, 48)
     narrow = measure(bench, taylor_work(bench, B, T, bench.size(64, 16)), ceilings())
     targets = tuple(WIDE_TARGET * row.value for row in narrow)
@@ -118,7 +118,7 @@ def wide_taylor_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row
 
 
 def taylor_scaling(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """One sequence of 2k to 256k tokens: checked at every length, and the time per token must not grow."""
+    """Taylor attention over one sequence of 2k to 256k tokens: checked at every length, and the time per token must not grow."""
     rows: list[Row] = []
     for doubling in range(bench.size(8, 2)):
         T = bench.size(2048, 32) << doubling
@@ -143,7 +143,7 @@ def taylor_scaling(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Run, Sequence[Tensor]]:
-    """Causal softmax attention with heads of the value's size: what a transformer does in this place."""
+    """Causal softmax attention with heads of the value's size, which a transformer has in this place."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     B, T, H, V = v.shape
@@ -171,7 +171,7 @@ WINDOW_TARGET_MS = 0.45
 
 
 def window_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """A window of 128 at head dims 64 and 112, on views of a fused projection."""
+    """Sliding window attention: a window of 128 at head dims 64 and 112, on views of a fused projection."""
     B, T, H, W = bench.size(8, 2), bench.size(2048, 40), bench.size(16, 2), bench.size(128, 8)
     rows: list[Row] = []
     for V in (bench.size(64, 16), bench.size(112, 24)):
@@ -223,7 +223,7 @@ COPY_SHARE = 0.7
 
 
 def conv_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """Three taps, at two widths, on the halves of a fused projection as in the model."""
+    """Gated convolution: three taps, at two widths, on the halves of a fused projection as in the model."""
     B, T, K = bench.size(8, 2), bench.size(2048, 24), 3
     rows: list[Row] = []
     for D in (bench.size(2048, 16), bench.size(3584, 24)):

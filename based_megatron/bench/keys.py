@@ -20,7 +20,7 @@ class Key(StrEnum):
 
 
 class Operation(Key):
-    """What a row measures."""
+    """Operation, or whole model, that a row measures."""
 
     COPY = "copy", "copy"
     MATRIX_PRODUCT = "matrix_product", "matrix product"
@@ -55,7 +55,7 @@ class Method(Key):
 
 
 class Quantity(Key):
-    """What a number is; the label is its unit."""
+    """Quantity of a number; the label is its unit."""
 
     MILLISECONDS = "milliseconds", "ms"
     TOKENS_PER_SECOND = "tokens_per_second", "tok/s"

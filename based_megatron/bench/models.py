@@ -1,4 +1,4 @@
-"""The models that are benchmarked: ours on one rank, and the transformer that it is compared with."""
+"""The benchmarked models: ours on one rank, and the transformer that it is compared with."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def one_rank(bench: Bench) -> Iterator[Topology]:
 
 
 def based_model(bench: Bench, topology: Topology) -> BasedModel:
-    """A Based model with random weights on the device: those of training up to the generator that drew them."""
+    """A Based model on the device, with random weights of the distributions that training starts from."""
     model = model_config(bench)
     shared = based_config(model, ParallelConfig(), dtype=bench.dtype, backend=bench.backend, recompute="none")
     (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)

@@ -22,7 +22,7 @@ from based_megatron.kernels.swiglu import swiglu
 
 
 def norm_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The residual stream of based-1b: fp32 residual, update and output in the weights' dtype."""
+    """Addition and norm of based-1b's residual stream: fp32 residual, update and output in the weights' dtype."""
     N, D = bench.size(16384, 12), bench.size(1792, 32)
     narrow = torch.finfo(bench.dtype).bits // 8
     forward = N * D * (4 + narrow + 4 + narrow)
@@ -51,7 +51,7 @@ def norm_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
 
 
 def swiglu_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The MLP of based-1b."""
+    """The gate of based-1b's MLP."""
     N, W = bench.size(16384, 12), bench.size(3584, 24)
     element = N * W * torch.finfo(bench.dtype).bits // 8
     work = Work(
@@ -73,7 +73,7 @@ def swiglu_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
 
 
 def cross_entropy_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The vocabulary of based-1b on one rank; the gradient is written over the logits, so each call works on a copy."""
+    """Cross entropy over the vocabulary of based-1b on one rank; the gradient is written over the logits, so each call works on a copy."""
     N, C = bench.size(16384, 12), bench.size(50264, 91)
     element = N * C * torch.finfo(bench.dtype).bits // 8
     tokens = min(N, 256)

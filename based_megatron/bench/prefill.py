@@ -22,12 +22,12 @@ BUDGET_MS = 1500.0
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What `based bench prefill` runs."""
+    """The cases of `based bench prefill`."""
     return [Case("prefill", functools.partial(prefill_rows, bench, (2,) if bench.quick else (1, 4, 16)))]
 
 
 def prefill_rows(bench: Bench, batches: tuple[int, ...]) -> list[Row]:
-    """Milliseconds of a prompt, with the transformer's in the same run."""
+    """Milliseconds of a prompt, ours and the transformer's in one run."""
     L = bench.size(4096, 48)
     with one_rank(bench) as topology:
         model = based_model(bench, topology)

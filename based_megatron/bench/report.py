@@ -32,7 +32,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Target:
-    """What a measured value should be."""
+    """The bound that a measured value should keep."""
 
     kind: Literal["at most", "at least"]
     value: float
@@ -107,7 +107,7 @@ class Report:
     failures: Sequence[Failure] = ()
 
     def to_json(self) -> str:
-        """Keys without a value are left out."""
+        """Text of the JSON file."""
         return json.dumps(plain(self), indent=1) + "\n"
 
 
@@ -150,7 +150,7 @@ def facts_of(bench: Bench, command: str) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Values of JSON for dataclasses and keys: fields that hold their default are left out, numbers that are not finite are strings."""
+    """JSON values of dataclasses and keys: fields that hold their default are left out, numbers that are not finite are strings."""
     if dataclasses.is_dataclass(value):
         pairs = ((each, getattr(value, each.name)) for each in dataclasses.fields(value))
         return {each.name: plain(found) for each, found in pairs if not _is_default(each, found)}

@@ -48,7 +48,7 @@ def summary(row: Row) -> str:
 
 
 def title(row: Row) -> str:
-    """Such as `Taylor attention, forward + backward`."""
+    """Operation and passes, such as `Taylor attention, forward + backward`."""
     return row.operation.label + (f", {row.passes.label}" if row.passes else "")
 
 
@@ -58,7 +58,7 @@ def shape(row: Row) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits: 0.0752, 17.8, 54,517."""
+    """A number with three digits: 0.0752, 17.8, 54,517."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -45,7 +45,7 @@ class Bench:
         return torch.randn(*shape, device=self.device, dtype=torch.float32).mul_(scale).to(dtype or self.dtype)
 
     def size(self, full: int, quick: int) -> int:
-        """One of two sizes."""
+        """The full size, or the one of a quick run."""
         return quick if self.quick else full
 
     def copies(self, bytes_of_one: int) -> int:
@@ -83,7 +83,7 @@ class Bench:
 
 
 def attempt(run: Callable[[], Found]) -> Found | str:
-    """What a baseline's run returns, or why there is nothing."""
+    """Result of a baseline's run, or the reason why there is none."""
     try:
         return run()
     except ImportError:

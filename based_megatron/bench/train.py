@@ -33,7 +33,7 @@ GIB = 2**30
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What `based bench train` runs."""
+    """The cases of `based bench train`."""
     return [Case("training step, forward + backward", lambda: training_step(bench))]
 
 
@@ -108,7 +108,7 @@ def agreement(bench: Bench, model: BasedModel, topology: Topology) -> dict[str, 
 
 
 def outcome(bench: Bench, model: BasedModel, topology: Topology) -> dict[str, Tensor]:
-    """Loss and some gradients of one step on the same tokens each time."""
+    """Loss and some gradients of one step, whose tokens are those of the seed."""
     torch.manual_seed(bench.seed)
     names = {"embedding.weight", "layers.0.mlp.fc1.weight", "layers.1.mixer.qkv.weight", "final_norm.weight"}
     loss = step_of(bench, model, topology, 1, bench.size(512, 16))()

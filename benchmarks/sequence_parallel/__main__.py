@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: Config, command: str) -> int:
-    """Everything that the configuration asks for."""
+    """Measure, model and write what the configuration asks for; returns the exit code."""
     device = pick_device(config.device, 0)
     torch.manual_seed(config.seed)
     backend = resolve_backend(config.backend, device)
@@ -169,7 +169,7 @@ def modelling_cases(
 
 
 def earlier_measured(earlier: Sequence[Results]) -> Measured:
-    """What earlier runs have measured; what a later one has measured again replaces that of one before.
+    """Measurements of earlier runs; what a later one has measured again replaces that of one before.
 
     Raises ConfigError if they are of different devices.
     """
