@@ -1,4 +1,4 @@
-"""Which rank this process is, from the variables that torchrun or SLURM set."""
+"""The rank of this process, as the variables of torchrun or SLURM have it."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from based_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process among all of a run."""
+    """Place of this process among all ranks of a run."""
 
     rank: int
     world_size: int
@@ -19,11 +19,11 @@ class RankInfo:
     master_addr: str
     master_port: int
     node_ranks: int = 0
-    """Ranks of every node, numbered one after another; 0 if unknown, or if nodes differ."""
+    """Number of ranks on every node, which are numbered one after another; 0 if unknown, or if nodes differ."""
 
 
 def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankInfo:
-    """torchrun's variables, else those of an srun step (one task per rank), else a run of one process.
+    """Rank that torchrun's variables give, else those of an srun step (one task per rank); a run of one process if there are none.
 
     A shell of salloc and a batch script have some of SLURM's variables too; only srun sets SLURM_STEP_ID, so only its
     tasks are ranks. A run of one process needs no address: it takes a free port of this machine.
@@ -34,7 +34,7 @@ def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankIn
         node_ranks = environment.get("LOCAL_WORLD_SIZE", "")
     elif "SLURM_STEP_ID" in environment:
         rank, world_size, local_rank = _integers(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        # Such as "8(x4)"; "8(x3),4" where nodes differ.
+        # For example "8(x4)"; "8(x3),4" where nodes differ.
         node_ranks = re.sub(r"\(x\d+\)$", "", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     else:
         return RankInfo(0, 1, 0, "127.0.0.1", _free_port())
@@ -47,8 +47,8 @@ def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankIn
     (master_port,) = _integers(environment, "MASTER_PORT")
     if not environment.get("MASTER_ADDR"):
         raise ConfigError(f"MASTER_ADDR is not set for {world_size} ranks; start them with `based launch`")
-    ranks_of_a_node = int(node_ranks) if node_ranks.isdecimal() else 0
-    return RankInfo(rank, world_size, local_rank, environment["MASTER_ADDR"], master_port, ranks_of_a_node)
+    known_node_ranks = int(node_ranks) if node_ranks.isdecimal() else 0
+    return RankInfo(rank, world_size, local_rank, environment["MASTER_ADDR"], master_port, known_node_ranks)
 
 
 def _integers(environment: Mapping[str, str], *names: str) -> list[int]:

@@ -1,3 +1,5 @@
+"""Ranks as torchrun, SLURM or nobody set them in the environment."""
+
 import socket
 
 import pytest
@@ -24,7 +26,7 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
     ],
     ids=["torchrun", "srun", "torchrun inside an srun step", "one rank of torchrun"],
 )
-def test_ranks(environment, expected):
+def test_the_rank_is_what_the_launcher_has_set(environment, expected):
     assert rank_from_environment(environment) == expected
 
 
@@ -39,7 +41,7 @@ def test_ranks(environment, expected):
     ],
     ids=["nothing", "a stale address", "shell of salloc", "batch script without srun", "srun of one task"],
 )
-def test_single_process_takes_a_free_port(environment):
+def test_a_single_process_takes_a_free_port(environment):
     info = rank_from_environment(environment)
     assert (info.rank, info.world_size, info.local_rank, info.master_addr) == (0, 1, 0, "127.0.0.1")
     with socket.socket() as probe:
@@ -65,7 +67,7 @@ def test_each_missing_variable_is_named(complete):
     ],
     ids=str,
 )
-def test_impossible_values(change):
+def test_impossible_values_are_refused(change):
     with pytest.raises(ConfigError):
         rank_from_environment(TORCHRUN | change)
 
@@ -81,6 +83,6 @@ def test_impossible_values(change):
         (SRUN, 0),
     ],
 )
-def test_ranks_of_a_node(variables, node_ranks):
+def test_nodes_with_equal_numbers_of_ranks_are_known(variables, node_ranks):
     """Exchanges between slices go by nodes where ranks fill them evenly."""
     assert rank_from_environment(variables).node_ranks == node_ranks
