@@ -71,25 +71,25 @@ def attention_rows(bench: Bench, L: int) -> list[Row]:
     v, do = bench.random(1, L, H, V), bench.random(1, L, H, V)
     before = torch.rand(1, H, R, V + 1, device=bench.device)
     module, schedule = steps.backend, steps.schedule
-    states = module.sweep_keys(k, v, None, schedule).states(before)
+    states = module.scan_keys(k, v, None, schedule).states(before)
     o, z = module.attend(q, k, v, None, states, schedule)
     g, gz = module.output_gradients(do, o, z)
     given = (q, k, v, g, gz, None)
 
     def outputs() -> object:
-        return module.attend(q, k, v, None, module.sweep_keys(k, v, None, schedule).states(before), schedule)
+        return module.attend(q, k, v, None, module.scan_keys(k, v, None, schedule).states(before), schedule)
 
     def key_gradients() -> object:
-        adjoints = module.sweep_queries(q, g, gz, None, schedule).states(before)
+        adjoints = module.scan_queries(q, g, gz, None, schedule).states(before)
         return module.key_gradients(*given, adjoints, schedule)
 
     parts: dict[str, Callable[[], object]] = {
         "key and value projection": lambda: functional.linear(x, of_kv),
-        "segment state": lambda: module.sweep_keys(k, v, None, schedule).moments(),
+        "segment state": lambda: module.scan_keys(k, v, None, schedule).moments(),
         "query projection": lambda: functional.linear(x, of_q),
         "outputs given a state": outputs,
         "output gradients": lambda: module.output_gradients(do, o, z),
-        "adjoint segment state": lambda: module.sweep_queries(q, g, gz, None, schedule).moments(),
+        "adjoint segment state": lambda: module.scan_queries(q, g, gz, None, schedule).moments(),
         "dq": lambda: module.query_gradients(*given, states, schedule),
         "dk and dv given an adjoint state": key_gradients,
     }

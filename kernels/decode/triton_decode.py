@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from based_megatron.kernels.decode.states import ConvState, TaylorState, WindowState
-from based_megatron.kernels.overlap import overlapped, wait_for_inputs
+from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 from based_megatron.kernels.packing import packed_rows
 
 

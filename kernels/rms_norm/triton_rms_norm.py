@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from based_megatron.kernels.overlap import overlapped, wait_for_inputs
+from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 INTERPRETER_PROGRAMS = 3

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from based_megatron.kernels.overlap import overlapped, wait_for_inputs
+from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
 BLOCK = 2048
 """Columns of a program: twice 16 bytes of bf16 for each thread of four warps, the fastest of 512, 1024 and 2048."""

@@ -1,17 +1,17 @@
 """Causal normalised Taylor linear attention in plain PyTorch: chunked, O(T) memory, any device, exact in fp64.
 
-Legend: B batch, T sequence, C chunk, H heads, F feature dim, V value head dim, E = V + 1 (values and a column of ones),
+Legend: B batch, T tokens, C tokens of a chunk, H heads, F feature dim, V value head dim, E = V + 1 (values and a column of ones),
 R packed feature rows (see packing.py).
 
     w_ij = 1 + s_ij + s_ij^2 / 2,  s_ij = q_i.k_j / sqrt(F)        o_i = sum_j w_ij v_j / sum_j w_ij,  j <= i
 
 w = ((1 + s)^2 + 1) / 2 >= 1/2, so the normaliser Z_i is at least half the number of visible keys and needs no epsilon.
 Inside a chunk w is formed directly; all earlier chunks enter through the state S = sum_j packed(k_j) [v_j; 1]^T. The
-backward pass recomputes everything from q, k, v, o and Z: a sweep forward rebuilds S and yields dq, a sweep in reverse
-carries the adjoint of S, sum_i weighted packed(q_i) g_i^T, and yields dk and dv. States, sums and Z are fp32 (fp64 for
+backward pass recomputes everything from q, k, v, o and Z: a scan forward rebuilds S and yields dq, a scan in reverse
+has the adjoint of S, sum_i weighted packed(q_i) g_i^T, and yields dk and dv. States, sums and Z are fp32 (fp64 for
 fp64 inputs).
 
-Documents: a chunk reads the carried state where its tokens are in the carried document, and hands on the moments of its
+Documents: a chunk reads the state before it where its tokens are in that state's document, and hands on the moments of its
 last token's document. Ids that do not decrease make equality of ids the whole rule.
 """
 
@@ -33,17 +33,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One slice of the sequence and its document masks, as factors that broadcast over heads."""
+    """The tokens of one chunk and their document masks, as factors that broadcast over heads."""
 
     tokens: slice
     visible: Tensor
     """[B, 1, C, C] key j is at or before query i, in its document."""
     reads: Tensor
-    """[B, 1, C, 1] the token is in the document of the carried state."""
+    """[B, 1, C, 1] the token is in the document of the state before the chunk."""
     writes: Tensor
     """[B, 1, C, 1] the token is in the document of the chunk's last token."""
     keeps: Tensor
-    """[B, 1, 1, 1] the carried document is still open at the end of the chunk."""
+    """[B, 1, 1, 1] that document is still open at the end of the chunk."""
 
     def heads_first(self, x_BTHX: Tensor, dtype: torch.dtype) -> Tensor:
         """This chunk's tokens as [B, H, C, X]."""
@@ -56,16 +56,16 @@ def _chunks(document_ids_BT: Tensor, chunk_tokens: int, dtype: torch.dtype, reve
     for start in reversed(starts) if reverse else starts:
         tokens = slice(start, min(start + chunk_tokens, T))
         ids_BC = document_ids_BT[:, tokens]
-        # Before the first chunk the carried state is the caller's, and belongs to the first token's document.
-        carried_B1 = document_ids_BT[:, max(start - 1, 0), None]
+        # Before the first chunk the state is the caller's, and belongs to the first token's document.
+        before_B1 = document_ids_BT[:, max(start - 1, 0), None]
         last_B1 = ids_BC[:, -1:]
         same_BCC = ids_BC[:, :, None] == ids_BC[:, None, :]
         yield _Chunk(
             tokens=tokens,
             visible=same_BCC.tril()[:, None].to(dtype),
-            reads=(ids_BC == carried_B1)[:, None, :, None].to(dtype),
+            reads=(ids_BC == before_B1)[:, None, :, None].to(dtype),
             writes=(ids_BC == last_B1)[:, None, :, None].to(dtype),
-            keeps=(last_B1 == carried_B1)[:, :, None, None].to(dtype),
+            keeps=(last_B1 == before_B1)[:, :, None, None].to(dtype),
         )
 
 
@@ -88,8 +88,8 @@ def _key_gradients(
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One direction over the sequence. This reference keeps no states of chunks: what reads them walks over the chunks again."""
+class ChunkScan:
+    """A scan over the chunks in one direction. This reference keeps no states of chunks: what reads them walks over the chunks again."""
 
     moments: Callable[[], Tensor]
     """() -> [B, H, R, E], the state that leaves the sequence if none enters it."""
@@ -100,8 +100,8 @@ class Sweep:
         return (self.zeros if initial_BHRE is None else initial_BHRE,)
 
 
-def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: int) -> Sweep:
-    """From left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
+def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: int) -> ChunkScan:
+    """The scan over the keys, from left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
     zeros = _zero_state(k_BTHF, v_BTHV)
 
     def moments() -> Tensor:
@@ -111,11 +111,11 @@ def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: 
             state_BHRE = _absorb(state_BHRE, chunk, layout, k, _with_ones(v))
         return state_BHRE
 
-    return Sweep(moments, zeros)
+    return ChunkScan(moments, zeros)
 
 
-def sweep_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: int) -> Sweep:
-    """From right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
+def scan_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: int) -> ChunkScan:
+    """The scan over the queries, from right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
     zeros = _zero_state(q_BTHF, g_BTHV)
 
     def moments() -> Tensor:
@@ -125,7 +125,7 @@ def sweep_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tenso
             adjoint_BHRE = _read_back(adjoint_BHRE, chunk, layout, q, torch.cat([g, gz], dim=-1))
         return adjoint_BHRE
 
-    return Sweep(moments, zeros)
+    return ChunkScan(moments, zeros)
 
 
 def attend(
@@ -213,7 +213,7 @@ def _read_back(adjoint_BHRE: Tensor, chunk: _Chunk, layout: PackedLayout, q_BHCF
 def moment_gradients(
     k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: int
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of the moments of a sweep over keys."""
+    """dk and dv of the moments of a scan over the keys."""
     layout, dtype = _layout(k_BTHF), dmoments_BHRE.dtype
     dk_BTHF, dv_BTHV = torch.empty_like(k_BTHF), torch.empty_like(v_BTHV)
     for chunk in _chunks(_ids(k_BTHF, ids_BT), schedule, dtype, reverse=True):
