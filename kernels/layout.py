@@ -31,7 +31,7 @@ def operand(x: Tensor) -> Operand:
 
 
 def ids_operand(ids_BS: Tensor | None, stand_in: Tensor) -> Operand:
-    """The operand that document ids are to a kernel; one row may serve the whole batch. Without ids it is the stand-in, which is not read."""
+    """The operand that document ids are to a kernel; one row may serve the whole batch. Without ids, a stand-in that is not read."""
     if ids_BS is None:
         return Operand(stand_in, 0, 1, 0)
     ids_BS = unit_last_stride(ids_BS)

@@ -21,7 +21,7 @@ from based_megatron.bench.timing import Bench, attempt
 from based_megatron.bench.work import Ceilings, measure_ceilings
 from based_megatron.inference.engine import Engine
 from based_megatron.kernels.decode import (
-    WAITING_KEYS,
+    BUFFERED_KEYS,
     ConvState,
     TaylorState,
     WindowState,
@@ -52,11 +52,11 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
-    """Every moment is read, and written in one of N + 1 steps; the mean of N / 2 waiting keys is read, one is written.
+    """Every moment is read, and written in one of N + 1 steps; the mean of N / 2 buffered keys is read, one is written.
 
-    Heads begin with different numbers of waiting keys, so that every step absorbs the same part of them.
+    Heads begin with different numbers of buffered keys, so that every step absorbs the same part of them.
     """
-    B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, WAITING_KEYS
+    B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, BUFFERED_KEYS
     moments = 4 * packed_rows(F) * (V + 1) * (1 + 1 / (N + 1))
     moved = int(B * H * (moments + 2 * (F + V) * (N / 2 + 1) + 2 * 2 * (F + V)))
 
@@ -64,9 +64,9 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
         state = TaylorState.zeros(B, H, F, V, dtype=bench.dtype, device=bench.device)
         state.moments_BHRV.copy_(bench.random(*state.moments_BHRV.shape))
         state.normaliser_BHR[..., -1] = 100  # as of many tokens: it is positive
-        state.k_BHNF.copy_(bench.random(*state.k_BHNF.shape))
-        state.v_BHNV.copy_(bench.random(*state.v_BHNV.shape))
-        state.waiting_BH.random_(0, N + 1)
+        state.k_BHSF.copy_(bench.random(*state.k_BHSF.shape))
+        state.v_BHSV.copy_(bench.random(*state.v_BHSV.shape))
+        state.buffered_BH.random_(0, N + 1)
         return bench.random(B, H, F), bench.random(B, H, F), bench.random(B, H, V), state
 
     row = _step_row(bench, ceilings, "taylor step", f"B{B} H{H} F{F} V{V}", taylor_step, inputs, moved)
@@ -74,7 +74,7 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
     return dataclasses.replace(
         row,
         target=None if bench.quick else Target("at most", TARGET_OF_FLOOR * plain_ms),
-        rates={**row.rates, "x floor without waiting keys": row.value / plain_ms},
+        rates={**row.rates, "x floor without buffered keys": row.value / plain_ms},
     )
 
 
@@ -123,7 +123,7 @@ def _step_row(
     checks = {"o": Check(relative_error(found, expected), 3e-3 if rough else 1e-5)}
     for got, want in zip(sets[0], exact, strict=True):
         if isinstance(got, TaylorState):
-            # Where a token is, absorbed or waiting, is up to the implementation.
+            # Where a token is, absorbed or buffered, is up to the implementation.
             checks["state"] = Check(relative_error(got.joined(), want.joined()), 1e-5)
         elif dataclasses.is_dataclass(got):
             for field, x in vars(got).items():
@@ -175,7 +175,7 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
 
 def bytes_of_step(model: BasedModel, batch: int) -> float:
     """What one step must move: weights once, convolution states in and out, windows in, Taylor states in and sometimes out."""
-    passes = {WindowState: 1.0, TaylorState: 1 + 1 / (WAITING_KEYS + 1), ConvState: 2.0}
+    passes = {WindowState: 1.0, TaylorState: 1 + 1 / (BUFFERED_KEYS + 1), ConvState: 2.0}
     states = model.zero_states(1).layers.values()
     each = sum(passes[type(state)] * x.nbytes for state in states for x in vars(state).values())
     return sum(parameter.nbytes for parameter in model.parameters()) + batch * each

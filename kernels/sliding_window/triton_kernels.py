@@ -1,7 +1,7 @@
 """Triton kernels of sliding window attention; `triton_window.py` has their maths and launches them.
 
-Legend: T queries, S keys (S - T of them before the first query), N keys of a halo, H heads, V head dim, W window_left; I queries and J keys of a
-tile. Query i and key j have positions i + (S - T) and j; i sees j where 0 <= position difference <= W.
+Legend: T queries, S keys (S - T of them before the first query), N keys of a halo, H heads, V head dim, W window_left;
+I queries and J keys of a tile. Query i and key j have positions i + (S - T) and j; i sees j where 0 <= position difference <= W.
 """
 
 from __future__ import annotations
