@@ -56,7 +56,9 @@ def forward_kernel(
             if HAS_IDS:
                 in_halo &= same
             row = position + (K - 1)
-            term += tl.load(halo_ptr + row[:, None] * halo.stride_t + d[None, :], mask=in_tile & in_halo[:, None], other=0)
+            term += tl.load(
+                halo_ptr + row[:, None] * halo.stride_t + d[None, :], mask=in_tile & in_halo[:, None], other=0
+            )
         w = tl.load(weight_ptr + d * K + (K - 1 - lag), mask=d < D, other=0).to(tl.float32)
         c += term.to(tl.float32) * w[None, :]
     out = c * tl.sigmoid(c) * gate_tile
@@ -92,7 +94,9 @@ def backward_kernel(
         position = start - lag
         term = tl.load(u_ptr + position * u.stride_t, mask=_channels_if(position >= 0, d, D), other=0)
         if HAS_HALO:
-            term += tl.load(halo_ptr + (position + K - 1) * halo.stride_t, mask=_channels_if(position < 0, d, D), other=0)
+            term += tl.load(
+                halo_ptr + (position + K - 1) * halo.stride_t, mask=_channels_if(position < 0, d, D), other=0
+            )
         past = past + (term.to(tl.float32),)
         pending = pending + (zero,)
         if HAS_IDS:

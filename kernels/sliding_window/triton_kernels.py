@@ -34,7 +34,16 @@ def _store_tile(x_ptr, values, rows, rows_end, stride_t, V: tl.constexpr, PADDED
 
 @triton.jit
 def _load_keys(
-    x_ptr, halo_ptr, keys, N, S, stride_t, halo_stride_t, V: tl.constexpr, PADDED_V: tl.constexpr, HAS_HALO: tl.constexpr
+    x_ptr,
+    halo_ptr,
+    keys,
+    N,
+    S,
+    stride_t,
+    halo_stride_t,
+    V: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    HAS_HALO: tl.constexpr,
 ):
     """[keys, PADDED_V] of one head: the first N from the halo, the others from x."""
     tile = _load_tile(x_ptr, keys - N, S - N, stride_t, V, PADDED_V)

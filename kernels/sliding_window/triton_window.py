@@ -39,7 +39,12 @@ class Tile(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """As the kernels take them."""
-        return {"TILE_QUERIES": self.queries, "TILE_KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        return {
+            "TILE_QUERIES": self.queries,
+            "TILE_KEYS": self.keys,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 class Tiles(NamedTuple):

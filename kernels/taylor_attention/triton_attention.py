@@ -119,9 +119,7 @@ class _Launch:
     def new_moments(self, segments: int) -> tuple[Tensor, Tensor]:
         """Moments of the segments, fp32, in the order of the kernels' rows: values and normalisers."""
         shape = (self.B, self.H, segments, self.stored_rows)
-        return torch.empty(*shape, self.constants["V"], device=self.device), torch.empty(
-            *shape, device=self.device
-        )
+        return torch.empty(*shape, self.constants["V"], device=self.device), torch.empty(*shape, device=self.device)
 
     def pointers(self, states: States) -> list[Tensor]:
         """The states as a kernel takes them; it does not read what is not there."""
@@ -219,7 +217,9 @@ def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: S
     return ChunkScan(k_BTHF, v_BTHV, None, ids_BT, schedule)
 
 
-def scan_queries(q_BTHF: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> ChunkScan:
+def scan_queries(
+    q_BTHF: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None, schedule: Schedule
+) -> ChunkScan:
     """The scan over the queries and the gradients of their outputs, from right to left: adjoint states."""
     return ChunkScan(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule)
 

@@ -127,9 +127,7 @@ def query_gradients_kernel(
     a_IX = first_factors(q_IF, TILE_ROWS, PERIOD, PADDED_F, PRECISION)
     for row0 in tl.range(0, STORED_ROWS, TILE_ROWS, num_stages=STATE_STAGES):
         rows = row0 + tl.arange(0, TILE_ROWS)
-        state, normaliser = load_rows(
-            states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True
-        )
+        state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
         dphi_IX = tl.dot(gz_factors_I16, tl.trans(normaliser), input_precision=PRECISION)
         dphi_IX = tl.dot(g_IV, tl.trans(state), dphi_IX, input_precision=PRECISION)
         if HAS_STARTS:
@@ -139,8 +137,15 @@ def query_gradients_kernel(
             dphi_IX = tl.dot(gz_factors_I16, tl.trans(start_normaliser), dphi_IX, input_precision=PRECISION)
             dphi_IX = tl.dot(g_IV, tl.trans(start), dphi_IX, input_precision=PRECISION)
         da_IX += dphi_IX * second_factors(q_IF, rows, PERIOD, PADDED_F, PRECISION)
-        dq_IF = tl.dot((dphi_IX * a_IX).to(dtype), to_second_factors(rows, PERIOD, PADDED_F, dtype), dq_IF, input_precision=PRECISION)
-    dq_IF = tl.dot(da_IX.to(dtype), to_first_factors(TILE_ROWS, PERIOD, PADDED_F, dtype), dq_IF, input_precision=PRECISION)
+        dq_IF = tl.dot(
+            (dphi_IX * a_IX).to(dtype),
+            to_second_factors(rows, PERIOD, PADDED_F, dtype),
+            dq_IF,
+            input_precision=PRECISION,
+        )
+    dq_IF = tl.dot(
+        da_IX.to(dtype), to_first_factors(TILE_ROWS, PERIOD, PADDED_F, dtype), dq_IF, input_precision=PRECISION
+    )
     if HAS_IDS:
         query_ids = load_vector(ids_ptr, queries, T, EVEN)
         dq_IF *= tl.where(query_ids == tl.load(ids_ptr + tl.maximum(chunk_begin - 1, 0)), 1.0, 0.0)[:, None]
@@ -149,7 +154,9 @@ def query_gradients_kernel(
         keys = key_begin + tl.arange(0, TILE_TOKENS)
         k_JF = load_tile(k_ptr, keys, k.stride_t, T, vector, F, PADDED_F, EVEN)
         v_JV = load_tile(v_ptr, keys, v.stride_t, T, columns, V, PADDED_V, EVEN)
-        dq_IF = query_pairs(dq_IF, q_IF, g_IV, gz_I, k_JF, v_JV, queries, keys, ids_ptr, T, F, HAS_IDS, False, EVEN, PRECISION)
+        dq_IF = query_pairs(
+            dq_IF, q_IF, g_IV, gz_I, k_JF, v_JV, queries, keys, ids_ptr, T, F, HAS_IDS, False, EVEN, PRECISION
+        )
     own_k_JF = load_tile(k_ptr, queries, k.stride_t, T, vector, F, PADDED_F, EVEN)
     own_v_JV = load_tile(v_ptr, queries, v.stride_t, T, columns, V, PADDED_V, EVEN)
     dq_IF = query_pairs(
@@ -241,9 +248,7 @@ def key_gradients_kernel(
         phi_JX = features(a_JX, b_plus_JX, rows, PERIOD).to(dtype)
         dphi_JX = tl.zeros([TILE_TOKENS, TILE_ROWS], tl.float32)
         if HAS_PAIRS:
-            state, normaliser = load_rows(
-                states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True
-            )
+            state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
             dv_JV = tl.dot(phi_JX, state, dv_JV, input_precision=PRECISION)
             dphi_JX = tl.dot(ones_J16, tl.trans(normaliser), dphi_JX, input_precision=PRECISION)
             dphi_JX = tl.dot(v_JV, tl.trans(state), dphi_JX, input_precision=PRECISION)
@@ -255,8 +260,15 @@ def key_gradients_kernel(
             dphi_JX = tl.dot(ones_J16, tl.trans(start_normaliser), dphi_JX, input_precision=PRECISION)
             dphi_JX = tl.dot(v_JV, tl.trans(start), dphi_JX, input_precision=PRECISION)
         da_JX += dphi_JX * b_plus_JX
-        dk_JF = tl.dot((dphi_JX * a_JX).to(dtype), to_second_factors(rows, PERIOD, PADDED_F, dtype), dk_JF, input_precision=PRECISION)
-    dk_JF = tl.dot(da_JX.to(dtype), to_first_factors(TILE_ROWS, PERIOD, PADDED_F, dtype), dk_JF, input_precision=PRECISION)
+        dk_JF = tl.dot(
+            (dphi_JX * a_JX).to(dtype),
+            to_second_factors(rows, PERIOD, PADDED_F, dtype),
+            dk_JF,
+            input_precision=PRECISION,
+        )
+    dk_JF = tl.dot(
+        da_JX.to(dtype), to_first_factors(TILE_ROWS, PERIOD, PADDED_F, dtype), dk_JF, input_precision=PRECISION
+    )
     if HAS_IDS:
         key_ids = load_vector(ids_ptr, keys, T, EVEN)
         writes = tl.where(key_ids == tl.load(ids_ptr + chunk_end - 1), 1.0, 0.0)
@@ -274,7 +286,23 @@ def key_gradients_kernel(
             g_IV = load_tile(g_ptr, queries, V, T, columns, V, PADDED_V, EVEN)
             gz_I16 = load_tile(gz_ptr, queries, 4, T, columns16, 4, 16, EVEN)
             dk_JF, dv_JV = key_pairs(
-                dk_JF, dv_JV, k_JF, v_JV, ones_J16, q_IF, g_IV, gz_I16, queries, keys, ids_ptr, T, F, HAS_IDS, False, EVEN, PRECISION
+                dk_JF,
+                dv_JV,
+                k_JF,
+                v_JV,
+                ones_J16,
+                q_IF,
+                g_IV,
+                gz_I16,
+                queries,
+                keys,
+                ids_ptr,
+                T,
+                F,
+                HAS_IDS,
+                False,
+                EVEN,
+                PRECISION,
             )
 
     store_tile(dk_ptr, keys, dk.stride_t, T, vector, F, dk_JF)

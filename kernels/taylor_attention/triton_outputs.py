@@ -101,9 +101,7 @@ def outputs_kernel(
     else:
         for row0 in tl.range(0, STORED_ROWS, TILE_ROWS, num_stages=STATE_STAGES):
             rows = row0 + tl.arange(0, TILE_ROWS)
-            state, normaliser = load_rows(
-                states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True
-            )
+            state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
             phi_IX = features(a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, PRECISION), rows, PERIOD).to(dtype)
             z_I16 = tl.dot(phi_IX, normaliser, z_I16, input_precision=PRECISION)
             total_IV = tl.dot(phi_IX, state, total_IV, input_precision=PRECISION)
@@ -128,7 +126,21 @@ def outputs_kernel(
             total_IV, z_I16, q_IF, k_JF, v_JV, ones_J16, queries, keys, ids_ptr, T, F, HAS_IDS, False, EVEN, PRECISION
         )
     total_IV, z_I16 = output_pairs(
-        total_IV, z_I16, q_IF, own_k_JF, own_v_JV, ones_J16, queries, queries, ids_ptr, T, F, HAS_IDS, True, EVEN, PRECISION
+        total_IV,
+        z_I16,
+        q_IF,
+        own_k_JF,
+        own_v_JV,
+        ones_J16,
+        queries,
+        queries,
+        ids_ptr,
+        T,
+        F,
+        HAS_IDS,
+        True,
+        EVEN,
+        PRECISION,
     )
 
     inverse_z_I = 1.0 / sum_columns(z_I16)

@@ -55,9 +55,7 @@ def public_rows(rows_X, PERIOD: tl.constexpr, F: tl.constexpr):
     high = tl.maximum(first, second)
     pair = 1 + F + low * F - low * (low - 1) // 2 + high - low
     row = tl.where(rows_X < PERIOD, 1 + first, tl.where(rows_X < PERIOD + pairs, pair, 0))
-    return tl.where(
-        (rows_X > PERIOD + pairs) | ((rows_X < PERIOD + pairs) & (tl.maximum(first, high) >= F)), -1, row
-    )
+    return tl.where((rows_X > PERIOD + pairs) | ((rows_X < PERIOD + pairs) & (tl.maximum(first, high) >= F)), -1, row)
 
 
 @triton.jit

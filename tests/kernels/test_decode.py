@@ -190,8 +190,8 @@ def run_window(backend, W, V, fraction, first_B, dtype=torch.float32, poison=flo
     state.store(*last, first_B.to(DEVICE))
     position_B, outputs = first_B.to(DEVICE).clone(), []
     for t in range(T):
-        cos_BP, sin_BP = rotary_tables(position_B, V, fraction, 100.0)
-        outputs.append(window_step(q[:, t], k[:, t], v[:, t], cos_BP, sin_BP, state, position_B, backend=backend))
+        cos_BR, sin_BR = rotary_tables(position_B, V, fraction, 100.0)
+        outputs.append(window_step(q[:, t], k[:, t], v[:, t], cos_BR, sin_BR, state, position_B, backend=backend))
         position_B += 1
     q, k, v = in_double(q, k, v)
     q, k = rotated(q, first_B, fraction), rotated(k, first_B, fraction)

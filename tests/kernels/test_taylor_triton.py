@@ -109,7 +109,7 @@ def test_pieces_that_exchange_moments(documents: str) -> None:
         [None if x is None else x[:, piece] for x in in_fp32(q.detach(), k.detach(), v.detach(), do, ids)]
         for piece in pieces
     ]
-    keys = [triton_attention.sweep_keys(k, v, ids, schedule) for _, k, v, _, ids in cut]
+    keys = [triton_attention.scan_keys(k, v, ids, schedule) for _, k, v, _, ids in cut]
     goes_on = torch.ones(2) if ids is None else (ids[:, 149] == ids[:, 150]).float()
     goes_on = goes_on.to(DEVICE)[:, None, None, None]
     states = [sweep.states(initial) for sweep, initial in zip(keys, (None, keys[0].moments() * goes_on), strict=True)]
@@ -118,7 +118,7 @@ def test_pieces_that_exchange_moments(documents: str) -> None:
         o, inverse_z = triton_attention.attend(q, k, v, ids, state, schedule)
         gradients.append(triton_attention.output_gradients(do, o, inverse_z))
         found.append([o])
-    queries = [triton_attention.sweep_queries(x[0], *g, x[4], schedule) for x, g in zip(cut, gradients, strict=True)]
+    queries = [triton_attention.scan_queries(x[0], *g, x[4], schedule) for x, g in zip(cut, gradients, strict=True)]
     adjoints = [sweep.states(d) for sweep, d in zip(queries, (queries[1].moments() * goes_on, None), strict=True)]
     for i, ((q, k, v, _, ids), (g, gz)) in enumerate(zip(cut, gradients, strict=True)):
         found[i].append(triton_attention.query_gradients(q, k, v, g, gz, ids, states[i], schedule))
