@@ -53,3 +53,10 @@ def laid_out_like(x_BTX: Tensor, *trailing: int) -> Tensor:
     if x_BTX.stride(0) >= x_BTX.stride(1):
         return x_BTX.new_empty(B, T, *trailing)
     return x_BTX.new_empty(T, B, *trailing).transpose(0, 1)
+
+
+def check_keys(q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> None:
+    """Assert that there are as many keys as values and ids, and no fewer than queries."""
+    S = k_BSHV.shape[1]
+    assert v_BSHV.shape[1] == S >= q_BTHV.shape[1], (q_BTHV.shape, k_BSHV.shape, v_BSHV.shape)
+    assert key_document_ids_BS is None or key_document_ids_BS.shape[1] == S, (key_document_ids_BS.shape, S)

@@ -123,24 +123,6 @@ def _gradients(
     return (dq_BTHF, dk_BTHF, dv_BTHV), scan.moments
 
 
-class Moments(Function):
-    """(k, v, document ids or None) to the moments of the last document's tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps) -> Tensor:
-        k_BTHF, v_BTHV = unit_last_stride(k_BTHF), unit_last_stride(v_BTHV)
-        ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
-        ctx.steps = steps
-        return steps.backend.scan_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule).moments()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dmoments_BHRE: Tensor) -> tuple[Tensor | None, ...]:
-        k_BTHF, v_BTHV, ids_BT = ctx.saved_tensors
-        run = ctx.steps.backend.moment_gradients
-        return *run(k_BTHF, v_BTHV, dmoments_BHRE.contiguous(), ids_BT, ctx.steps.schedule), None, None
-
-
 @dataclass(frozen=True)
 class _Given:
     """A state that is there already."""

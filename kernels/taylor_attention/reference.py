@@ -210,21 +210,6 @@ def _read_back(adjoint_BHRE: Tensor, chunk: _Chunk, layout: PackedLayout, q_BHCF
     return adjoint_BHRE * chunk.keeps + phi_BHCR.transpose(-1, -2) @ (g_BHCE * chunk.reads)
 
 
-def moment_gradients(
-    k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: int
-) -> tuple[Tensor, Tensor]:
-    """dk and dv of the moments of a scan over the keys."""
-    layout, dtype = _layout(k_BTHF), dmoments_BHRE.dtype
-    dk_BTHF, dv_BTHV = torch.empty_like(k_BTHF), torch.empty_like(v_BTHV)
-    for chunk in _chunks(_ids(k_BTHF, ids_BT), schedule, dtype, reverse=True):
-        k, v = (chunk.heads_first(x, dtype) for x in (k_BTHF, v_BTHV))
-        dk, dv = _key_gradients(dmoments_BHRE, layout, k, _with_ones(v), chunk.writes)
-        dk_BTHF[:, chunk.tokens] = dk.transpose(1, 2)
-        dv_BTHV[:, chunk.tokens] = dv.transpose(1, 2)
-        dmoments_BHRE = dmoments_BHRE * chunk.keeps
-    return dk_BTHF, dv_BTHV
-
-
 def schedule(chunk_tokens: int | None, *inputs: Tensor) -> int:
     """Tokens of a chunk. A GPU wants fewer, larger steps."""
     return chunk_tokens or (256 if inputs[0].is_cuda else 128)
@@ -242,15 +227,3 @@ def _zero_state(x_BTHF: Tensor, y_BTHV: Tensor) -> Tensor:
     B, _, H, F = x_BTHF.shape
     shape = (B, H, packed_rows(F), y_BTHV.shape[-1] + 1)
     return torch.zeros(shape, dtype=accumulation_dtype(x_BTHF.dtype), device=x_BTHF.device)
-
-
-def recurrent_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRE: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and state of one more token; see the package's function of the same name."""
-    dtype = state_BHRE.dtype
-    layout = PackedLayout.build(q_BHF.shape[-1], q_BHF.device, dtype)
-    with torch.autocast(q_BHF.device.type, enabled=False):
-        v_BHE = _with_ones(v_BHV.to(dtype))
-        state_BHRE = state_BHRE + layout.features(k_BHF.to(dtype)).unsqueeze(-1) * v_BHE.unsqueeze(-2)
-        phi_BH1R = (layout.features(q_BHF.to(dtype)) * layout.weights).unsqueeze(-2)
-        total_BHE = (phi_BH1R @ state_BHRE).squeeze(-2)
-        return (total_BHE[..., :-1] / total_BHE[..., -1:]).to(v_BHV.dtype), state_BHRE

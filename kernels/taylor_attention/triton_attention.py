@@ -61,9 +61,9 @@ class States(NamedTuple):
     normaliser; the first again; unused.
     """
 
-    values: Tensor | None
+    values: Tensor
     """[B, H, chunks, stored rows, V]"""
-    normalisers: Tensor | None
+    normalisers: Tensor
     """[B, H, chunks, stored rows, 4]"""
     start_values: Tensor | None
     """[B, H, segments, stored rows, V], None where nothing enters the only segment."""
@@ -123,8 +123,7 @@ class _Launch:
 
     def pointers(self, states: States) -> list[Tensor]:
         """The states as a kernel takes them; it does not read what is not there."""
-        stand_in = next(x for x in states if x is not None)
-        return [stand_in if x is None else x for x in states]
+        return [states.values if x is None else x for x in states]
 
     def counts(self, states: States) -> tuple[int, int, int, int, int]:
         """Tokens, heads, chunks, segments, chunks of a segment."""
@@ -194,18 +193,16 @@ def _operands(*tensors_BTHX: Tensor) -> list[Operand]:
 
 
 def _combine(
-    launch: _Launch, moments: tuple[Tensor, Tensor] | None, initial_BHRE: Tensor | None,
+    launch: _Launch, moments: tuple[Tensor, Tensor], initial_BHRE: Tensor | None,
     starts: tuple[Tensor, Tensor] | None, end_BHRE: Tensor | None, segment_chunks: int, adjoint: bool,
 ) -> None:  # fmt: skip
-    """Writes the states before the segments to `starts`, or the one after them all to `end`. One segment needs no moments for its start."""
-    present = moments or starts
-    assert present is not None
-    stand_in = present[0]
+    """Writes the states before the segments to `starts`, or the one after them all to `end`."""
+    stand_in = moments[0]
     names = ("F", "PERIOD", "V", "PADDED_V", "STORED_ROWS", "HAS_IDS")
     tile_rows = 8
     triton_scan.combine_kernel[launch.stored_rows // tile_rows, launch.B * launch.H](
-        *(moments or present), stand_in if initial_BHRE is None else initial_BHRE.contiguous(),
-        *(starts or present), stand_in if end_BHRE is None else end_BHRE, launch.ids,
+        *moments, stand_in if initial_BHRE is None else initial_BHRE.contiguous(),
+        *(starts or moments), stand_in if end_BHRE is None else end_BHRE, launch.ids,
         launch.T, launch.H, stand_in.shape[2], segment_chunks * launch.schedule.chunk_tokens,
         TILE_ROWS=tile_rows, ADJOINT=adjoint, HAS_INITIAL=initial_BHRE is not None, ONLY_END=starts is None,
         **{name: launch.constants[name] for name in names},
@@ -274,26 +271,7 @@ def key_gradients(
     dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
     triton_gradients.key_gradients_kernel[launch.tiles(schedule.gradient_tokens)](
         *_operands(q_BTHF, k_BTHF, v_BTHV), g_BHTV, gz_BHT4, launch.ids, *launch.pointers(adjoints), *_operands(dk_BTHF, dv_BTHV),
-        *launch.counts(adjoints), HAS_PAIRS=True, **launch.tile_options(schedule.gradient_tokens, adjoints),
-    )  # fmt: skip
-    return dk_BTHF, dv_BTHV
-
-
-def moment_gradients(
-    k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: Schedule
-) -> tuple[Tensor, Tensor]:
-    """dk and dv of the moments of a scan over the keys."""
-    launch = _Launch(k_BTHF, v_BTHV, ids_BT, schedule)
-    # One segment, through which nothing flows but the adjoint state from its end.
-    starts = launch.new_states(1)
-    _combine(launch, None, dmoments_BHRE, starts, None, launch.chunks, adjoint=True)
-    adjoints = States(None, None, *starts)
-    dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
-    k, v = _operands(k_BTHF, v_BTHV)
-    unused = Operand(k_BTHF, 0, 0, 0)
-    triton_gradients.key_gradients_kernel[launch.tiles(schedule.gradient_tokens)](
-        unused, k, v, v.ptr, dmoments_BHRE, launch.ids, *launch.pointers(adjoints), *_operands(dk_BTHF, dv_BTHV),
-        *launch.counts(adjoints), HAS_PAIRS=False, **launch.tile_options(schedule.gradient_tokens, adjoints),
+        *launch.counts(adjoints), **launch.tile_options(schedule.gradient_tokens, adjoints),
     )  # fmt: skip
     return dk_BTHF, dv_BTHV
 

@@ -197,12 +197,9 @@ def key_gradients_kernel(
     T, H, chunks, segments, segment_chunks,
     F: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, STATE_STAGES: tl.constexpr,
-    HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PAIRS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk and dv of a tile of keys of one head, from the adjoint states after the chunks.
-
-    Without pairs (the gradient of the moments alone) there is nothing but the adjoint state that enters the one segment.
-    """
+    """One program: dk and dv of a tile of keys of one head, from the adjoint states after the chunks."""
     tile, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), bh % H
     bh64 = bh.to(tl.int64)
@@ -218,18 +215,17 @@ def key_gradients_kernel(
     columns = tl.arange(0, PADDED_V)
     k_JF = load_tile(k_ptr, keys, k.stride_t, T, vector, F, PADDED_F, EVEN)
     v_JV = load_tile(v_ptr, keys, v.stride_t, T, columns, V, PADDED_V, EVEN)
-    if HAS_PAIRS:
-        # Loaded early: a program is short, and would wait for each load in turn.
-        q_ptr = head_ptr(q, b, h)
-        g_ptr += bh64 * T * V
-        gz_ptr += bh64 * T * 4
-        columns16 = tl.arange(0, 16)
-        own_q_IF = load_tile(q_ptr, keys, q.stride_t, T, vector, F, PADDED_F, EVEN)
-        own_g_IV = load_tile(g_ptr, keys, V, T, columns, V, PADDED_V, EVEN)
-        own_gz_I16 = load_tile(gz_ptr, keys, 4, T, columns16, 4, 16, EVEN)
-        state_index = bh64 * chunks + chunk
-        states_ptr += state_index * STORED_ROWS * V
-        normalisers_ptr += state_index * STORED_ROWS * 4
+    # Loaded early: a program is short, and would wait for each load in turn.
+    q_ptr = head_ptr(q, b, h)
+    g_ptr += bh64 * T * V
+    gz_ptr += bh64 * T * 4
+    columns16 = tl.arange(0, 16)
+    own_q_IF = load_tile(q_ptr, keys, q.stride_t, T, vector, F, PADDED_F, EVEN)
+    own_g_IV = load_tile(g_ptr, keys, V, T, columns, V, PADDED_V, EVEN)
+    own_gz_I16 = load_tile(gz_ptr, keys, 4, T, columns16, 4, 16, EVEN)
+    state_index = bh64 * chunks + chunk
+    states_ptr += state_index * STORED_ROWS * V
+    normalisers_ptr += state_index * STORED_ROWS * 4
     if HAS_STARTS:
         segment = chunk // segment_chunks
         starts_ptr += (bh64 * segments + segment) * STORED_ROWS * V
@@ -247,11 +243,10 @@ def key_gradients_kernel(
         b_plus_JX = second_factors(k_JF, rows, PERIOD, PADDED_F, PRECISION)
         phi_JX = features(a_JX, b_plus_JX, rows, PERIOD).to(dtype)
         dphi_JX = tl.zeros([TILE_TOKENS, TILE_ROWS], tl.float32)
-        if HAS_PAIRS:
-            state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
-            dv_JV = tl.dot(phi_JX, state, dv_JV, input_precision=PRECISION)
-            dphi_JX = tl.dot(ones_J16, tl.trans(normaliser), dphi_JX, input_precision=PRECISION)
-            dphi_JX = tl.dot(v_JV, tl.trans(state), dphi_JX, input_precision=PRECISION)
+        state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
+        dv_JV = tl.dot(phi_JX, state, dv_JV, input_precision=PRECISION)
+        dphi_JX = tl.dot(ones_J16, tl.trans(normaliser), dphi_JX, input_precision=PRECISION)
+        dphi_JX = tl.dot(v_JV, tl.trans(state), dphi_JX, input_precision=PRECISION)
         if HAS_STARTS:
             start, start_normaliser = load_rows(
                 starts_ptr, start_normalisers_ptr, rows, start_rows, columns, V, PADDED_V, not HAS_IDS
@@ -275,35 +270,34 @@ def key_gradients_kernel(
         dk_JF *= writes[:, None]
         dv_JV *= writes[:, None]
 
-    if HAS_PAIRS:
+    dk_JF, dv_JV = key_pairs(
+        dk_JF, dv_JV, k_JF, v_JV, ones_J16, own_q_IF, own_g_IV, own_gz_I16, keys, keys, ids_ptr, T,
+        F, HAS_IDS, True, EVEN, PRECISION,
+    )  # fmt: skip
+    for query_begin in tl.range(begin + TILE_TOKENS, chunk_end, TILE_TOKENS):
+        queries = query_begin + tl.arange(0, TILE_TOKENS)
+        q_IF = load_tile(q_ptr, queries, q.stride_t, T, vector, F, PADDED_F, EVEN)
+        g_IV = load_tile(g_ptr, queries, V, T, columns, V, PADDED_V, EVEN)
+        gz_I16 = load_tile(gz_ptr, queries, 4, T, columns16, 4, 16, EVEN)
         dk_JF, dv_JV = key_pairs(
-            dk_JF, dv_JV, k_JF, v_JV, ones_J16, own_q_IF, own_g_IV, own_gz_I16, keys, keys, ids_ptr, T,
-            F, HAS_IDS, True, EVEN, PRECISION,
-        )  # fmt: skip
-        for query_begin in tl.range(begin + TILE_TOKENS, chunk_end, TILE_TOKENS):
-            queries = query_begin + tl.arange(0, TILE_TOKENS)
-            q_IF = load_tile(q_ptr, queries, q.stride_t, T, vector, F, PADDED_F, EVEN)
-            g_IV = load_tile(g_ptr, queries, V, T, columns, V, PADDED_V, EVEN)
-            gz_I16 = load_tile(gz_ptr, queries, 4, T, columns16, 4, 16, EVEN)
-            dk_JF, dv_JV = key_pairs(
-                dk_JF,
-                dv_JV,
-                k_JF,
-                v_JV,
-                ones_J16,
-                q_IF,
-                g_IV,
-                gz_I16,
-                queries,
-                keys,
-                ids_ptr,
-                T,
-                F,
-                HAS_IDS,
-                False,
-                EVEN,
-                PRECISION,
-            )
+            dk_JF,
+            dv_JV,
+            k_JF,
+            v_JV,
+            ones_J16,
+            q_IF,
+            g_IV,
+            gz_I16,
+            queries,
+            keys,
+            ids_ptr,
+            T,
+            F,
+            HAS_IDS,
+            False,
+            EVEN,
+            PRECISION,
+        )
 
     store_tile(dk_ptr, keys, dk.stride_t, T, vector, F, dk_JF)
     store_tile(dv_ptr, keys, dv.stride_t, T, columns, V, dv_JV)
