@@ -30,7 +30,7 @@ def vocab_cross_entropy(
     Args:
         logits_TU: fp32, bf16, or fp64, which runs in the reference whatever the backend. Rank r of the group holds columns
             r U .. (r + 1) U - 1 of the vocabulary. The triton backend keeps no fp32 copy: backward writes the gradient over
-            the logits, which nobody else may read after it.
+            the logits, which must not be read after it.
         labels_T: int64, columns of the whole vocabulary.
         columns: how many columns of this rank take part, from its first; the others only pad it. None: all.
         group: ranks that hold the other columns; None: this rank holds all of them.

@@ -2,7 +2,7 @@
 
 Legend: T tokens, U columns of logits on this rank.
 
-    loss = m + log(sum_c exp(z_c - m)) - z_label,   dz_c = (softmax_c - [c = label]) dloss
+    loss = m + log(sum_u exp(z_u - m)) - z_label,   dz_u = (softmax_u - [u = label]) dloss
 
 Each rank reduces its own columns to three numbers a token (maximum m, sum, logit of the label if it holds that column); ranks
 combine those.

@@ -20,8 +20,9 @@ from based_megatron.kernels.decode.states import ConvState, WindowState
 from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
 WINDOW_TILE_KEYS = 4
+"""Keys that a program of `window_step` reads at a time."""
 TILE_SEQUENCES, TILE_CHANNELS = 4, 256
-"""What one program of `conv_step` computes."""
+"""The sequences and channels that one program of `conv_step` computes."""
 TILE_COLUMNS = 8192
 """Logits that `choose_token` reads at a time."""
 

@@ -38,8 +38,8 @@ def forward_kernel(
     d = tl.program_id(0) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
     u_ptr, gate_ptr, y_ptr = u.ptr + b * u.stride_b, gate.ptr + b * gate.stride_b, y.ptr + b * y.stride_b
     halo_ptr, ids_ptr = halo.ptr + b * halo.stride_b, ids.ptr + b * ids.stride_b
-    in_tile = (t < T)[:, None] & (d < D)[None, :]
-    gate_tile = tl.load(gate_ptr + t[:, None] * gate.stride_t + d[None, :], mask=in_tile, other=0).to(tl.float32)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    gate_tile = tl.load(gate_ptr + t[:, None] * gate.stride_t + d[None, :], mask=inside, other=0).to(tl.float32)
     if HAS_IDS:
         document = _document(ids_ptr, t, T, K, HAS_HALO)
     c = tl.zeros((TILE_TOKENS, TILE_CHANNELS), tl.float32)
@@ -50,19 +50,19 @@ def forward_kernel(
             other = _document(ids_ptr, position, T, K, HAS_HALO)
             same = (other == document) & (other >= 0)
             seen &= same
-        term = tl.load(u_ptr + position[:, None] * u.stride_t + d[None, :], mask=in_tile & seen[:, None], other=0)
+        term = tl.load(u_ptr + position[:, None] * u.stride_t + d[None, :], mask=inside & seen[:, None], other=0)
         if HAS_HALO and lag > 0:
             in_halo = position < 0
             if HAS_IDS:
                 in_halo &= same
             row = position + (K - 1)
             term += tl.load(
-                halo_ptr + row[:, None] * halo.stride_t + d[None, :], mask=in_tile & in_halo[:, None], other=0
+                halo_ptr + row[:, None] * halo.stride_t + d[None, :], mask=inside & in_halo[:, None], other=0
             )
         w = tl.load(weight_ptr + d * K + (K - 1 - lag), mask=d < D, other=0).to(tl.float32)
         c += term.to(tl.float32) * w[None, :]
     out = c * tl.sigmoid(c) * gate_tile
-    tl.store(y_ptr + t[:, None] * y.stride_t + d[None, :], out.to(y_ptr.dtype.element_ty), mask=in_tile)
+    tl.store(y_ptr + t[:, None] * y.stride_t + d[None, :], out.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def _store_keys(
 
 @triton.jit
 def _visible(query_positions, keys, ids_ptr, S, W, HAS_IDS: tl.constexpr):
-    """Which of the keys a query sees; the arguments broadcast against each other.
+    """Mask of the keys that a query sees; the arguments broadcast against each other.
 
     The own key stays visible even to padding, whose id is -1: a row without keys would have no softmax.
     """

@@ -38,7 +38,7 @@ class Tile(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, int]:
-        """As the kernels take them."""
+        """Launch arguments of a kernel."""
         return {
             "TILE_QUERIES": self.queries,
             "TILE_KEYS": self.keys,
@@ -220,7 +220,7 @@ def _halo_operand(halo_BN2HV: Tensor) -> tuple[Operand, Tensor]:
 
 
 class _Call:
-    """What the kernels of one call have in common."""
+    """Arguments that the kernels of one call have in common."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Taylor attention with its gradients, put together from the steps that a backend has.
 
-Legend: B batch, T tokens of this slice, H heads, F feature dim, V value head dim, R packed rows, E = V + 1.
+Legend: B batch, T tokens of this slice, H heads, F feature dim, V value head dim, R rows of a packed state, E = V + 1.
 
     forward    scan_keys (k, v) -> states, given the one that enters -> attend (q, k, v) -> o, z
     backward   output_gradients (do, o, z) -> g, gz -> scan_queries (q, g, gz) -> query_gradients, given the states ->
@@ -28,7 +28,7 @@ from based_megatron.kernels.layout import unit_last_stride
 
 @dataclass(frozen=True)
 class Steps:
-    """What runs the steps, and how."""
+    """The backend that runs the steps, and its schedule."""
 
     backend: ModuleType
     """`reference` or `triton_attention`: both have the functions named above."""
@@ -102,8 +102,7 @@ def _attend(
 ) -> Tensor:
     o_BTHV, z = steps.backend.attend(q_BTHF, k_BTHF, v_BTHV, ids_BT, states, steps.schedule)
     ctx.save_for_backward(q_BTHF, k_BTHF, v_BTHV, o_BTHV, z, ids_BT, *states)
-    # A NamedTuple comes back as what it was.
-    ctx.steps, ctx.states_from = steps, getattr(type(states), "_make", tuple)
+    ctx.steps, ctx.states_type = steps, type(states)
     return o_BTHV
 
 
@@ -118,7 +117,7 @@ def _gradients(
     scan = backend.scan_queries(q_BTHF, g, gz, ids_BT, schedule)
     state_after = start_suffix(scan.moments)
     inputs = (q_BTHF, k_BTHF, v_BTHV, g, gz, ids_BT)
-    dq_BTHF = backend.query_gradients(*inputs, ctx.states_from(states), schedule)
+    dq_BTHF = backend.query_gradients(*inputs, ctx.states_type._make(states), schedule)
     dk_BTHF, dv_BTHV = backend.key_gradients(*inputs, scan.states(state_after.wait()), schedule)
     return (dq_BTHF, dk_BTHF, dv_BTHV), scan.moments
 

@@ -1,7 +1,7 @@
 """Causal normalised Taylor linear attention in plain PyTorch: chunked, O(T) memory, any device, exact in fp64.
 
 Legend: B batch, T tokens, C tokens of a chunk, H heads, F feature dim, V value head dim, E = V + 1 (values and a column of ones),
-R packed feature rows (see packing.py).
+R rows of a packed state (see packing.py).
 
     w_ij = 1 + s_ij + s_ij^2 / 2,  s_ij = q_i.k_j / sqrt(F)        o_i = sum_j w_ij v_j / sum_j w_ij,  j <= i
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,17 +88,24 @@ def _key_gradients(
     return dk_BHCF, dv_BHCV
 
 
+class States(NamedTuple):
+    """The one state that the reference keeps."""
+
+    entering_BHRE: Tensor
+    """Before the sequence; of adjoint states, after it."""
+
+
 @dataclass(frozen=True)
 class ChunkScan:
     """A scan over the chunks in one direction. This reference keeps no states of chunks: what reads them walks over the chunks again."""
 
     moments: Callable[[], Tensor]
-    """() -> [B, H, R, E], the state that leaves the sequence if none enters it."""
+    """() -> [B, H, R, E], the state after the sequence if none enters it."""
     zeros: Tensor
 
-    def states(self, initial_BHRE: Tensor | None) -> tuple[Tensor]:
-        """What `attend` and the gradients need of the states: the one that enters the sequence."""
-        return (self.zeros if initial_BHRE is None else initial_BHRE,)
+    def states(self, initial_BHRE: Tensor | None) -> States:
+        """The states that `attend` and the gradients read, given the one that enters."""
+        return States(self.zeros if initial_BHRE is None else initial_BHRE)
 
 
 def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: int) -> ChunkScan:
@@ -129,7 +137,7 @@ def scan_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor
 
 
 def attend(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: tuple[Tensor], schedule: int
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: States, schedule: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs o_BTHV and normalisers z_BTH1, given the state before the sequence."""
     (state_BHRE,) = states
@@ -158,7 +166,7 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, z_BTH1: Tensor) -> tuple[T
 
 def query_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
-    states: tuple[Tensor], schedule: int,
+    states: States, schedule: int,
 ) -> Tensor:  # fmt: skip
     """dq, given the state before the sequence."""
     (state_BHRE,) = states
@@ -176,7 +184,7 @@ def query_gradients(
 
 def key_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
-    adjoints: tuple[Tensor], schedule: int,
+    adjoints: States, schedule: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv, given the adjoint state after the sequence."""
     (adjoint_BHRE,) = adjoints

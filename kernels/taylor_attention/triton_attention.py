@@ -6,8 +6,8 @@ Forward:  `scan_keys` (k, v)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
 Backward: `output_gradients` (do, o, 1/Z)  ->  `scan_queries` (q, g, gz)  ->  `query_gradients`, `key_gradients`
 
 A scan needs no state from elsewhere. Its `moments` are what a sequence-parallel rank sends; its `states` take what comes
-back: the state that enters the sequence, or backward the gradient to the one that leaves it. Both ends follow from them:
-the state that leaves is the moments of the keys, and the gradient to the one that enters is the moments of the queries,
+back: the state before the sequence, or backward the gradient to the state after it. Both ends follow from them:
+the state after is the moments of the keys, and the gradient to the state before is the moments of the queries,
 plus what entered from the other end if all tokens are one document.
 """
 
@@ -81,7 +81,7 @@ def _stored_rows(feature_dim: int, tile_rows: int) -> int:
 
 
 class _Launch:
-    """What all kernels of one call have in common."""
+    """Arguments that all kernels of one call have in common."""
 
     def __init__(self, x_BTHF: Tensor, y_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> None:
         self.B, self.T, self.H, F = x_BTHF.shape
@@ -171,16 +171,16 @@ class ChunkScan:
         )  # fmt: skip
 
     def moments(self) -> Tensor:
-        """The state that leaves the sequence if none enters it, [B, H, R, V + 1] fp32.
+        """The state after the sequence if none enters it, [B, H, R, V + 1] fp32.
 
-        Backward the gradient to the state that enters, if none reaches the one that leaves.
+        Backward: the gradient to the state that enters, if none reaches the state after the sequence.
         """
         end_BHRE = torch.empty(self._launch.state_shape, device=self._launch.device)
         _combine(self._launch, self._moments, None, None, end_BHRE, self._segment_chunks, self._adjoint)
         return end_BHRE
 
     def states(self, initial_BHRE: Tensor | None) -> States:
-        """What the kernels of outputs or gradients read, given the state (fp32) that enters."""
+        """The states that the kernels of outputs or gradients read, given the state (fp32) that enters."""
         if self._segments == 1 and initial_BHRE is None:
             return States(*self._stored, None, None)
         starts = self._launch.new_states(self._segments)

@@ -47,7 +47,7 @@ def row_weights(rows_X, PERIOD: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def public_rows(rows_X, PERIOD: tl.constexpr, F: tl.constexpr):
-    """Where a row lies in the public packed order [1 | x_a | x_a x_b, a <= b]; -1 for rows of zeros."""
+    """Place of a row in the public packed order [1 | x_a | x_a x_b, a <= b]; -1 for rows of zeros."""
     pairs: tl.constexpr = PERIOD * (PERIOD + 1) // 2
     first = rows_X % PERIOD
     second = second_factor(rows_X, PERIOD)
@@ -161,7 +161,7 @@ def load_rows(
 
 @triton.jit
 def start_limit(ids_ptr, edge_token, segment_edge_token, STORED_ROWS: tl.constexpr, HAS_IDS: tl.constexpr):
-    """How many rows a chunk reads of its segment's start: none if another document began in between.
+    """Number of rows that a chunk reads of its segment's start: none if another document began in between.
 
     The tokens are those whose documents enter the chunk and the segment. What reads a chunk's state compares with the
     former; ids do not decrease, so equal ids leave nothing else between.

@@ -2,7 +2,7 @@
 
 Legend: T tokens, H heads, F feature dim, V value head dim, M tokens of a tile, X rows of a tile of the state.
 
-A sequence is cut into segments of chunks. `scan_kernel` walks over the chunks of all segments at once and leaves, for every
+A sequence is cut into segments of chunks. `scan_kernel` walks over the chunks of all segments at once and stores, for every
 chunk, the state of what came before it in its segment; `combine_kernel` adds the segments up to the state before each one.
 Rows are those of `triton_rows.py`.
 """

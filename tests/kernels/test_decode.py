@@ -183,10 +183,10 @@ def run_window(backend, W, V, fraction, first_B, dtype=torch.float32, poison=flo
     # Row b's sequence is `past` with its last first_B[b] tokens, then q, k, v.
     past = 12
     k_past, v_past = (torch.randn(B, past, H, V).to(dtype) for _ in range(2))
-    k_turned = rotated(k_past.double(), first_B - past, fraction)
+    k_rotated = rotated(k_past.double(), first_B - past, fraction)
     ids = (torch.arange(past) >= past - first_B[:, None]).int() - 1
     keep = ids[:, past - min(W, past) :, None, None] < 0  # what does not exist is poisoned
-    last = (x[:, past - min(W, past) :].masked_fill(keep, poison).to(DEVICE, dtype) for x in (k_turned, v_past))
+    last = (x[:, past - min(W, past) :].masked_fill(keep, poison).to(DEVICE, dtype) for x in (k_rotated, v_past))
     state.store(*last, first_B.to(DEVICE))
     position_B, outputs = first_B.to(DEVICE).clone(), []
     for t in range(T):
@@ -196,7 +196,7 @@ def run_window(backend, W, V, fraction, first_B, dtype=torch.float32, poison=flo
     q, k, v = in_double(q, k, v)
     q, k = rotated(q, first_B, fraction), rotated(k, first_B, fraction)
     ids = torch.nn.functional.pad(ids, (0, T))
-    expected = attention_oracle(q, torch.cat([k_turned, k], 1), torch.cat([v_past.double(), v], 1), W, ids)
+    expected = attention_oracle(q, torch.cat([k_rotated, k], 1), torch.cat([v_past.double(), v], 1), W, ids)
     return torch.stack(outputs, dim=1), expected
 
 

@@ -95,7 +95,7 @@ def test_one_row_of_document_ids_serves_the_whole_batch() -> None:
 
 @pytest.mark.parametrize("documents", ["none", "random", "chunk_starts"])
 def test_slices_with_states_equal_the_whole(documents: str) -> None:
-    """What sequence parallelism does: segment states, a gated exclusive prefix sum, then the outputs."""
+    """Sequence parallelism in one process: segment states, a gated exclusive prefix sum, then the outputs."""
     batch, lengths = 3, [5, 1, 40, 16, 9]
     q, k, v, _ = make_inputs(batch, sum(lengths))
     ids = document_ids(documents, batch, sum(lengths))

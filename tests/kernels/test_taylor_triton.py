@@ -262,7 +262,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def bf16_errors(tokens: int, value_dim: int, documents: bool, batch: int = 2, heads: int = 2) -> dict[str, float]:
-    """Of outputs and gradients, against the reference in fp64 on the GPU."""
+    """Errors of outputs and gradients, against the reference in fp64 on the GPU."""
     inputs = make_inputs(batch, tokens, 16, value_dim, heads, dtype=torch.bfloat16)
     exact = [x.detach().to(DEVICE).requires_grad_() for x in inputs]
     own = [x.detach().to(torch.bfloat16 if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(exact)]
@@ -305,7 +305,7 @@ def test_a_single_token_in_bf16(value_dim: int) -> None:
 
 
 def test_a_running_state_in_bf16_would_be_seen() -> None:
-    """What the limit at 131072 tokens is for: a state that is rounded after every chunk errs far beyond it.
+    """The limit at 131072 tokens catches a state that is rounded after every chunk: it errs far beyond.
 
     bf16 has 8 binary digits: from 2^15 on a count cannot grow by the 128 tokens of a chunk.
     """
