@@ -77,7 +77,7 @@ def test_gradient_from_the_final_state_alone(documents: str) -> None:
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("tokens", [1, 16, 37])
-def test_segment_state_is_the_final_state_from_zero(tokens: int, documents: str) -> None:
+def test_final_state_from_zero(tokens: int, documents: str) -> None:
     _, k, v, _ = make_inputs(3, tokens)
     ids = document_ids(documents, 3, tokens)
     state = segment_state(k, v, ids, chunk_tokens=16)

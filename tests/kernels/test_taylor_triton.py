@@ -165,10 +165,9 @@ def test_either_output_may_go_unused(documents: str, used: int) -> None:
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
-@pytest.mark.parametrize("tokens", [1, 17, 129])
-def test_segment_state_is_the_final_state_from_zero(tokens: int, documents: str) -> None:
-    _, k, v, _ = make_inputs(2, tokens)
-    ids = document_ids(documents, 2, tokens)
+def test_final_state_from_zero(documents: str) -> None:
+    _, k, v, _ = make_inputs(2, 17)
+    ids = document_ids(documents, 2, 17)
     state = segment_state(*in_fp32(k, v, ids), chunk_tokens=16, backend="triton").cpu().double()
     assert_same_gradients((state,), taylor_oracle(k, k, v, None, ids)[1:], (k, v), **CLOSE)
 
