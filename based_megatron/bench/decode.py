@@ -22,7 +22,7 @@ from based_megatron.bench.timing import Bench, attempt
 from based_megatron.bench.work import Ceilings, measure_ceilings
 from based_megatron.inference.engine import Engine
 from based_megatron.kernels.decode import (
-    WAITING_KEYS,
+    BUFFERED_KEYS,
     ConvState,
     TaylorState,
     WindowState,
@@ -58,7 +58,7 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
     Every moment is read, and written in one of N + 1 steps; the mean of N / 2 buffered keys is read, one is written.
     Heads begin with different numbers of buffered keys, so that every step absorbs the same part of them.
     """
-    B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, WAITING_KEYS
+    B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, BUFFERED_KEYS
     moments = 4 * packed_rows(F) * (V + 1) * (1 + 1 / (N + 1))
     moved = int(B * H * (moments + 2 * (F + V) * (N / 2 + 1) + 2 * 2 * (F + V)))
 
@@ -66,9 +66,9 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
         state = TaylorState.zeros(B, H, F, V, dtype=bench.dtype, device=bench.device)
         state.moments_BHRV.copy_(bench.random(*state.moments_BHRV.shape))
         state.normaliser_BHR[..., -1] = 100  # as of many tokens: it is positive
-        state.k_BHNF.copy_(bench.random(*state.k_BHNF.shape))
-        state.v_BHNV.copy_(bench.random(*state.v_BHNV.shape))
-        state.waiting_BH.random_(0, N + 1)
+        state.k_BHSF.copy_(bench.random(*state.k_BHSF.shape))
+        state.v_BHSV.copy_(bench.random(*state.v_BHSV.shape))
+        state.buffered_BH.random_(0, N + 1)
         return bench.random(B, H, F), bench.random(B, H, F), bench.random(B, H, V), state
 
     row = _step_row(
@@ -195,7 +195,7 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
 
 def bytes_of_step(model: BasedModel, batch: int) -> float:
     """Bytes that one step must move: weights once, convolution states in and out, windows in, Taylor states in and sometimes out."""
-    passes = {WindowState: 1.0, TaylorState: 1 + 1 / (WAITING_KEYS + 1), ConvState: 2.0}
+    passes = {WindowState: 1.0, TaylorState: 1 + 1 / (BUFFERED_KEYS + 1), ConvState: 2.0}
     states = model.zero_states(1).layers.values()
     each = sum(passes[type(state)] * x.nbytes for state in states for x in vars(state).values())
     return sum(parameter.nbytes for parameter in model.parameters()) + batch * each

@@ -54,9 +54,7 @@ def covering_calls(bench: Bench, L: int) -> dict[CoveringKernel, Callable[[], ob
     x, of_q, of_qkv = bench.random(L, D), bench.random(H * F, D), bench.random(3 * D, D)
     q, k = bench.random(1, L, H, F), bench.random(1, L, H, F)
     v, do = bench.random(1, L, H, V), bench.random(1, L, H, V)
-    states = steps.backend.sweep_keys(k, v, None, steps.schedule).states(
-        torch.rand(1, H, R, V + 1, device=bench.device)
-    )
+    states = steps.backend.scan_keys(k, v, None, steps.schedule).states(torch.rand(1, H, R, V + 1, device=bench.device))
     o, z = steps.backend.attend(q, k, v, None, states, steps.schedule)
     g, gz = steps.backend.output_gradients(do, o, z)
     return {

@@ -72,25 +72,25 @@ def _attention_parts(bench: Bench, L: int) -> list[PartTime]:
     v, do = bench.random(1, L, H, V), bench.random(1, L, H, V)
     before = torch.rand(1, H, R, V + 1, device=bench.device)
     module, schedule = steps.backend, steps.schedule
-    states = module.sweep_keys(k, v, None, schedule).states(before)
+    states = module.scan_keys(k, v, None, schedule).states(before)
     o, z = module.attend(q, k, v, None, states, schedule)
     g, gz = module.output_gradients(do, o, z)
     given = (q, k, v, g, gz, None)
 
     def outputs() -> object:
-        return module.attend(q, k, v, None, module.sweep_keys(k, v, None, schedule).states(before), schedule)
+        return module.attend(q, k, v, None, module.scan_keys(k, v, None, schedule).states(before), schedule)
 
     def key_gradients() -> object:
-        adjoints = module.sweep_queries(q, g, gz, None, schedule).states(before)
+        adjoints = module.scan_queries(q, g, gz, None, schedule).states(before)
         return module.key_gradients(*given, adjoints, schedule)
 
     parts: dict[Part, Callable[[], object]] = {
         Part.KEY_VALUE_PROJECTION: lambda: functional.linear(x, of_kv),
-        Part.SEGMENT_STATE: lambda: module.sweep_keys(k, v, None, schedule).moments(),
+        Part.SEGMENT_STATE: lambda: module.scan_keys(k, v, None, schedule).moments(),
         Part.QUERY_PROJECTION: lambda: functional.linear(x, of_q),
         Part.OUTPUTS: outputs,
         Part.OUTPUT_GRADIENTS: lambda: module.output_gradients(do, o, z),
-        Part.ADJOINT_SEGMENT_STATE: lambda: module.sweep_queries(q, g, gz, None, schedule).moments(),
+        Part.ADJOINT_SEGMENT_STATE: lambda: module.scan_queries(q, g, gz, None, schedule).moments(),
         Part.DQ: lambda: module.query_gradients(*given, states, schedule),
         Part.DK_DV: key_gradients,
     }

@@ -8,11 +8,10 @@ from torch.nn import functional
 
 from based_megatron.config import ModelConfig
 from based_megatron.kernels.decode import WindowState, window_step
-from based_megatron.kernels.exchange import Halo
+from based_megatron.kernels.exchange import Halo, joined_keys
+from based_megatron.kernels.full_attention import full_attention
 from based_megatron.kernels.rotary import apply_rotary, rotary_tables
 from based_megatron.kernels.sliding_window import (
-    full_attention,
-    joined_keys,
     sliding_window_attention,
     sliding_window_over_slices,
 )

@@ -1,4 +1,4 @@
-"""Kernels that begin while the one before them in the stream ends: programmatic dependent launch, of Hopper and later.
+"""Launches of kernels that begin while the one before them in the stream ends: programmatic dependent launch, of Hopper and later.
 
 A step of decoding is some hundreds of kernels of microseconds, so that launches one after another are a part of its time.
 """
@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_inputs(overlaps: tl.constexpr):
-    """Comes first in a kernel launched with `overlapped`: nothing that others write may be read, nor written, before.
+    """Wait for the kernels before: the first line of a kernel launched with `overlapped`, which may read and write nothing before it.
 
     The next kernel is let in at once: it waits in the same place, until this one has ended.
     """
