@@ -180,7 +180,9 @@ def model_config(hf: BasedConfig, mixers: str = "") -> ModelConfig:
     letters = {mixer.hf_name: letter for letter, mixer in mixers_of(ModelConfig(mixers=mixers)).items()}
     unknown = sorted(set(hf.mixers) - letters.keys())
     if unknown:
-        raise CheckpointError(f"the export has unknown mixers: {', '.join(unknown)}; name their module with --mixers")
+        raise CheckpointError(
+            f"the export has unknown mixers: {', '.join(unknown)}; install their package, or give based import its module with --mixers"
+        )
     return ModelConfig(
         layer_pattern=short_pattern("".join(letters[name] for name in hf.mixers)),
         mixers=mixers,

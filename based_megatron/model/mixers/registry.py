@@ -82,8 +82,9 @@ def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
+        words = " ".join(str(error).split())
         raise ConfigError(
-            f"cannot import the mixers of {name!r} ({type(error).__name__}: {error}); change model.mixers, or the installed package "
+            f"cannot import the mixers of {name!r} ({type(error).__name__}: {words}); change model.mixers, or the installed package "
             f"whose entry point in {ENTRY_POINTS} names it"
         ) from error
 
