@@ -26,8 +26,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_based.BasedModel",
     "AutoModelForCausalLM": "modeling_based.BasedForCausalLM",
 }
-HF_FILES = ("configuration_based.py", "mixers_based.py", "modeling_based.py")
-EXTRA_FILE = "extra_mixers.py"
+MIXERS_FILE = "mixers_based.py"
+HF_FILES = ("configuration_based.py", MIXERS_FILE, "modeling_based.py")
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], BasedConfig]:
@@ -89,7 +89,7 @@ def export_huggingface(
         for name in HF_FILES:
             source = resources.files("based_megatron.convert.hf_files") / name
             (folder / name).write_bytes(source.read_bytes())
-        _write_extra_mixers(extra_classes(config), folder)
+        _add_mixers(extra_classes(config), folder)
         for weights in folder.glob(
             "*.safetensors"
         ):  # written for the owner only, while the other files follow the umask
@@ -105,18 +105,17 @@ def extra_classes(config: ModelConfig) -> dict[str, type[nn.Module]]:
     return {name: cls for name, cls in classes.items() if cls is not None}
 
 
-def _write_extra_mixers(classes: dict[str, type[nn.Module]], folder: Path) -> None:
-    """Copies of the files that define the classes, and the module that imports them: transformers follows its imports."""
-    lines = ['"""Mixers that other packages have added to this model, by their names in its config."""', ""]
-    for cls in dict.fromkeys(classes.values()):
+def _add_mixers(classes: dict[str, type[nn.Module]], folder: Path) -> None:
+    """Copy the files that define the classes, and let the export's own mixers import them: transformers follows its imports."""
+    lines = [""] if classes else []
+    for name, cls in classes.items():
         file = Path(inspect.getfile(cls))
         if (folder / file.name).exists() and (folder / file.name).read_bytes() != file.read_bytes():
             raise CheckpointError(f"{file} cannot be copied into an export, which has a {file.name} already: rename it")
         shutil.copyfile(file, folder / file.name)
-        lines.append(f"from .{file.stem} import {cls.__name__}")
-    entries = ", ".join(f'"{name}": {cls.__name__}' for name, cls in classes.items())
-    lines += ["", f"EXTRA_MIXERS: dict = {{{entries}}}", ""]
-    (folder / EXTRA_FILE).write_text("\n".join(lines))
+        lines += [f"from .{file.stem} import {cls.__name__}", "", f'MIXERS["{name}"] = {cls.__name__}']
+    with (folder / MIXERS_FILE).open("a") as mixers:
+        mixers.writelines(f"{line}\n" for line in lines)
 
 
 def _hf_name(mixer: type[Mixer], config: ModelConfig) -> str:

@@ -36,7 +36,7 @@ class BasedConfig(PreTrainedConfig):
     mixers: list[str] = field(default_factory=list)
     """Mixer of each layer: conv, linear_attention, sliding_attention or full_attention. Empty means as in the 360M."""
     extra_mixers: dict[str, str] = field(default_factory=dict)
-    """More mixers, which extra_mixers.py holds, and the kind of layer that each has in the cache."""
+    """More mixers, which bring files of their own, and the kind of layer that each has in the cache."""
     layer_types: list[str] = field(default_factory=list)
     """Layers of the cache, which follow from `mixers`. Read only where `mixers` is empty: older exports named mixers here."""
     feature_dim: int = 16

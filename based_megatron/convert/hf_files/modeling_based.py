@@ -21,13 +21,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_based import BasedConfig
-from .extra_mixers import EXTRA_MIXERS
 from .mixers_based import MIXERS, BasedGatedConv, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
 
 CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 """What the installed transformers calls the cache, in arguments and outputs: 5.24 renamed it. We take both names."""
-
-ALL_MIXERS: dict[str, type[nn.Module]] = {**MIXERS, **EXTRA_MIXERS}
 
 
 def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -110,7 +107,7 @@ class BasedPreTrainedModel(PreTrainedModel):
 class BasedModel(BasedPreTrainedModel):
     """The model without its output projection."""
 
-    def __init__(self, config: BasedConfig, mixers: Mapping[str, type[nn.Module]] = ALL_MIXERS):
+    def __init__(self, config: BasedConfig, mixers: Mapping[str, type[nn.Module]] = MIXERS):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BasedBlock(config, i, mixers) for i in range(config.num_hidden_layers))
@@ -200,7 +197,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: BasedConfig, mixers: Mapping[str, type[nn.Module]] = ALL_MIXERS):
+    def __init__(self, config: BasedConfig, mixers: Mapping[str, type[nn.Module]] = MIXERS):
         super().__init__(config)
         self.model = BasedModel(config, mixers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
