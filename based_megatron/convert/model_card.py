@@ -74,7 +74,7 @@ def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
         parameters=proof.parameters,
         state_bytes=proof.state_bytes,
         growth=""
-        if not any(mixer.hf_name == "full_attention" for mixer in layers)
+        if not any("full_attention" in (mixer.hf_name, mixer.hf_cache_layer) for mixer in layers)
         else "; its full attention layers keep all keys and values on top, counted here at "
         f"{proof.prompt_tokens} tokens",
         layers=len(layers),

@@ -204,6 +204,14 @@ def test_it_can_run_otherwise():
 
 BROKEN = {
     "same_letter": ("class Other(MovingAverage):\n    letter, name = 'c', 'other'", r"both have the letter 'c'"),
+    "same_name": (
+        "class Other(MovingAverage):\n    letter, name, hf_name = 'o', 'gated_conv', None",
+        r"both have the name 'gated_conv'",
+    ),
+    "same_export": (
+        "class Other(MovingAverage):\n    letter, name, hf_name = 'o', 'other', 'conv'",
+        r"both have the hf_name 'conv'",
+    ),
     "no_flops": (
         "class Other(Mixer):\n    letter, name = 'o', 'other'\n    parameter_shapes = MovingAverage.parameter_shapes",
         r"no_flops\.Other does not say its mixing_flops",

@@ -53,17 +53,21 @@ def parameter_owner(name: str, layers: tuple[type[Mixer], ...]) -> tuple[type[Mi
 def _found(names: str) -> dict[str, type[Mixer]]:
     found = dict(MIXERS)
     for mixer in _external(names):
-        missing = [fact for fact in ("name",) if not hasattr(mixer, fact)] + sorted(mixer.__abstractmethods__)
+        missing = [] if hasattr(mixer, "name") else ["name"]
+        missing += sorted(mixer.__abstractmethods__)
         if missing:
             raise ConfigError(
                 f"the mixer {_full_name(mixer)} does not say its {', '.join(missing)} (docs/extending.md); change model.mixers"
             )
-        other = found.setdefault(mixer.letter, mixer)
-        if other is not mixer:
-            raise ConfigError(
-                f"the mixers {_full_name(other)} and {_full_name(mixer)} both have the letter {mixer.letter!r} of model.layer_pattern; "
-                f"change one of them, or model.mixers"
-            )
+        for other in found.values():
+            for fact in ("letter", "name", "hf_name"):
+                value = getattr(mixer, fact)
+                if value is not None and value == getattr(other, fact):
+                    raise ConfigError(
+                        f"the mixers {_full_name(other)} and {_full_name(mixer)} both have the {fact} {value!r}: model.layer_pattern "
+                        f"needs one mixer a {fact}; change one of them, or model.mixers"
+                    )
+        found[mixer.letter] = mixer
         if len(mixer.letter) != 1 or not (mixer.letter.isascii() and mixer.letter.isalpha()):
             raise ConfigError(
                 f"the mixer {_full_name(mixer)} has the letter {mixer.letter!r}, which is not one of A-Z and a-z; change model.mixers"
