@@ -76,7 +76,7 @@ def _found(names: str) -> dict[str, type[Mixer]]:
 
 
 def _external(names: str) -> Iterator[type[Mixer]]:
-    modules = [entry.value for entry in entry_points(group=ENTRY_POINTS)]
+    modules = [entry.module for entry in entry_points(group=ENTRY_POINTS)]
     modules += [name.strip() for name in names.split(",") if name.strip()]
     for name in dict.fromkeys(modules):
         yield from _mixers_in(_imported(name))
