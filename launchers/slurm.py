@@ -15,6 +15,7 @@ from string import Template
 from based_megatron.config import Config, parse_config
 from based_megatron.config.validate import check_run_dir, validate
 from based_megatron.errors import ConfigError
+from based_megatron.model.check import check_mixers
 
 SCRIPT_NAME = "pretrain.sbatch"
 
@@ -116,6 +117,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
             f"at once; change either"
         )
     validate(config, options.nodes * tasks_per_node)
+    check_mixers(config)
     run_dir = Path(config.run_dir).absolute()
     template = resources.files("based_megatron.launchers").joinpath(SCRIPT_NAME).read_text()
     return _Template(template).substitute(

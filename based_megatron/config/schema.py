@@ -13,6 +13,8 @@ class ModelConfig:
     layer_pattern: str = "cLScc*5 cc"
     """Mixer of each layer: c gated conv, L Taylor linear attention, S sliding window, A full attention.
     `cLScc*5 cc` is five times cLScc, then cc."""
+    mixers: str = ""
+    """Modules that define more mixers, by name and separated by commas; those of installed packages need no mention."""
     hidden_size: int = 1024
     """Width of the residual stream."""
     ffn_hidden_size: int = 2048

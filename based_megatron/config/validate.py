@@ -1,4 +1,7 @@
-"""Every way in which a config and a world size cannot run together, found before any rank starts to work."""
+"""Every way in which a config and a world size cannot run together, found before any rank starts to work.
+
+What mixers know of themselves is checked in `model/check.py`.
+"""
 
 import shutil
 from pathlib import Path
@@ -148,11 +151,6 @@ def _check_sequence(config: Config) -> None:
         raise ConfigError(
             f"data.carry_state needs one corpus and documents apart (now {len(config.data.sources)} data.sources, data.isolate_documents "
             f"{config.data.isolate_documents}); set data.path and data.isolate_documents=true, or data.carry_state=false"
-        )
-    if config.data.carry_state and "A" in parse_layer_pattern(config.model.layer_pattern):
-        raise ConfigError(
-            f"data.carry_state cannot carry the whole past of full attention, letter A of model.layer_pattern "
-            f"{config.model.layer_pattern!r}; set data.carry_state=false or change model.layer_pattern"
         )
     multiple = slice_multiple(parallel)
     if length % multiple or length // multiple < parallel.context:

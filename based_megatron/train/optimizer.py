@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from based_megatron.config import Config, OptimizerConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.based_model import BasedModel
+from based_megatron.model.mixers import Mixer
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.mpu import DeepSpeedGroups
 from based_megatron.parallel.topology import Topology
@@ -40,18 +41,27 @@ def build_engine(chunks: list[BasedModel], config: Config, topology: Topology) -
 def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters with and without weight decay; empty groups are left out.
 
-    default: no decay on norms, biases and the embedding. reference: as released, where norms are decayed.
+    default: no decay on norms, biases and the embedding. reference: as released, where norms are decayed. Mixers decide on
+    their own parameters.
     """
+    of_mixers = _decays_of_mixers(module)
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in module.parameters():
-        (decayed if _decays(shard_spec(parameter).name, optimizer.weight_decay_mode) else others).append(parameter)
+        name = shard_spec(parameter).name
+        decays = of_mixers[name] if name in of_mixers else _decays(name, optimizer.weight_decay_mode)
+        (decayed if decays else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
+def _decays_of_mixers(module: nn.Module) -> dict[str, bool]:
+    mixers = [mixer for mixer in module.modules() if isinstance(mixer, Mixer)]
+    return {shard_spec(p).name: mixer.decays(name) for mixer in mixers for name, p in mixer.named_parameters()}
+
+
 def _decays(name: str, mode: str) -> bool:
-    if name.endswith(".bias") or name == "embedding.weight":
+    if name == "embedding.weight":
         return False
     return mode == "reference" or not name.endswith("norm.weight")
 
