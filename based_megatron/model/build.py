@@ -33,7 +33,7 @@ def _build_chunk(config: Config, shared: BasedConfig, topology: Topology, stage)
     chunk = BasedModel(shared, stage, topology.process_groups)
     attach_shard_specs(chunk, topology.tensor.group)
     if stage.is_last and not stage.is_first and config.model.tie_embeddings:
-        # The first stage owns the tied embedding: this copy counts once, in norms and checkpoints. DeepSpeed reads the second name.
-        chunk.embedding.weight.tied_copy = chunk.embedding.weight.ds_pipe_replicated = True
+        # The first stage owns the tied embedding: this copy counts once, in norms and checkpoints.
+        chunk.embedding.weight.tied_copy = True
     initialize_weights(chunk, config.model, config.train.seed)
     return chunk.to(topology.device)

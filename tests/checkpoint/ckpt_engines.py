@@ -80,6 +80,9 @@ def make_engine(layout: Layout, alone: dist.ProcessGroup, seed: int, names: list
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer
 
+    from based_megatron.parallel.deepspeed import ZeroEngine
+    from based_megatron.train.optimizer.adamw import Optimizer
+
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -112,7 +115,8 @@ def make_engine(layout: Layout, alone: dist.ProcessGroup, seed: int, names: list
     if layout.precision == "bf16":
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return deepspeed.initialize(model=model, optimizer=optimizer, mpu=groups, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=groups, config=config)[0]
+    return ZeroEngine(engine, Optimizer(optimizer))
 
 
 def train(engine: Any, first_step: int, steps: int) -> list[float]:
@@ -120,7 +124,7 @@ def train(engine: Any, first_step: int, steps: int) -> list[float]:
     losses = []
     for step in range(first_step, first_step + steps):
         inputs = torch.rand(2, generator=torch.Generator().manual_seed(step))
-        data = engine.mpu.data
+        data = engine._engine.mpu.data
         inputs = inputs[dist.get_rank(data) :: dist.get_world_size(data)]
         loss = engine(inputs)
         engine.backward(loss)
