@@ -9,6 +9,7 @@ from based_megatron.model.based_model import BasedModel
 from based_megatron.model.config import BasedConfig, based_config
 from based_megatron.model.init import initialize_weights
 from based_megatron.parallel.linear import attach_shard_specs
+from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.stages import split_layers
 from based_megatron.parallel.topology import Topology
 
@@ -17,16 +18,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def build_model(config: Config, topology: Topology, dtype: torch.dtype | None = None) -> list[BasedModel]:
     """The model chunks of this pipeline rank, initialised and on the device; more than one only under the interleaved schedule."""
-    shared = based_config(
-        config.model,
-        config.parallel,
-        dtype=dtype or DTYPES[config.train.precision],
-        backend=resolve_backend(config.train.backend, topology.device),
-        recompute=config.train.recompute,
-    )
     layers = len(parse_layer_pattern(config.model.layer_pattern))
     stages = split_layers(layers, topology.pipeline.rank, topology.pipeline.size, config.parallel.virtual_pipeline)
-    return [_build_chunk(config, shared, topology, stage) for stage in stages]
+    with megatron_runs():
+        shared = based_config(
+            config.model,
+            config.parallel,
+            dtype=dtype or DTYPES[config.train.precision],
+            backend=resolve_backend(config.train.backend, topology.device),
+            recompute=config.train.recompute,
+        )
+        return [_build_chunk(config, shared, topology, stage) for stage in stages]
 
 
 def _build_chunk(config: Config, shared: BasedConfig, topology: Topology, stage) -> BasedModel:

@@ -39,7 +39,7 @@ def build_zero_engine(
     for parameter in module.parameters():
         # It is left out of the gradient norm.
         parameter.ds_pipe_replicated = is_tied_copy(parameter)  # type: ignore[attr-defined]
-    with _initializes(topology), deepspeed_runs():
+    with deepspeed_runs(topology.device), _initializes(topology.device):
         import deepspeed
 
         engine, *_ = deepspeed.initialize(
@@ -60,21 +60,22 @@ class ZeroEngine:
         self._engine, self.optimizer = engine, optimizer
         self.module: nn.Module = engine.module
         self.stage: int = engine.zero_optimization_stage()
+        self._device: torch.device = engine.device
         optimizer.place(self._partitions())
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward, for ZeRO-2 and 3: stage 3 gathers weights here."""
-        with deepspeed_runs(), megatron_runs():
+        with deepspeed_runs(self._device), megatron_runs():
             return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Backward, for ZeRO-2 and 3: gradients are reduced as they are made."""
-        with deepspeed_runs(), megatron_runs():
+        with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
 
     def step(self) -> None:
         """Reduce, clip, update; leaves the weights alone if a gradient is not finite."""
-        with deepspeed_runs():
+        with deepspeed_runs(self._device):
             self._engine.step()
 
     def get_global_grad_norm(self) -> Any:
@@ -167,26 +168,30 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
 
 
 @contextmanager
-def deepspeed_runs() -> Iterator[None]:
-    """Surroundings for DeepSpeed's code: neither its warnings nor its log lines below errors."""
-    with without_warnings("deepspeed"), log_level("DeepSpeed", logging.ERROR):
+def deepspeed_runs(device: torch.device) -> Iterator[None]:
+    """Surroundings for DeepSpeed's code, for as long as the block lasts.
+
+    It asks the environment for its rank even where the ranks are joined already. Neither its warnings nor its log lines below
+    errors are wanted.
+    """
+    ranks = dict(RANK=dist.get_rank(), WORLD_SIZE=dist.get_world_size(), LOCAL_RANK=device.index or 0)
+    variables = {name: str(value) for name, value in ranks.items()}
+    with environment(**variables), without_warnings("deepspeed"), log_level("DeepSpeed", logging.ERROR):
         yield
 
 
 @contextmanager
-def _initializes(topology: Topology) -> Iterator[None]:
-    """Surroundings for deepspeed.initialize, which asks the environment even where the ranks are joined already."""
-    names = dict(RANK=topology.rank, WORLD_SIZE=topology.world_size, LOCAL_RANK=topology.device.index or 0)
-    variables = {name: str(value) for name, value in names.items()}
-    if topology.device.type == "cpu":
-        variables["DS_ACCELERATOR"] = "cpu"
+def _initializes(device: torch.device) -> Iterator[None]:
+    """Surroundings for deepspeed.initialize."""
+    on_cpu = device.type == "cpu"
     with ExitStack() as changes:
-        changes.enter_context(environment(**variables))
+        if on_cpu:
+            changes.enter_context(environment(DS_ACCELERATOR="cpu"))
         import deepspeed.ops
         from deepspeed.runtime import bf16_optimizer
 
         changes.enter_context(replaced(bf16_optimizer, see_memory_usage=lambda *args, **kwargs: None))
-        if topology.device.type == "cpu":
+        if on_cpu:
             # Otherwise it compiles a shared memory all-reduce for inference, for minutes, and fails without a compiler.
             changes.enter_context(replaced(deepspeed.ops, __compatible_ops__={}))
         yield

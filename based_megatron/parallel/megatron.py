@@ -61,10 +61,10 @@ __all__ = [
 
 @contextmanager
 def megatron_runs() -> Iterator[None]:
-    """Surroundings for Megatron-core's code: needed around its forward, backward and communication, not around construction.
+    """Surroundings for Megatron-core's code, for as long as the block lasts.
 
-    Without a GPU the CUDA devices that it names literally, also over gloo, are the CPU. It must not be entered by several
-    threads at a time: what it changes belongs to the process.
+    It warns of every optional package that is missing, on every rank. Without a GPU the CUDA devices that it names literally,
+    also over gloo, are the CPU. It must not be entered by several threads at a time: what it changes belongs to the process.
     """
     with without_warnings(r"megatron\."):
         if torch.cuda.is_available():

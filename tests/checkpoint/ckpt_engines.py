@@ -74,13 +74,16 @@ def make_alone() -> dist.ProcessGroup:
     return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
-def make_engine(layout: Layout, alone: dist.ProcessGroup, seed: int, names: list[str] | None = None) -> Any:
-    """An engine of the toy model; `names` limits the parameters, as a pipeline stage would."""
+def make_engine(
+    layout: Layout, alone: dist.ProcessGroup, seed: int, names: list[str] | None = None, copy: str = ""
+) -> Any:
+    """An engine of the toy model; `names` limits the parameters, as a pipeline stage would, `copy` is tied to another stage's."""
     import deepspeed
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer
 
     from based_megatron.parallel.deepspeed import ZeroEngine
+    from based_megatron.parallel.linear import shard_spec
     from based_megatron.train.optimizer.adamw import Optimizer
 
     deepspeed.ops.__compatible_ops__ = {}
@@ -91,6 +94,8 @@ def make_engine(layout: Layout, alone: dist.ProcessGroup, seed: int, names: list
     rank = dist.get_rank(groups.model)
     mine = [spec for spec in specs(rank, layout.tensor) if names is None or spec.name in names]
     model = Toy(mine, seed)
+    for parameter in model.parameters():
+        parameter.tied_copy = shard_spec(parameter).name == copy  # type: ignore[attr-defined]
     plain = [p for p in model.parameters() if p.ndim == 1]
     decayed = [p for p in model.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from based_megatron.checkpoint.peers import ALONE
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.parallel.sequence.carry import Carries, Carry
@@ -79,7 +80,7 @@ def disk(monkeypatch) -> Disk:
     monkeypatch.setattr(module, "optimizer_entry", lambda engine: {"name": "adamw", "step": 17})
     monkeypatch.setattr(module, "read_state", lambda path: disk.state)
     monkeypatch.setattr(module.dist, "new_group", lambda backend: backend)
-    monkeypatch.setattr(module, "everyone", lambda group: SimpleNamespace(rank=0))
+    monkeypatch.setattr(module, "everyone", lambda group: ALONE)
     return disk
 
 
