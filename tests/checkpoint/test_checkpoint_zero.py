@@ -226,7 +226,9 @@ def test_apex_keeps_the_step_in_the_group():
 
 
 def test_an_optimizer_without_zero_is_refused():
-    engine = SimpleNamespace(optimizer=SimpleNamespace(), module=torch.nn.Module(), zero_optimization_stage=lambda: 0)
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(), module=torch.nn.Module(), device="cpu", zero_optimization_stage=lambda: 0
+    )
     with pytest.raises(TypeError, match="use zero_stage 1, 2 or 3"):
         ZeroEngine(engine, Optimizer(GroupStepAdam(torch.zeros(3))))
 

@@ -43,21 +43,21 @@ class DealtMatrices:
             holders = [pieces.get(mine) if mine else None for pieces in self._pieces]
             held = [self._pieces[self._rank].get(name) for name in names]
             held += [None] * (len(self._pieces) - len(names))
-            matrix = self._collect(flat, held, holders)
-            result = None if matrix is None else function(*matrix)
-            self._spread(result, flat, holders, held, changed)
+            matrix, spec = self._collect(flat, held, holders)
+            self._spread(function(matrix, spec) if spec else matrix, flat, holders, held, changed)
         return changed
 
     def _collect(
         self, flat: Tensor, held: list[Piece | None], holders: list[Piece | None]
-    ) -> tuple[Tensor, ShardSpec] | None:
-        """This rank's matrix of a round. held: this rank's piece of each rank's matrix; holders: each rank's of ours."""
+    ) -> tuple[Tensor, ShardSpec | None]:
+        """This rank's matrix of a round, None and an empty one if it was dealt none.
+
+        held: this rank's piece of each rank's matrix; holders: each rank's piece of this rank's.
+        """
         send = [piece.of(flat) if piece and piece.owned else flat[:0] for piece in held]
         received = self._exchange(send, [piece.numel if piece and piece.owned else 0 for piece in holders])
         spec = next((piece.spec for piece in holders if piece), None)
-        if spec is None:
-            return None
-        matrix = flat.new_zeros(spec.shape)
+        matrix = flat.new_zeros(spec.shape if spec else ())
         for piece, values in zip(holders, received, strict=True):
             if piece and piece.owned:
                 for box in rectangles(piece.spec, piece.start, piece.numel):
@@ -66,7 +66,7 @@ class DealtMatrices:
 
     def _spread(
         self,
-        matrix: Tensor | None,
+        matrix: Tensor,
         flat: Tensor,
         holders: list[Piece | None],
         held: list[Piece | None],
@@ -76,7 +76,7 @@ class DealtMatrices:
         send = []
         for piece in holders:
             values = flat.new_zeros(piece.numel if piece else 0)
-            for box in rectangles(piece.spec, piece.start, piece.numel) if piece and matrix is not None else []:
+            for box in rectangles(piece.spec, piece.start, piece.numel) if piece else []:
                 box.view(values).copy_(_box(matrix, box))
             send.append(values)
         received = self._exchange(send, [piece.numel if piece else 0 for piece in held])

@@ -44,7 +44,8 @@ class Optimizer(PartitionedOptimizer):
     @classmethod
     def build(cls, module: nn.Module, config: OptimizerConfig, topology: Topology) -> "Optimizer":
         """Over the parameters of this rank, in a group of matrices and one of all others, on every stage."""
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for parameter in module.parameters():
             (matrices if is_matrix(shard_spec(parameter)) else others).append(parameter)
         groups = [{"params": matrices, "matrices": True}, {"params": others, "matrices": False}]
@@ -89,7 +90,7 @@ class _Client(torch.optim.AdamW):
         return state[MOMENTUM]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the partitions of the groups as they are now."""
         groups = self.param_groups
         for group in groups:
