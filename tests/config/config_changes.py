@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 from based_megatron.config import Config, load_config
 
-
 T = TypeVar("T")
 
 
