@@ -33,7 +33,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step-XXXXXXXX from the fragments of all ranks (collective); returns it.
 
-    `state` is JSON: what the caller needs to go on (consumed_tokens, adam_step, config, ...); rank 0's is written. The
+    `state` is JSON: what the caller needs to go on (tokens_seen, optimizer, config, ...); rank 0's is written. The
     tensors are read before this returns. `folder` must be the same on all ranks.
 
     Raises CheckpointError on every rank if any of them fails (full disk, quota, ...): earlier checkpoints are then

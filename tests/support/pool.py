@@ -15,7 +15,7 @@ import torch
 RUNS_ON_CPU, RUNS_ON_GPU = 1, 4
 """A pool is replaced after so many: groups of earlier layouts are never freed, and their threads or buffers add up.
 A fork of what is already imported costs 0.1 s, a process with CUDA many seconds."""
-PRELOAD = ["based_megatron.train.optimizer", "based_megatron.train.step", "deepspeed"]
+PRELOAD = ["based_megatron.train.optimizer.muon", "based_megatron.train.step", "deepspeed"]
 
 
 class RankFailure(AssertionError):
