@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from based_megatron.config import ParallelConfig
 from based_megatron.errors import ConfigError
-from based_megatron.launchers.environment import RankInfo
+from based_megatron.parallel.environment import RankInfo
 from based_megatron.parallel.host import environment
 from based_megatron.parallel.megatron import ProcessGroupCollection, parallel_state
 from based_megatron.parallel.sequence.ranks import ContextRanks, build_context_ranks

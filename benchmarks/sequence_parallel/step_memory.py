@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from based_megatron.config import load_config
 from based_megatron.data.batch import MicroBatch
-from based_megatron.launchers.environment import rank_from_environment
 from based_megatron.model.build import build_model
+from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.sequence.slices import even_bounds, slice_of
 from based_megatron.parallel.topology import build_topology, join, leave, pick_device
 from based_megatron.train.optimizer import build_engine, set_learning_rate

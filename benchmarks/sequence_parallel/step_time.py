@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from based_megatron.config import load_config
-from based_megatron.launchers.environment import rank_from_environment
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
+from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
 from based_megatron.parallel.sequence.slices import even_bounds
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device

@@ -51,7 +51,7 @@ assert changes(before) == [], changes(before)
 STEP = """
 sys.path.insert(0, "tests")
 from based_megatron.config import ParallelConfig
-from based_megatron.launchers.environment import rank_from_environment
+from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import join, leave
 from support.layouts import build_run, small_config
 join(rank_from_environment({}), torch.device("cpu"), 60)

@@ -110,7 +110,7 @@ def free_port() -> int:
 
 
 def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
-    from based_megatron.launchers.environment import RankInfo
+    from based_megatron.parallel.environment import RankInfo
     from based_megatron.parallel.topology import join
     from support.interpreter import patch_once_a_launch
 

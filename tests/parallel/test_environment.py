@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from based_megatron.errors import ConfigError
-from based_megatron.launchers.environment import RankInfo, rank_from_environment
+from based_megatron.parallel.environment import RankInfo, rank_from_environment
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "20123"}
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"} | MASTER
