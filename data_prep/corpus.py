@@ -1,4 +1,4 @@
-"""From files and folders to documents. What cannot be read is counted, warned of and left out; it never ends the run."""
+"""Reads documents from files and folders. What cannot be read is counted, warned about and left out; it never ends the run."""
 
 import logging
 import os

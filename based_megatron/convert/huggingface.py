@@ -1,4 +1,4 @@
-"""Between our unsharded state dict and the Hugging Face model of `hf_files`, in memory and as an export folder."""
+"""Conversion between our unsharded state dict and the Hugging Face model of `hf_files`, in memory and as an export folder."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Which documents a training step was made of: the first question after a loss spike."""
+"""Lists the documents that a training step was made of: the first question after a loss spike."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How one rank's piece of a parameter lies inside the unsharded parameter.
+"""The place of one rank's piece of a parameter inside the unsharded parameter.
 
 The unsharded tensors are those of the released checkpoints, fused projections included. A fused projection is a stack of
 `parts` along the partition dim (value | gate, q | k | v); each part is cut over the tensor parallel ranks on its own, so that

@@ -1,4 +1,7 @@
-"""The short gated convolution: (silu(conv(u)) * gate) W_out, [u | gate] = x W_in (based.models.mixers.convolution.BaseConv)."""
+"""The short gated convolution: (silu(conv(u)) * gate) W_out, [u | gate] = x W_in (based.models.mixers.convolution.BaseConv).
+
+Legend: B sequences, L tokens of this rank's slice, D hidden size, C channels, K taps, h = K - 1 halo inputs.
+"""
 
 import functools
 import math
@@ -50,11 +53,14 @@ class GatedConv(Mixer):
         return self.out_proj(y.transpose(0, 1).contiguous())[0], None
 
     def _convolve_slice(self, project: Projection, plan: SequencePlan) -> Tensor:
-        """The last rows are projected first, and are under way while the others are."""
+        """Mix a slice whose first outputs read inputs of earlier slices.
+
+        Boundary rows are projected first, and travel while the other rows are projected.
+        """
         channels, taps = self.conv_weight.shape
         exchange = HaloExchange(plan, CONV, self.layer_number, taps - 1, keep=self.keeps_received)
-        tail = functools.partial(project.tail, exchange.tail_rows, slice(channels))
-        arriving = exchange.start(lambda: tail().transpose(0, 1))
+        boundary = functools.partial(project.boundary_rows, exchange.tail_rows, slice(channels))
+        arriving = exchange.start(lambda: boundary().transpose(0, 1))
         return gated_conv_over_slices(
             project().transpose(0, 1),
             self.conv_weight,
@@ -96,12 +102,12 @@ class GatedConv(Mixer):
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
-        """2 for each tap and channel."""
+        """Forward operations of a token in the convolution: 2 for each tap and channel."""
         return 2.0 * model.conv_kernel * _channels(model)
 
     @staticmethod
     def initial(name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Taps U(-1 / sqrt(K), 1 / sqrt(K)), others as usual."""
+        """Initial values, fp32: taps U(-1 / sqrt(K), 1 / sqrt(K)); the projections as for other mixers."""
         if name != "conv_weight":
             return Mixer.initial(name, shape, model, generator)
         bound = 1 / math.sqrt(shape[-1])
@@ -126,5 +132,5 @@ class GatedConv(Mixer):
 
 
 def _channels(model: ModelConfig) -> int:
-    """Channels C that are convolved; as many are the gate."""
+    """Number of channels C that are convolved; the gate has as many."""
     return model.hidden_size * model.conv_expand // 2

@@ -1,4 +1,7 @@
-"""Linear attention with the second order Taylor feature map: weights 1 + s + s^2 / 2, s = q.k / sqrt(F), normalised."""
+"""Linear attention with the second order Taylor feature map: weights 1 + s + s^2 / 2, s = q.k / sqrt(F), normalised.
+
+Legend: B sequences, L tokens of this rank's slice, H heads of this tensor parallel rank, F feature dim, V value head dim.
+"""
 
 from typing import Any
 
@@ -32,7 +35,10 @@ RELEASED_FEATURES = "based.models.mixers.linear_attention.TaylorExp"
 
 
 class TaylorLinearAttention(Mixer):
-    """No positions, no biases; heads are independent, so that tensor parallel ranks need nothing of each other inside."""
+    """Fused q | k | v projection and Taylor attention, without positions and biases.
+
+    Heads are independent: tensor parallel ranks exchange nothing between the projections.
+    """
 
     letter, name, hf_name = "L", "linear_attention", "linear_attention"
     slices = carries = True
@@ -56,7 +62,7 @@ class TaylorLinearAttention(Mixer):
         return self.out_proj(merge_heads(mixed))[0], None
 
     def _mix_slice(self, project: Projection, plan: SequencePlan) -> Tensor:
-        """Keys and values first: their moments are under way while the queries are projected."""
+        """Mix a slice that reads the state before it: the moments of keys and values travel while the queries are projected."""
         of_q, of_kv = project.parts(self.local_parts[0], sum(self.local_parts[1:]))
         k, v = (heads_first_batch(part, self.heads) for part in of_kv().split(self.local_parts[1:], dim=-1))
         exchange = StateExchange(plan, self.layer_number, keep=self.keeps_received)
@@ -101,7 +107,7 @@ class TaylorLinearAttention(Mixer):
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
-        """In the recurrent form with the unpacked features of Based, 1 + F + F^2 a head.
+        """Forward operations of a token in the recurrent form, with the 1 + F + F^2 unpacked features of Based a head.
 
         Adding phi(k) v to the state and reading phi(q) from it cost 2 each for every state element, the normaliser being one
         more column (a kernel that packs the symmetric features, or works in chunks, does less or more than this).
