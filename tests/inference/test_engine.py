@@ -180,7 +180,7 @@ def states_logits(engine: Engine, prompts: Tensor, found: Tensor) -> Tensor:
 
 
 def test_greedy_generation_is_the_repeated_forward(worker_pool):
-    """Of tokens only: the vocabulary's padding rows are never chosen. A second run starts anew."""
+    """Padding rows of the vocabulary are never chosen, and a second run starts anew."""
     (result,) = worker_pool(1).run(generated)
     assert result["found"] == result["expected"] == result["again"]
     assert result["alone"] == result["found"][:1]

@@ -66,7 +66,7 @@ def oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
 
 @pytest.fixture(scope="module")
 def long_oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
-    """The same for many steps, packed."""
+    """Files of the single process's results over many steps, packed."""
     path = tmp_path_factory.mktemp("oracle") / "long.pt"
     worker_pool(1).run(write_oracle, path, True, LONG_STEPS, CLIP, LONG_LR)
     return {True: path}

@@ -89,7 +89,7 @@ class Run:
     engine: Any
     config: Config
     bounds: tuple[int, ...] = ()
-    """Of the context slices; even ones if empty."""
+    """First positions of the context slices, and S; slices are even if it is empty."""
 
     def train_step(self, number: int, packed: bool, lr: float = 3e-3) -> tuple[float, float]:
         """(mean loss, gradient norm) of one optimizer step."""

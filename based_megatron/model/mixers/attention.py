@@ -69,7 +69,7 @@ class SoftmaxAttention(Mixer):
             keep=self.keeps_received,
             renew=lambda kv: self._moved_back(kv, plan),
         )
-        arriving = exchange.start(lambda: self._boundary_rows(project, rotary, exchange.tail_rows))
+        arriving = exchange.start(lambda: self._tail(project, rotary, exchange.tail_rows))
         q, k, v = self._rotated(project(), rotary)
         return self.attend_slice(q, k, v, Halo(arriving, exchange), plan.document_ids(rows))
 
@@ -78,10 +78,10 @@ class SoftmaxAttention(Mixer):
         q, k = (apply_rotary(x, *rotary, backend=self.config.backend) for x in (q, k))
         return q, k, v
 
-    def _boundary_rows(self, project: Projection, rotary: tuple[Tensor, Tensor], tokens: int) -> Tensor:
-        """Keys and values [B, t, 2, H, V] of the last `tokens`, which later slices see; keys are rotated."""
+    def _tail(self, project: Projection, rotary: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+        """Keys and values of the last tokens, [B, t, 2, H, V]."""
         width = self.heads * self.head_dim
-        kv = project.boundary_rows(tokens, slice(width, 3 * width))
+        kv = project.tail(tokens, slice(width, 3 * width))
         k, v = (heads_first_batch(part, self.heads) for part in kv.chunk(2, dim=-1))
         k = apply_rotary(k, *(table[table.shape[0] - tokens :] for table in rotary), backend=self.config.backend)
         return torch.stack([k, v], dim=2)
@@ -226,9 +226,10 @@ class FullAttention(SoftmaxAttention):
 
 
 def _attention_flops(model: ModelConfig, sequence_length_tokens: int, previous_keys: int) -> float:
-    """Forward operations of a token in softmax attention: 4 for each channel and visible key, averaged over positions t = 1..T of a sequence: mean of min(t, previous_keys + 1).
+    """Forward operations of a token in softmax attention: 4 for each channel and visible key.
 
-    Window and causal mask are applied as if the sequence were one document.
+    Keys are averaged over positions t = 1..T of a sequence: the mean of min(t, previous_keys + 1). Window and causal mask are
+    applied as if the sequence were one document.
     """
     full = min(previous_keys + 1, sequence_length_tokens)
     return 4.0 * model.hidden_size * (full - full * (full - 1) / (2 * sequence_length_tokens))

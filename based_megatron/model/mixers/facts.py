@@ -30,7 +30,7 @@ class MixerFacts(ABC):
     slices = False
     """True if the mixer can work on one slice of a sequence while context parallel ranks hold the others."""
     carries = False
-    """True if the states of `leaves` are all that the next sequence of the same document needs (data.carry_state)."""
+    """Whether what it `leaves` is all that the next sequence of the same document needs (data.carry_state)."""
 
     @staticmethod
     @abstractmethod
@@ -65,7 +65,7 @@ class MixerFacts(ABC):
 
     @staticmethod
     def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
-        """The carried states of one layer, by kind: shape and dtype, where activations are of `dtype`."""
+        """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
         return {}
 
     @classmethod

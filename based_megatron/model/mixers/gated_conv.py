@@ -59,8 +59,8 @@ class GatedConv(Mixer):
         """
         channels, taps = self.conv_weight.shape
         exchange = HaloExchange(plan, CONV, self.layer_number, taps - 1, keep=self.keeps_received)
-        boundary = functools.partial(project.boundary_rows, exchange.tail_rows, slice(channels))
-        arriving = exchange.start(lambda: boundary().transpose(0, 1))
+        tail = functools.partial(project.tail, exchange.tail_rows, slice(channels))
+        arriving = exchange.start(lambda: tail().transpose(0, 1))
         return gated_conv_over_slices(
             project().transpose(0, 1),
             self.conv_weight,
