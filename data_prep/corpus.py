@@ -72,6 +72,7 @@ class Corpus:
         self._finished_bytes = 0
         for name, path, size in self._files:
             kind = format_of(name, self._formats)
+            read_errors: tuple[type[Exception], ...] = (OSError, EOFError, *kind.read_errors)
             try:
                 with path.open("rb") as self._current:
                     for record, text in kind.read(self._current, name, self._config):
@@ -81,7 +82,7 @@ class Corpus:
                             yield Document(text, name, record)
                         else:
                             skips.counts["empty"] += 1  # such as __init__.py: nothing to warn about
-            except (OSError, EOFError, *kind.read_errors) as error:
+            except read_errors as error:
                 skips.add("unreadable", name, f"the rest of this file cannot be read: {error}")
             finally:
                 self._current = None

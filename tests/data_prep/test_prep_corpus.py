@@ -48,7 +48,7 @@ def test_a_separator_line_cuts_a_text_file(tmp_path, separator, content):
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_jsonl(tmp_path, ending):
+def test_lines_of_jsonl_are_documents_whatever_the_compression(tmp_path, ending):
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(compress(jsonl("one", "two\nlines") + b"\n") + compress(jsonl("three")))
@@ -56,7 +56,7 @@ def test_jsonl(tmp_path, ending):
     assert read(path) == ({(name, 1): "one", (name, 2): "two\nlines", (name, 4): "three"}, {})
 
 
-def test_parquet_of_several_row_groups(tmp_path):
+def test_rows_of_parquet_are_documents(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"id": [1, 2, 3], "body": ["one", None, "three"]})
     pyarrow.parquet.write_table(table, path, row_group_size=2)
@@ -93,7 +93,7 @@ def test_suffixes_can_be_added(tmp_path):
     assert read(tmp_path / "a.exe", suffixes=(".exe",))[0] == {("a.exe", 1): "x"}
 
 
-def test_a_missing_input(tmp_path):
+def test_a_missing_input_is_refused(tmp_path):
     with pytest.raises(DataError, match="nowhere does not exist"):
         read(tmp_path / "nowhere")
 
@@ -189,7 +189,7 @@ def test_bytes_read_ends_at_the_total(tmp_path):
 
 
 def test_a_format_is_one_value_that_the_corpus_reads_with(tmp_path):
-    """What docs/extending.md asks of a new format: endings, a reader, and the errors that end a file."""
+    """A format as docs/extending.md describes it: endings, a reader, and the errors that end a file."""
 
     def read_rows(raw, name, config):
         for number, line in enumerate(raw, start=1):

@@ -41,7 +41,7 @@ def errors(logits: Tensor, labels: Tensor, backend: str, columns: int | None = N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 2), (5, 91), (3, 4096), (2, 9001)])
-def test_values_and_gradients(backend: str, tokens: int, columns: int) -> None:
+def test_values_and_gradients_equal_the_formula(backend: str, tokens: int, columns: int) -> None:
     assert max(errors(*some(tokens, columns), backend)) < 1e-5
 
 

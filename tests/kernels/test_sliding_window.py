@@ -229,7 +229,7 @@ def test_the_output_of_the_kernels_is_laid_out_like_the_queries(tokens_outermost
 
 # bf16 rounds the probabilities as well as the result, as every flash kernel does.
 @pytest.mark.parametrize("documents", ["none", "random"])
-def test_bf16_error_against_fp64(documents: str) -> None:
+def test_bf16_error_against_fp64_is_rounding_alone(documents: str) -> None:
     q, k, v = (x.detach().to(torch.bfloat16) for x in make_inputs(1, 200, value_dim=64))
     ids = document_ids(documents, 1, 200)
     exact = attention_oracle(q.double(), k.double(), v.double(), 32, ids)

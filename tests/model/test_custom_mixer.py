@@ -59,7 +59,7 @@ def config_of(parallel: ParallelConfig | None = None) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def test_it_is_counted():
+def test_parameters_and_flops_are_counted():
     """8 x 8 weights twice and 8 decays in each of 2 layers; 2 operations a channel besides the linear layers."""
     assert parameter_breakdown(MODEL)["moving_average"] == 2 * (2 * 64 + 8)
     without = dataclasses.replace(MODEL, layer_pattern="c")
@@ -173,7 +173,7 @@ def test_exports_of_one_name_and_different_mixers_load_in_one_process(tmp_path):
 
 
 def state_logits(weights: dict[str, torch.Tensor], config: Config, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, L, V] of the training model."""
+    """Logits [B, L, U] of the training model."""
     topology = topology_of()
     (chunk,) = build_model(config, topology)
     for parameter in chunk.parameters():
@@ -213,7 +213,7 @@ def test_what_it_cannot_do_is_refused_in_one_line(changes, expected):
     assert "\n" not in str(error.value)
 
 
-def test_it_can_run_otherwise():
+def test_a_config_within_its_limits_is_accepted():
     check_mixers(Config(model=MODEL, parallel=ParallelConfig(tensor=2, pipeline=2)))
 
 

@@ -95,7 +95,7 @@ def layouts(worker_pool) -> list[dict[Any, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("parallel", "groups"), LAYOUTS)
-def test_groups_of_rank_1(layouts, parallel, groups):
+def test_groups_of_rank_1_are_in_megatrons_order(layouts, parallel, groups):
     """Megatron's order: tensor fastest, then context, data, pipeline."""
     found = layouts[1][parallel]
     assert {name: found[name] for name in AXES} == groups
