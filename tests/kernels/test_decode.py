@@ -228,7 +228,7 @@ def test_window_steps_in_bf16_stay_near_fp64(backend):
 
 @pytest.mark.parametrize("S", [1, 4, 5, 9])
 def test_a_ring_returns_its_last_keys_in_order(S):
-    """From several starts, so that the ring wraps; ids of -1 mark what is before the start."""
+    """Starts differ, so that the ring wraps; ids of -1 mark what is before the start."""
     state = WindowState.zeros(2, 1, 4, 1, dtype=torch.float32, device=DEVICE)
     end_B = torch.tensor([3, 8], device=DEVICE)
     state.store(*(torch.full((2, 4, 1, 1), -7.0, device=DEVICE) for _ in range(2)), end_B - S)
@@ -275,7 +275,7 @@ def test_a_conv_state_holds_the_last_inputs(sizes):
 @BACKENDS
 @pytest.mark.parametrize("vocab_size", [1, 8191, 8192, 8193, 20_000])
 def test_the_most_likely_token_is_chosen_and_never_padding(backend, vocab_size):
-    """Never one of the padding, whatever is there."""
+    """Padding is never chosen, whatever its logits are."""
     logits = torch.randn(5, 20_008, device=DEVICE)
     logits[:, vocab_size:] = 100.0
     logits[0, 0] = logits[1, vocab_size - 1] = 50.0

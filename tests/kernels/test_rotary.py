@@ -25,7 +25,7 @@ def test_angles_stay_exact_at_large_positions() -> None:
 
 
 def test_pairs_are_half_split() -> None:
-    """Dims r and r + R turn together, as complex numbers x_r + i x_{r+R}."""
+    """Dims r and r + R are rotated together, as complex numbers x_r + i x_{r+R}."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
     cos, sin = rotary_tables(torch.arange(5), 8, 1.0, 10000.0, dtype=torch.float64)

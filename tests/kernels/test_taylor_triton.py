@@ -52,7 +52,7 @@ def make_inputs(
 
 
 def in_fp32(*tensors: Tensor | None) -> list[Tensor | None]:
-    """On the kernels' device; integers stay what they are."""
+    """Tensors in fp32 on the kernels' device; integers stay what they are."""
     return [None if x is None else x.to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype) for x in tensors]
 
 
