@@ -208,7 +208,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What is written while training."""
+    """Logs and samples that are written while training."""
 
     log_interval_steps: int = 10
     """Steps between console lines and TensorBoard points."""

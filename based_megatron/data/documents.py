@@ -27,7 +27,7 @@ class DocumentPart:
     origin: str
     """Input file and record that the document was read from."""
     tokens: int
-    """Its tokens in this sequence."""
+    """Tokens of the document in this sequence."""
     preview: str
     """The first of these tokens, decoded."""
 

@@ -74,7 +74,7 @@ class ShardSpec:
         return regions
 
     def cut(self, full: Tensor) -> Tensor:
-        """This rank's tensor out of the unsharded one; padding is zero."""
+        """The tensor of this rank, cut out of the unsharded one; padding is zero."""
         local = torch.zeros(self.local_shape, dtype=full.dtype, device=full.device)
         for region in self.regions():
             region.of_local(local).copy_(region.of_global(full))

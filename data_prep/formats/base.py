@@ -35,7 +35,7 @@ class Format:
     """Errors of the library that reads the format: the rest of the file is skipped and counted as unreadable."""
 
     def holds(self, name: str) -> bool:
-        """Whether a file of this name is of this format."""
+        """True if a file of this name is of this format."""
         return name.lower().endswith(self.suffixes)
 
 
