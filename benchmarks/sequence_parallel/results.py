@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.sequence_parallel` measures and models: typed rows, and the JSON that holds them.
+"""Results of `python -m benchmarks.sequence_parallel`, measured and modelled: typed rows, and the JSON that holds them.
 
 Names: length_tokens is L, the tokens of a rank's slice; ranks is P, that share a sequence.
 """
@@ -47,7 +47,7 @@ class Part(Key):
 
 
 class Way(Key):
-    """Ways in which ranks share what a layer needs. `TWO_LEVEL_DOUBLING` and those after it are modelled for comparison; we have no code for them."""
+    """Ways of ranks to share what a layer needs. From `TWO_LEVEL_DOUBLING` on they are modelled for comparison; we have no code for them."""
 
     HALO = "halo", "halo"
     AUTO = "auto", "auto"
