@@ -329,3 +329,21 @@ def test_pending_is_waited_for_once():
     times: list[int] = []
     pending = Pending(lambda: times.append(1) or 5).then(lambda x: x + 1)
     assert pending.wait() == pending.wait() == 6 and times == [1]
+
+
+def test_ranks_as_threads_match_messages_in_the_order_they_were_posted_in():
+    """As NCCL and gloo do, in whatever order they are waited for."""
+
+    def program(ranks: ContextRanks) -> list[float]:
+        channel, buffers = ranks.halos, [torch.zeros(1), torch.zeros(1)]
+        assert channel is not None
+        if ranks.rank == 0:
+            for number in (1.0, 2.0):
+                channel.exchange("halo", [(1, torch.full((1,), number))], []).wait()
+            return []
+        first, second = (channel.exchange("halo", [], [(0, buffer)]) for buffer in buffers)
+        second.wait()
+        first.wait()
+        return [float(buffer) for buffer in buffers]
+
+    assert on_threads(2, program)[1] == [1.0, 2.0]
