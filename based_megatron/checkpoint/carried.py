@@ -3,12 +3,12 @@
 from math import prod
 
 from based_megatron.checkpoint.fragments import Fragment
-from based_megatron.parallel.sequence.carry import Carries
+from based_megatron.parallel.sequence.carried import CarriedStates
 
 CARRIED = "carried"
 
 
-def carried_fragments(carries: Carries) -> list[Fragment]:
+def carried_fragments(carries: CarriedStates) -> list[Fragment]:
     """Views of what the next step begins with, for saving and for loading in place."""
     fragments = []
     for row, carry in carries.by_row.items():

@@ -1,4 +1,4 @@
-"""What the layers of a model leave for the next step (parallel/sequence/carry.py), known from the config."""
+"""What the layers of a model leave for the next step (parallel/sequence/carried.py), known from the config."""
 
 from collections.abc import Sequence
 from math import prod
@@ -10,14 +10,14 @@ from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import DTYPES
 from based_megatron.model.mixers import MIXERS
-from based_megatron.parallel.sequence.carry import Carries, Carry, Left
+from based_megatron.parallel.sequence.carried import CarriedForm, CarriedState, CarriedStates
 from based_megatron.parallel.sharding import ShardSpec
 from based_megatron.parallel.topology import Topology
 
 
-def build_carries(
+def build_carried_states(
     config: Config, chunks: Sequence[BasedModel], topology: Topology, first_rows: Sequence[int]
-) -> Carries:
+) -> CarriedStates:
     """Zeros, which the first step of a run begins with.
 
     first_rows: row of the global batch that each micro batch of this rank begins with.
@@ -26,16 +26,16 @@ def build_carries(
     lefts = {key: left for key, left in _lefts(config).items() if key[1] in mine and topology.context.rank == 0}
     specs = {key: _spec(config, key, left, topology) for key, left in lefts.items()}
 
-    def zeros() -> Carry:
+    def zeros() -> CarriedState:
         rows, device = config.train.micro_batch_sequences, topology.device
-        return Carry(
+        return CarriedState(
             {
                 key: torch.zeros(rows, *spec.local_shape[1:], dtype=lefts[key].dtype, device=device)
                 for key, spec in specs.items()
             }
         )
 
-    return Carries({row: zeros() for row in first_rows}, specs)
+    return CarriedStates({row: zeros() for row in first_rows}, specs)
 
 
 def carried_bytes(config: Config) -> int:
@@ -44,7 +44,7 @@ def carried_bytes(config: Config) -> int:
     return config.train.global_batch_sequences * row_bytes if config.data.carry_state else 0
 
 
-def _lefts(config: Config) -> dict[tuple[str, int], Left]:
+def _lefts(config: Config) -> dict[tuple[str, int], CarriedForm]:
     """Of the whole model, by kind and layer number."""
     letters, dtype = parse_layer_pattern(config.model.layer_pattern), DTYPES[config.train.precision]
     return {
@@ -54,7 +54,7 @@ def _lefts(config: Config) -> dict[tuple[str, int], Left]:
     }
 
 
-def _spec(config: Config, key: tuple[str, int], left: Left, topology: Topology) -> ShardSpec:
+def _spec(config: Config, key: tuple[str, int], left: CarriedForm, topology: Topology) -> ShardSpec:
     """As for a parameter [rows of the global batch, ...]; layers are named by their index, as those of weights are."""
     kind, number = key
     return ShardSpec(

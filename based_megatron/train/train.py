@@ -14,7 +14,7 @@ from based_megatron.monitor.flops import parameter_count
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
-from based_megatron.train.carried import build_carries, carried_bytes
+from based_megatron.train.carried import build_carried_states, carried_bytes
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
@@ -61,7 +61,7 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     engine = build_engine(chunks, config, topology)
 
     loader = build_loader(config, topology)
-    carries = build_carries(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
+    carries = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carries)
     checkpointer = Checkpointer(engine, config, loader.fingerprint, carries)
     start = checkpointer.restore()

@@ -16,16 +16,17 @@ from based_megatron.config import Config, ParallelConfig
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
-from based_megatron.parallel.sequence.carry import Carry
+from based_megatron.parallel.sequence.carried import CarriedState
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
+from based_megatron.parallel.sequence.states import STATE
 from based_megatron.parallel.topology import build_topology
-from based_megatron.train.carried import build_carries
+from based_megatron.train.carried import build_carried_states
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from support.layouts import VOCAB, small_config
 from support.pool import rank_device
-from support.sequence import gap
+from support.sequence import documents_of_part, gap
 
 LENGTH, STEPS = 12, 4
 SLICES = {1: [(0, 12)], 2: [(0, 6, 12), (0, 1, 12)], 4: [(0, 3, 6, 9, 12), (0, 1, 2, 11, 12)]}
@@ -51,9 +52,7 @@ def long_ids() -> Tensor:
 
 def part_of(ids: Tensor, step: int) -> Documents:
     """The documents of one step."""
-    documents = Documents.from_ids(ids[:, step * LENGTH : (step + 1) * LENGTH])
-    before = (ids[:, : step * LENGTH] == ids[:, step * LENGTH, None]).sum(1)
-    return Documents(documents.starts, tuple(before.tolist()))
+    return documents_of_part(ids, step * LENGTH, (step + 1) * LENGTH)
 
 
 def carried_losses(bounds: tuple[int, ...], recompute: str) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -68,7 +67,7 @@ def carried_losses(bounds: tuple[int, ...], recompute: str) -> tuple[dict[str, f
         whole = model(
             tokens[:, :-1], whole_sequence(Documents.from_ids(ids), LENGTH * STEPS, topology.device), tokens[:, 1:]
         )
-    carry, errors = Carry(), {}
+    carry, errors = CarriedState(), {}
     for step in range(STEPS):
         plan = SequencePlan(topology.sequence, bounds, part_of(ids, step), topology.device, carry)
         here = slice(step * LENGTH + plan.start, step * LENGTH + plan.end)
@@ -95,11 +94,55 @@ def of_one_rank(worker_pool) -> dict[str, Tensor]:
 )
 def test_steps_that_carry_states_are_one_long_sequence(worker_pool, of_one_rank, bounds, recompute):
     for errors, gradients in worker_pool(len(bounds) - 1).run(carried_losses, bounds, recompute):
-        # The tables of rotary angles are fp32, and carried keys are turned twice.
+        # The tables of rotary angles are fp32, and carried keys are rotated twice.
         assert len(errors) == STEPS and max(errors.values()) < 1e-6 and errors["step 0"] < 1e-11, errors
         assert gradients.keys() == of_one_rank.keys()
         for name, gradient in gradients.items():
             assert gap(gradient, of_one_rank[name]) < 1e-11 * max(1.0, float(gradient.abs().max())), name
+
+
+def nan_errors(bounds: tuple[int, ...]) -> dict[str, float]:
+    """How far losses, gradients and what is left differ if all that a step does not go on with is NaN."""
+    config = small_config(ParallelConfig(context=dist.get_world_size()))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_pattern="cLSLc"))
+    topology = build_topology(config.parallel, rank_device(dist.get_rank()))
+    (model,) = build_model(config, topology, torch.float64)
+    ids = long_ids()
+    tokens = torch.randint(0, VOCAB, (len(ids), LENGTH * STEPS + 1), generator=torch.Generator().manual_seed(3))
+
+    def run(step: int, carried: CarriedState) -> tuple[Tensor, dict[str, Tensor], CarriedState]:
+        plan = SequencePlan(topology.sequence, bounds, part_of(ids, step), topology.device, carried)
+        here = slice(step * LENGTH + plan.start, step * LENGTH + plan.end)
+        model.zero_grad()
+        losses = model(tokens[:, :-1][:, here].contiguous(), plan, tokens[:, 1:][:, here].contiguous())
+        losses.sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return losses.detach(), gradients, carried.next(LENGTH)
+
+    carried, errors = CarriedState(), {}
+    for step in range(STEPS):
+        before_B = torch.tensor(part_of(ids, step).tokens_before)
+        spoiled = CarriedState({key: x.clone() for key, x in carried.before.items()}, carried.past_tokens)
+        for (kind, _), x in spoiled.before.items():
+            rows = 1 if kind == STATE else x.shape[1]
+            ended_BN = torch.arange(rows, 0, -1) > before_B[:, None]
+            (x if kind == STATE else x.flatten(0, 1))[ended_BN.flatten()] = float("nan")
+        losses, gradients, left = run(step, carried)
+        losses_of_nan, gradients_of_nan, left_of_nan = run(step, spoiled)
+        errors[f"losses {step}"] = gap(losses_of_nan, losses)
+        errors |= {f"{name} {step}": gap(gradients_of_nan[name], gradient) for name, gradient in gradients.items()}
+        errors |= {f"{key} {step}": gap(left_of_nan.before[key], x) for key, x in left.before.items()}
+        spoiled_values = [x for x in spoiled.before.values() if bool(x.isnan().any())]
+        assert step == 0 or topology.context.rank or len(spoiled_values) == 5
+        carried = left
+    return errors
+
+
+@pytest.mark.parametrize("bounds", [bounds for size in SLICES for bounds in SLICES[size]])
+def test_a_nan_in_what_no_document_goes_on_with_reaches_nothing(worker_pool, bounds):
+    """States of sequences that begin a document, and rows before a document's start, are selected out: 0 x NaN is NaN."""
+    for errors in worker_pool(len(bounds) - 1).run(nan_errors, bounds):
+        assert len(errors) > STEPS * 10 and {name: error for name, error in errors.items() if error != 0.0} == {}
 
 
 def detached_gradient_errors() -> dict[str, float]:
@@ -110,14 +153,13 @@ def detached_gradient_errors() -> dict[str, float]:
     (model,) = build_model(config, topology, torch.float64)
     ids = torch.zeros(1, 2 * LENGTH, dtype=torch.int32)
     tokens = torch.randint(0, VOCAB, (1, 2 * LENGTH + 1), generator=torch.Generator().manual_seed(3))
-    first = SequencePlan(topology.sequence, (0, LENGTH), part_of(ids, 0), topology.device, Carry())
+    first = SequencePlan(topology.sequence, (0, LENGTH), part_of(ids, 0), topology.device, CarriedState())
     with torch.no_grad():
         model(tokens[:, :LENGTH], first, tokens[:, 1 : LENGTH + 1])
-    assert first.carry is not None
-    carry = first.carry.next(LENGTH)
+    carry = first.carried.next(LENGTH)
 
     def loss() -> Tensor:
-        again = Carry(carry.before, LENGTH)
+        again = CarriedState(carry.before, LENGTH)
         plan = SequencePlan(topology.sequence, (0, LENGTH), part_of(ids, 1), topology.device, again)
         return model(tokens[:, LENGTH:-1], plan, tokens[:, LENGTH + 1 :]).sum()
 
@@ -180,7 +222,7 @@ def losses_of_steps(parallel: ParallelConfig, precision: str) -> tuple[list[floa
     config, (tokens, ids) = config_of_rows(parallel, precision), rows_and_ids()
     topology = build_topology(parallel, rank_device(dist.get_rank()))
     chunks = build_model(config, topology)
-    carries = build_carries(config, chunks, topology, range(ROWS))
+    carries = build_carried_states(config, chunks, topology, range(ROWS))
     step_runner = build_step(chunks, build_engine(chunks, config, topology), topology, parallel.zero_stage, carries)
     declared, losses, evaluated = forms(carries.by_row), [], []
     for step in range(STEPS):
@@ -202,7 +244,7 @@ def losses_of_steps(parallel: ParallelConfig, precision: str) -> tuple[list[floa
     return losses, evaluated, forms(carries.by_row) == declared
 
 
-def forms(by_row: dict[int, Carry]) -> list[tuple]:
+def forms(by_row: dict[int, CarriedState]) -> list[tuple]:
     return [(row, key, x.shape, x.dtype) for row, carry in by_row.items() for key, x in carry.before.items()]
 
 

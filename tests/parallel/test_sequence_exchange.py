@@ -104,7 +104,7 @@ def halo_errors(ranks: ContextRanks, bounds: tuple[int, ...], wanted: int) -> di
     assert whole.grad is not None
     plan, mine = plans[ranks.rank], whole.detach()[:, here].clone().requires_grad_()
     exchange = HaloExchange(plan, "test", 1, wanted)
-    arriving = exchange.start(lambda: mine[:, mine.shape[1] - exchange.tail_rows :])
+    arriving = exchange.start(lambda: mine[:, mine.shape[1] - exchange.boundary_rows :])
     found = ReceivedHalo.apply(mine, Halo(arriving, exchange))
     found.backward(cotangents[ranks.rank])
     needed = cotangents[ranks.rank] != 0
@@ -305,7 +305,7 @@ def test_gradcheck_of_windows_over_slices():
     def program(ranks: ContextRanks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan = plan_for(ranks, GRADCHECK_BOUNDS, GRADCHECK_IDS)
         exchange = HaloExchange(plan, "window", 1, 3)
-        arriving = exchange.start(lambda: torch.stack([k, v], dim=2)[:, k.shape[1] - exchange.tail_rows :])
+        arriving = exchange.start(lambda: torch.stack([k, v], dim=2)[:, k.shape[1] - exchange.boundary_rows :])
         ids = plan.document_ids(3)
         return sliding_window_over_slices(q, k, v, Halo(arriving, exchange), window_left=3, key_document_ids_BS=ids)
 

@@ -43,6 +43,12 @@ def telling_documents(bounds: tuple[int, ...]) -> Tensor:
     return ids
 
 
+def documents_of_part(ids_BS: Tensor, begin: int, end: int) -> Documents:
+    """Documents of the step that has these tokens of long sequences, which goes on with what came before."""
+    before_B = (ids_BS[:, :begin] == ids_BS[:, begin, None]).sum(1)
+    return Documents(Documents.from_ids(ids_BS[:, begin:end]).starts, tuple(before_B.tolist()))
+
+
 def plan_for(ranks: ContextRanks, bounds: tuple[int, ...], ids_BS: Tensor | None, **options: Any) -> SequencePlan:
     """The plan of one rank, from the ids of the whole sequences or None."""
     documents = None if ids_BS is None else Documents.from_ids(ids_BS)

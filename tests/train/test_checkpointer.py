@@ -9,7 +9,7 @@ import pytest
 
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
-from based_megatron.parallel.sequence.carry import Carries, Carry
+from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates
 from based_megatron.train.callbacks import checkpointer as module
 from based_megatron.train.callbacks.checkpointer import Checkpointer
 
@@ -222,7 +222,10 @@ def test_other_data_is_refused_unless_allowed(disk):
 
 
 def test_the_known_past_of_carried_states_is_saved_and_restored(disk):
-    carries, config = Carries({row: Carry(past_tokens=192) for row in (0, 4)}, {}), config_with(interval_steps=0)
+    carries, config = (
+        CarriedStates({row: CarriedState(past_tokens=192) for row in (0, 4)}, {}),
+        config_with(interval_steps=0),
+    )
     train(Checkpointer(None, config, FINGERPRINT, carries), 3)
     assert disk.saved[0][1]["past_tokens"] == 192
     disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=384)
@@ -242,7 +245,7 @@ def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected)
     """Among them keys that were turned by other angles, in tensors of the same shape."""
     disk.newest, disk.state = Path("run/step-6"), saved_state(**saved)
     disk.state["config"]["model"] |= disk.state.pop("model", {})
-    carries = Carries({0: Carry()}, {})
+    carries = CarriedStates({0: CarriedState()}, {})
     callback = Checkpointer(None, config_with(), FINGERPRINT, carries)
     assert callback.restore() == (6, 600)
     ((_, told),) = train(callback, 0).records[:1]

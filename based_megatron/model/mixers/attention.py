@@ -25,7 +25,7 @@ from based_megatron.model.mixers.base import (
     split_heads,
 )
 from based_megatron.parallel.linear import Projection
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
 
@@ -62,7 +62,7 @@ class SoftmaxAttention(Mixer):
             keep=self.keeps_received,
             renew=lambda kv: self._moved_back(kv, plan),
         )
-        arriving = exchange.start(lambda: self._tail(project, rotary, exchange.tail_rows))
+        arriving = exchange.start(lambda: self._tail(project, rotary, exchange.boundary_rows))
         q, k, v = self._rotated(project(), rotary)
         return self.attend_slice(q, k, v, Halo(arriving, exchange), plan.document_ids(rows))
 
@@ -106,11 +106,11 @@ class SlidingWindowAttention(SoftmaxAttention):
     """Each query sees itself and `window_left` keys before it."""
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         if not model.window_left:
             return {}
         shape = (model.window_left, 2, model.num_heads, model.hidden_size // model.num_heads)
-        return {WINDOW: Left(shape, cut_dim=2, dtype=dtype)}
+        return {WINDOW: CarriedForm(shape, cut_dim=2, dtype=dtype)}
 
     def look_back(self, plan: SequencePlan) -> int:
         return self.config.model.window_left

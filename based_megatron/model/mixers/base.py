@@ -15,7 +15,7 @@ from based_megatron.errors import ConfigError
 from based_megatron.model.config import BasedConfig
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import ColumnParallelLinear, MegatronModule, RowParallelLinear
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
 
 
@@ -85,7 +85,7 @@ class Mixer(MegatronModule):
         raise NotImplementedError
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
         return {}
 

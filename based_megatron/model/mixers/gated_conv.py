@@ -12,7 +12,7 @@ from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_slices
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs
 from based_megatron.parallel.linear import Projection, shard_parameter
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
 
@@ -44,7 +44,7 @@ class GatedConv(Mixer):
         """The last rows are projected first, and are under way while the others are."""
         channels, taps = self.conv_weight.shape
         exchange = HaloExchange(plan, CONV, self.layer_number, taps - 1, keep=self.keeps_received)
-        tail = functools.partial(project.tail, exchange.tail_rows, slice(channels))
+        tail = functools.partial(project.tail, exchange.boundary_rows, slice(channels))
         arriving = exchange.start(lambda: tail().transpose(0, 1))
         return gated_conv_over_slices(
             project().transpose(0, 1),
@@ -55,9 +55,9 @@ class GatedConv(Mixer):
         )
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         rows, channels = model.conv_kernel - 1, model.hidden_size * model.conv_expand // 2
-        return {CONV: Left((rows, channels), cut_dim=1, dtype=dtype)} if rows else {}
+        return {CONV: CarriedForm((rows, channels), cut_dim=1, dtype=dtype)} if rows else {}
 
     def zero_state(self, batch: int, device: torch.device) -> ConvState:
         channels, taps = self.conv_weight.shape

@@ -22,7 +22,7 @@ from based_megatron.model.mixers.base import (
     split_heads,
 )
 from based_megatron.parallel.linear import Projection
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.states import STATE, StateExchange
 
@@ -58,9 +58,9 @@ class TaylorLinearAttention(Mixer):
         return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started)
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         shape = (model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1)
-        return {STATE: Left(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
+        return {STATE: CarriedForm(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
 
     def zero_state(self, batch: int, device: torch.device) -> TaylorState:
         return TaylorState.zeros(

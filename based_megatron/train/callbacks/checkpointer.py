@@ -15,7 +15,7 @@ from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve
 from based_megatron.checkpoint.zero import adam_step, after_load, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
-from based_megatron.parallel.sequence.carry import Carries
+from based_megatron.parallel.sequence.carried import CarriedStates
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ PAST_TOKENS = "past_tokens"
 class Checkpointer(Callback):
     """Saves at every interval, at a stop and at the end. A failed save is told and training goes on; the last one must work."""
 
-    def __init__(self, engine: Any, config: Config, data_fingerprint: str, carries: Carries | None = None) -> None:
+    def __init__(
+        self, engine: Any, config: Config, data_fingerprint: str, carries: CarriedStates | None = None
+    ) -> None:
         self._engine, self._config, self._data_fingerprint, self._carries = engine, config, data_fingerprint, carries
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
