@@ -1,22 +1,24 @@
-# make setup | demo | test | lint. A fresh machine needs Python >= 3.11, make and a package index.
+# make setup | demo | test | test-all | lint | coverage. A fresh machine needs Python >= 3.11, make and a package index.
 PYTHON ?= python3
 VENV ?= .venv
 # The build of torch for this machine; without CUDA any CPU build does.
 TORCH ?= torch==2.13.0
+# The versions tested together; with another torch, or to try newer ones: make setup CONSTRAINTS=
+CONSTRAINTS ?= constraints.txt
 DEMO_DIR ?= runs/demo
 DEMO_STEPS ?= 200
 BIN := $(VENV)/bin
 BASED := $(BIN)/based
 
-.PHONY: setup demo test test-gpu lint format clean
+.PHONY: setup demo test test-all test-gpu coverage lint format clean
 
 setup: $(VENV)/.installed
 
 # DS_BUILD_OPS=0: DeepSpeed's own kernels are not compiled; those in use are built on first use on a GPU.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q -e '.[dev]'
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	touch $@
 
 # The main job on real text: corpus -> tokenizer and shards -> pretraining on 4 ranks (TP 2 x PP 2) -> Hugging Face -> text.
@@ -33,13 +35,25 @@ demo: setup
 	@echo "Checkpoint:        $$(ls -d $(DEMO_DIR)/run/checkpoints/step-* | tail -n 1)"
 	@echo "Hugging Face:      $(DEMO_DIR)/hf"
 
+# On PROCESSES cores: a file's tests run in one of them, so that they share what it sets up.
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# Also what must take long: curves of 200 steps, and ranks that torchrun starts.
+test-all: setup
+	$(PYTEST)
 
 # The kernels compiled, and the same layouts over NCCL, one GPU a rank; those that need more GPUs than there are say so.
 test-gpu: setup
 	BASED_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/inference tests/model tests/parallel tests/train/test_step.py \
 	  tests/checkpoint/test_checkpoint_store.py
+
+# Lines and branches that no test reaches, the processes of jobs included: a table, and pages in htmlcov/.
+coverage: setup
+	$(PYTEST) --cov --cov-report=term --cov-report=html
 
 lint: setup
 	$(BIN)/ruff check .
@@ -51,4 +65,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build htmlcov .coverage* *.egg-info

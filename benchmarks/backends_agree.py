@@ -1,13 +1,13 @@
 """Train from the same seed and data with the reference and the Triton kernels, and compare the loss curves with a control.
 
-    python benchmarks/backends_agree.py DATA OUTPUT [--limit RATIO] [--together] [any options of `based train`]
+    python -m benchmarks.backends_agree DATA OUTPUT [--limit RATIO] [--together] [any options of `based train`]
 
 DATA is a folder written by `based prep`, with the tokenizer of the config (GPT-2's for the presets):
 
     python -m based_megatron.data_prep.stdlib_corpus stdlib.jsonl
     based prep stdlib.jsonl --output DATA --tokenizer path/to/gpt2 --validation-fraction 0.03
 
-Two runs in bf16 part by themselves. How far is shown by the controls, which take the sequences of a step in half as large
+Two runs in bf16 drift apart by themselves. How far is shown by the controls, which take the sequences of a step in half as large
 micro batches: the same maths, other roundings. The run in fp32 is what all others should stay near.
 
 Writes OUTPUT/losses.json and prints tables in Markdown; exits with 1 if triton is further from reference, on average, than
@@ -34,7 +34,7 @@ DEFAULTS = {
     "checkpoint.interval-steps": "0",
     "monitor.log-interval-steps": "1",
 }
-"""Every step is logged, none is validated; the rate is at its peak from step 10 on, where differences grow fastest."""
+"""Every step is logged, none is validated; the learning rate is at its peak from step 10 on, where differences grow fastest."""
 RUNS = ("fp32", "reference", "reference, control", "triton", "triton, control")
 PAIRS = (
     ("reference", "reference, control"),
@@ -94,7 +94,7 @@ def run_dir(output: Path, name: str) -> Path:
 
 
 def start(data: Path, folder: Path, options: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Begins a run; what it prints goes to a file beside its folder."""
+    """Begin a run; what it prints goes to a file next to its folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = {**options, "run-dir": str(folder), "data.path": str(data)}
@@ -105,7 +105,7 @@ def start(data: Path, folder: Path, options: dict[str, str]) -> subprocess.Popen
 
 
 def read_losses(folder: Path) -> dict[int, float]:
-    """{step: loss} of a run."""
+    """Losses of a run by step."""
     return {e["step"]: e["loss"] for e in read_events(folder / "events.jsonl") if e["event"] == "step"}
 
 
@@ -119,7 +119,7 @@ def curves(losses: dict[str, dict[int, float]]) -> str:
 
 
 def differences(losses: dict[str, dict[int, float]]) -> str:
-    """A table of how far pairs of runs part."""
+    """A table of how far pairs of runs drift apart."""
     lines = [f"| pair | mean | largest | at step | second less first, last {LAST_STEPS} |", "|---|---|---|---|---|"]
     for first, second in PAIRS:
         parted = {step: losses[second][step] - loss for step, loss in losses[first].items()}
@@ -131,7 +131,7 @@ def differences(losses: dict[str, dict[int, float]]) -> str:
 
 
 def mean_difference(losses: dict[str, dict[int, float]], first: str, second: str) -> float:
-    """Nats, without sign, over all steps."""
+    """Mean absolute difference over all steps, in nats."""
     return statistics.mean(abs(losses[second][step] - loss) for step, loss in losses[first].items())
 
 

@@ -1,4 +1,4 @@
-"""Draw the loss curve of a run as an SVG: python benchmarks/plot_loss.py RUN_DIR OUTPUT.svg"""
+"""Draw the loss curve of a run as an SVG: python -m benchmarks.plot_loss RUN_DIR OUTPUT.svg"""
 
 import sys
 from pathlib import Path

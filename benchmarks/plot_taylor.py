@@ -1,55 +1,69 @@
-"""Draw Taylor attention beside its peers, from the JSON of `based bench kernels`.
+"""Draw Taylor attention and its baselines from the JSON of `based bench kernels`.
 
-python benchmarks/plot_taylor.py docs/benchmarks/h200-taylor.json docs/benchmarks/h200-taylor.svg
+python -m benchmarks.plot_taylor benchmarks/results/h200-taylor.json benchmarks/results/h200-taylor.svg
 """
 
-import json
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from based_megatron.bench.bars import baseline_value
+from based_megatron.bench.keys import Baseline, Operation, Passes, Quantity
+from based_megatron.bench.report import Row
+from benchmarks.render import read_report
+
 OURS = "based_megatron"
+HEAD_DIM = 64
 
 
 def main(source: Path, target: Path) -> None:
-    """Forward + backward: left, batches of 16k and 32k tokens beside the peers; right, one sequence that grows."""
-    rows = [r for r in json.loads(source.read_text())["rows"] if r["work"] == "taylor forward + backward"]
-    beside = [r for r in rows if r["peers"] and "V64" in r["shape"]]
+    """Forward + backward: left, batches of 16k and 32k tokens with the baselines; right, one sequence that grows."""
+    # Words as words: smaller, and the same bytes in every run.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "based"})
+    rows = [row for row in read_report(source).rows if is_drawn(row)]
+    compared = [row for row in rows if row.baselines]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2))
-    names = [OURS, *beside[0]["peers"]]
-    for i, name in enumerate(names):
-        heights = [r["value"] if name == OURS else milliseconds(r["peers"][name]) for r in beside]
-        left.bar([x + 0.8 * i / len(names) for x in range(len(beside))], heights, 0.8 / len(names), label=name)
-    left.set_xticks([x + 0.3 for x in range(len(beside))], [r["shape"].split(" H")[0] for r in beside])
-    left.set(yscale="log", ylabel="ms", title="forward + backward, 16 heads of 64")
+    baselines = list(compared[0].baselines)
+    bars = [(OURS, [row.value for row in compared])]
+    bars += [(key.label, [milliseconds(row, key) for row in compared]) for key in baselines]
+    for i, (name, heights) in enumerate(bars):
+        places = [x + 0.8 * i / len(bars) for x in range(len(compared))]
+        left.bar(places, heights, 0.8 / len(bars), label=name)
+    left.set_xticks(
+        [x + 0.3 for x in range(len(compared))], [f"B{row.sizes.batch} T{row.sizes.tokens}" for row in compared]
+    )
+    left.set(yscale="log", ylabel="ms", title=f"forward + backward, 16 heads of {HEAD_DIM}")
     left.legend(fontsize="small")
-    growing = {length(r): r["value"] for r in rows if r["shape"].startswith("B1 ") and "V64" in r["shape"]}
-    lengths = sorted(growing)
-    right.plot(lengths, [growing[T] for T in lengths], "o-", label=OURS)
-    flash = {length(r): milliseconds(r["peers"]["SDPA flash"]) for r in beside if r["shape"].startswith("B1 ")}
-    right.plot(list(flash), list(flash.values()), "s", label="SDPA flash")
+    single = [row for row in rows if row.sizes.batch == 1]
+    points = sorted({row.sizes.tokens: row.value for row in single}.items())
+    right.plot(*zip(*points, strict=True), "o-", label=OURS)
+    flash = [(row.sizes.tokens, milliseconds(row, Baseline.SDPA_FLASH)) for row in single if row.baselines]
+    right.plot(*zip(*flash, strict=True), "s", label=Baseline.SDPA_FLASH.label)
     right.set(xscale="log", yscale="log", xlabel="tokens of one sequence", title="time is linear in length")
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
+    pyplot.close(figure)
 
 
-def length(row: dict[str, Any]) -> int:
-    """Tokens of a sequence."""
-    return int(re.search(r"T(\d+)", row["shape"])[1])  # type: ignore[index]
+def is_drawn(row: Row) -> bool:
+    """Whether a row is a time of both passes of Taylor attention at the head dim of the plot."""
+    measured = (row.operation, row.passes, row.quantity, row.sizes.head_dim)
+    return measured == (Operation.TAYLOR_ATTENTION, Passes.BOTH, Quantity.MILLISECONDS, HEAD_DIM)
 
 
-def milliseconds(peer: Any) -> float:
-    """A peer's time, which is a number or an object with one."""
-    return float(peer["ms"] if isinstance(peer, dict) else peer)
+def milliseconds(row: Row, key: Baseline) -> float:
+    """A baseline's time. Raises ValueError if it gave none."""
+    value = baseline_value(row.baselines, key)
+    if value is None:
+        raise ValueError(f"{key.label} has no time: {row.baselines.get(key)}")
+    return value
 
 
 if __name__ == "__main__":

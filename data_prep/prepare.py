@@ -1,5 +1,6 @@
 """`based prep`: corpus -> tokenizer -> shuffled, packed token blocks -> shards and a manifest, all or nothing."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -84,24 +85,16 @@ def _check_free(output: Path, temporary: Path, overwrite: bool) -> None:
 def _write(config: PrepConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
     encoder = _tokenizer(config, corpus, progress)
     encoder.save(folder)
-    writers = {
-        name: SplitWriter(folder, name, encoder.dtype, config.block_tokens, config.shard_blocks) for name in SPLITS
-    }
-    buffers = {name: ShuffleBuffer(config.shuffle_tokens, config.seed) for name in SPLITS}
     skips = Skips()
-    total_tokens = 0
-    task = progress.add_task("tokenize", total=corpus.total_bytes, tokens=0)
-    for batch in _batches(corpus.documents(skips)):
-        for source, tokens in zip(batch, encoder.encode([source.text for source in batch]), strict=True):
-            split = "validation" if is_validation(source.text, config.validation_fraction) else "train"
-            for document in buffers[split].add(TokenizedDocument(tokens, source.file, source.record)):
-                writers[split].add(document)
-            total_tokens += len(tokens)
-        progress.update(task, completed=corpus.bytes_read, tokens=total_tokens)
-    for split, buffer in buffers.items():
-        for document in buffer.drain():
-            writers[split].add(document)
-    splits = {name: writer.close() for name, writer in writers.items()}
+    with contextlib.ExitStack() as shards:
+        writers = {
+            name: shards.enter_context(
+                SplitWriter(folder, name, encoder.dtype, config.block_tokens, config.shard_blocks)
+            )
+            for name in SPLITS
+        }
+        _pack(config, corpus, skips, encoder, writers, progress)
+        splits = {name: writer.close() for name, writer in writers.items()}
     _check_documents(config, {name: split.documents for name, split in splits.items()}, skips)
     manifest = make_manifest(
         tokenizer_xxh3=xxhash.xxh3_128_hexdigest((folder / TOKENIZER_NAME).read_bytes()),
@@ -114,6 +107,30 @@ def _write(config: PrepConfig, corpus: Corpus, folder: Path, progress: Progress)
     )
     save_manifest(manifest)
     return manifest
+
+
+def _pack(
+    config: PrepConfig,
+    corpus: Corpus,
+    skips: Skips,
+    encoder: Encoder,
+    writers: dict[str, SplitWriter],
+    progress: Progress,
+) -> None:
+    """Tokenize all documents, and give each to the writer of its split, shuffled."""
+    buffers = {name: ShuffleBuffer(config.shuffle_tokens, config.seed) for name in writers}
+    total_tokens = 0
+    task = progress.add_task("tokenize", total=corpus.total_bytes, tokens=0)
+    for batch in _batches(corpus.documents(skips)):
+        for source, tokens in zip(batch, encoder.encode([source.text for source in batch]), strict=True):
+            split = "validation" if is_validation(source.text, config.validation_fraction) else "train"
+            for document in buffers[split].add(TokenizedDocument(tokens, source.file, source.record)):
+                writers[split].add(document)
+            total_tokens += len(tokens)
+        progress.update(task, completed=corpus.bytes_read, tokens=total_tokens)
+    for split, buffer in buffers.items():
+        for document in buffer.drain():
+            writers[split].add(document)
 
 
 def _tokenizer(config: PrepConfig, corpus: Corpus, progress: Progress) -> Encoder:

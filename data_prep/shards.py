@@ -1,5 +1,8 @@
 """Writes webdataset shards: tar files whose samples are token blocks with the ends and origins of their documents."""
 
+from __future__ import annotations
+
+import contextlib
 import io
 import json
 import os
@@ -94,6 +97,14 @@ class SplitWriter:
             self._shard.close()
         return Split(self.documents, self.tokens, tuple(self._members))
 
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """After an error a shard is still open: close its file, which stays unfinished."""
+        if self._shard:
+            self._shard.abandon()
+
     def _write_block(self, continues: bool) -> None:
         number = len(self._members)
         if number % self._shard_blocks == 0:
@@ -152,11 +163,16 @@ class _Shard:
         )
 
     def close(self) -> None:
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._temporary.rename(self._path)
+
+    def abandon(self) -> None:
+        """Close the file under its temporary name; it may be closed already."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _add(self, name: str, payload: bytes) -> int:
         """Append a file to the tar and return the offset of its data, behind the one header block of a short name."""

@@ -1,4 +1,4 @@
-"""Which implementation of the ops runs: chosen once, from the configuration and the device."""
+"""The choice of the implementation that operations run in: made once, from the configuration and the device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What operations ask of the exchange between slices of a sequence. `based_megatron.parallel.sequence` has such things.
+"""The exchange between slices of a sequence, as operations see it; `based_megatron.parallel.sequence` implements it.
 
 Operations over slices start what they send as soon as they have it, and wait as late as they can, forward and backward.
-Legend: B batch, L tokens of the slice, N rows of a halo, t rows at the end of the slice.
+Legend: B batch, T or L tokens of the slice, N rows of a halo, t boundary rows at the end of the slice, S = N + T keys, H heads, V head dim.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -18,10 +19,10 @@ Value_co = TypeVar("Value_co", covariant=True)
 
 
 class Pending(Protocol[Value_co]):
-    """Something under way."""
+    """A value under way."""
 
     def wait(self) -> Value_co:
-        """The value, once it is there."""
+        """Return the value, once it is there."""
 
 
 class StateExchange(Protocol):
@@ -38,7 +39,7 @@ class HaloReturn(Protocol):
     """The way back of gradients of rows that came from other slices."""
 
     def start_return(self, dhalo: Tensor) -> Pending[Tensor]:
-        """Begin to send the gradient of the halo [B, N, ...] home; what comes is that of the last t own rows, [B, t, ...]."""
+        """Begin to send the gradient of the halo [B, N, ...] home; what comes is that of the own boundary rows, [B, t, ...]."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Halo:
 
 
 class ReceivedHalo(Function):
-    """(rows of this slice [B, L, ...], a halo of such rows) to the halo [B, N, ...] as a part of the graph.
+    """The halo [B, N, ...] as a part of the graph, from (rows of this slice [B, L, ...], a halo of such rows).
 
     The plain form, for references: its backward waits at once.
     """
@@ -68,3 +69,10 @@ class ReceivedHalo(Function):
         dx_BL = dhalo_BN.new_zeros(ctx.shape)
         dx_BL[:, ctx.shape[1] - late_Bt.shape[1] :] = late_Bt
         return dx_BL, None
+
+
+def joined_keys(k_BTHV: Tensor, v_BTHV: Tensor, halo: Halo) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, N + T, H, V] with a halo [B, N, 2, H, V] copied in front."""
+    kv_BT2HV = torch.stack([k_BTHV, v_BTHV], dim=2)
+    k_BSHV, v_BSHV = torch.cat([ReceivedHalo.apply(kv_BT2HV, halo), kv_BT2HV], dim=1).unbind(2)
+    return k_BSHV, v_BSHV

@@ -1,6 +1,6 @@
 """Packed second-order features of the Taylor map, and their layout.
 
-Legend: F feature dim, R = 1 + F + F(F+1)/2 packed rows, `...` any leading dims.
+Legend: F feature dim, R = 1 + F + F(F+1)/2 rows of a packed state, `...` any leading dims.
 
     w(q, k) = 1 + s + s^2/2,  s = q.k / sqrt(F),  equals  (weights_R * packed(q)) . packed(k)
     packed(x) = [1 | x_a | x_a x_b for a <= b]
@@ -25,7 +25,7 @@ def packed_rows(feature_dim: int) -> int:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where each feature lies: pair p is the product of features first[p] <= second[p]."""
+    """The place of each feature: pair p is the product of features first[p] <= second[p]."""
 
     first: Tensor
     second: Tensor

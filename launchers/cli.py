@@ -1,4 +1,4 @@
-"""`based launch`: starts the ranks of a command on this machine, or as a SLURM job."""
+"""The command `based launch`: the ranks of a command, started on this machine or as a SLURM job."""
 
 from collections.abc import Sequence
 from typing import Annotated

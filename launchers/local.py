@@ -1,4 +1,4 @@
-"""All ranks on this machine, through torchrun."""
+"""A run on this machine: torchrun starts all ranks."""
 
 import contextlib
 import os
@@ -19,10 +19,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """On this machine, one process for each GPU (or several on a CPU)."""
+    """Start the ranks on this machine: one process for each GPU, or several on a CPU."""
 
     nproc: int
-    """Ranks to start."""
+    """Number of ranks to start."""
     dry_run: bool = False
     """Print the command and do not run it."""
 
@@ -39,7 +39,7 @@ def launch_local(options: LocalOptions, command: Sequence[str]) -> int:
     if options.dry_run:
         print(f"OMP_NUM_THREADS={threads} {shlex.join(line)}")
         return 0
-    # A session of its own: else the terminal's Ctrl-C would reach torchrun too, which gives ranks 30 seconds to save.
+    # In a session of its own: otherwise the terminal's Ctrl-C would reach torchrun too, which gives ranks 30 seconds to save.
     agent = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)
     restore = {number: signal.signal(number, _Stop(agent.pid)) for number in STOP_SIGNALS}
     try:
@@ -57,7 +57,7 @@ def torchrun_command(nproc: int, command: Sequence[str]) -> list[str]:
 
 
 class _Stop:
-    """Handler of the stop signals. It goes past torchrun, which would kill a rank that takes long to save."""
+    """Handler of the stop signals. It signals the ranks directly, because torchrun would kill a rank that takes long to save."""
 
     def __init__(self, agent_pid: int) -> None:
         self._agent_pid = agent_pid

@@ -15,16 +15,17 @@ from string import Template
 from based_megatron.config import Config, parse_config
 from based_megatron.config.validate import check_run_dir, validate
 from based_megatron.errors import ConfigError
+from based_megatron.model.check import check_mixers
 
 SCRIPT_NAME = "pretrain.sbatch"
 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """As a SLURM job. The script goes to the run folder, which all nodes must see, and so does the log."""
+    """Start the ranks as a SLURM job. The script and the log go to the run folder, which all nodes must see."""
 
     nodes: int
-    """Nodes of the job."""
+    """Number of nodes."""
     gpus_per_node: int = 8
     """GPUs of each node, and ranks unless tasks_per_node says otherwise; 0 for a CPU cluster."""
     tasks_per_node: int = 0
@@ -34,11 +35,11 @@ class SlurmOptions:
     time: str = "24:00:00"
     """Time limit of one job, in a form that sbatch takes. The run goes on in the next."""
     stop_seconds: int = 600
-    """How long before the time limit the run is asked to save: more than a step, a validation and a checkpoint take."""
+    """Seconds before the time limit at which the run is asked to save: more than a step, a validation and a checkpoint take."""
     hang_seconds: int = 1800
-    """Start again if no step ends for so long: more than start-up, compilation, a validation and a checkpoint take."""
+    """Start again if no step ends for so many seconds: more than start-up, compilation, a validation and a checkpoint take."""
     max_failures: int = 3
-    """Give up after so many failures in a row without a newer checkpoint."""
+    """Give up after this number of failures in a row without a newer checkpoint."""
     partition: str = ""
     """Partition to use, if not the cluster's default."""
     account: str = ""
@@ -58,7 +59,7 @@ class SlurmOptions:
 
 
 class _Template(Template):
-    """With @ for $, which the shell uses."""
+    """A template whose placeholders begin with @, because the shell uses $."""
 
     delimiter = "@"
 
@@ -116,6 +117,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
             f"at once; change either"
         )
     validate(config, options.nodes * tasks_per_node)
+    check_mixers(config)
     run_dir = Path(config.run_dir).absolute()
     template = resources.files("based_megatron.launchers").joinpath(SCRIPT_NAME).read_text()
     return _Template(template).substitute(
@@ -131,7 +133,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
 
 
 def _directives(options: SlurmOptions, tasks_per_node: int, run_dir: Path) -> list[str]:
-    """What SLURM reads. The job's name is the run's alone, so that `singleton` keeps two jobs off one run folder."""
+    """Lines that SLURM reads. The job's name belongs to one run folder, so that `singleton` keeps a second job out of it."""
     digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     lines = [
         f"--job-name={shlex.quote(f'based-{run_dir.name}-{digest}')}",
@@ -157,7 +159,7 @@ def _directives(options: SlurmOptions, tasks_per_node: int, run_dir: Path) -> li
 
 
 def _seconds(time: str) -> int:
-    """A time limit of sbatch: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ConfigError for anything else."""
+    """Seconds of a time limit of sbatch: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ConfigError for anything else."""
     days, dash, rest = time.rpartition("-")
     fields = rest.split(":")
     if len(fields) > 3 or not all(field.isdecimal() for field in [*fields, *([days] if dash else [])]):
@@ -167,7 +169,7 @@ def _seconds(time: str) -> int:
 
 
 def _sbatch(*arguments: str) -> str:
-    """Output of sbatch. Raises ConfigError with its words if it fails."""
+    """Output of sbatch. Raises ConfigError with its message if it fails."""
     result = subprocess.run(["sbatch", *arguments], capture_output=True, text=True)
     if result.returncode:
         raise ConfigError(f"sbatch refuses the job: {' '.join(result.stderr.split())}")

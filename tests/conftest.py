@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,7 +17,14 @@ if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.interpreter import patch_once_a_launch
 from support.pool import WorkerPool, on_gpu
+
+if not on_gpu():
+    patch_once_a_launch()
+# An example may wait for the cores that tests share.
+hypothesis.settings.register_profile("shared cores", deadline=None)
+hypothesis.settings.load_profile("shared cores")
 
 
 @pytest.fixture(scope="session")

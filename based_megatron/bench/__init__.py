@@ -1,1 +1,1 @@
-"""`based bench`: every kernel checked against fp64 and timed beside its peers, in one run."""
+"""`based bench`: every kernel checked against fp64 and timed against baselines, in one run."""

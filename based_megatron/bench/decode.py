@@ -1,4 +1,4 @@
-"""`based bench decode`: one step of each mixer's state, and 1024 generated tokens, beside a transformer of the same size.
+"""`based bench decode`: one step of each mixer's state, and 1024 generated tokens, against a transformer of that size.
 
 Legend: B sequences, L prompt tokens, N new tokens, H heads, F feature dim, V value head dim, W window_left, D channels, K taps.
 """
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions
+from based_megatron.bench.keys import Baseline, Operation, Quantity, Sizes
+from based_megatron.bench.models import based_model, llama, one_rank, parameters_in_billions, preset_name
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
 from based_megatron.bench.timing import Bench, attempt
 from based_megatron.bench.work import Ceilings, measure_ceilings
 from based_megatron.inference.engine import Engine
 from based_megatron.kernels.decode import (
-    WAITING_KEYS,
+    BUFFERED_KEYS,
     ConvState,
     TaylorState,
     WindowState,
@@ -35,13 +36,13 @@ from based_megatron.model.based_model import BasedModel
 from based_megatron.parallel.topology import Topology
 
 TARGET_OF_FLOOR = 1.4
-"""Times the floor of reading and writing all moments that a step of the Taylor state may take."""
+"""Time that a step of the Taylor state may take, over the floor of reading and writing all moments."""
 TARGET_TOKENS_PER_SECOND = 60_000.0
 Ceiling = Callable[[], Ceilings]
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What `based bench decode` runs."""
+    """The cases of `based bench decode`."""
     ceilings = functools.cache(lambda: measure_ceilings(bench))
     return [
         *(Case(f"taylor step V{V}", functools.partial(taylor_row, bench, ceilings, V)) for V in (64, 112)),
@@ -52,11 +53,12 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
-    """Every moment is read, and written in one of N + 1 steps; the mean of N / 2 waiting keys is read, one is written.
+    """A step of Taylor attention.
 
-    Heads begin with different numbers of waiting keys, so that every step absorbs the same part of them.
+    Every moment is read, and written in one of N + 1 steps; the mean of N / 2 buffered keys is read, one is written.
+    Heads begin with different numbers of buffered keys, so that every step absorbs the same part of them.
     """
-    B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, WAITING_KEYS
+    B, H, F, N = bench.size(128, 2), bench.size(16, 2), 16, BUFFERED_KEYS
     moments = 4 * packed_rows(F) * (V + 1) * (1 + 1 / (N + 1))
     moved = int(B * H * (moments + 2 * (F + V) * (N / 2 + 1) + 2 * 2 * (F + V)))
 
@@ -64,22 +66,30 @@ def taylor_row(bench: Bench, ceilings: Ceiling, V: int) -> Row:
         state = TaylorState.zeros(B, H, F, V, dtype=bench.dtype, device=bench.device)
         state.moments_BHRV.copy_(bench.random(*state.moments_BHRV.shape))
         state.normaliser_BHR[..., -1] = 100  # as of many tokens: it is positive
-        state.k_BHNF.copy_(bench.random(*state.k_BHNF.shape))
-        state.v_BHNV.copy_(bench.random(*state.v_BHNV.shape))
-        state.waiting_BH.random_(0, N + 1)
+        state.k_BHSF.copy_(bench.random(*state.k_BHSF.shape))
+        state.v_BHSV.copy_(bench.random(*state.v_BHSV.shape))
+        state.buffered_BH.random_(0, N + 1)
         return bench.random(B, H, F), bench.random(B, H, F), bench.random(B, H, V), state
 
-    row = _step_row(bench, ceilings, "taylor step", f"B{B} H{H} F{F} V{V}", taylor_step, inputs, moved)
+    row = _step_row(
+        bench,
+        ceilings,
+        Operation.TAYLOR_STEP,
+        Sizes(batch=B, heads=H, feature_dim=F, head_dim=V),
+        taylor_step,
+        inputs,
+        moved,
+    )
     plain_ms = ceilings().floor_ms(2 * 4 * B * H * packed_rows(F) * (V + 1))
     return dataclasses.replace(
         row,
         target=None if bench.quick else Target("at most", TARGET_OF_FLOOR * plain_ms),
-        rates={**row.rates, "x floor without waiting keys": row.value / plain_ms},
+        rates={**row.rates, Quantity.UNBUFFERED_FLOOR_RATIO: row.value / plain_ms},
     )
 
 
 def window_row(bench: Bench, ceilings: Ceiling) -> Row:
-    """W keys and values are read, one of each is written."""
+    """A step of a window: W keys and values are read, one of each is written."""
     B, H, V, W = bench.size(128, 2), bench.size(16, 2), bench.size(112, 16), bench.size(128, 8)
     position_B = torch.full((B,), 1000, device=bench.device)
     tables = rotary_tables(position_B, V, 1.0, 1e4)
@@ -88,27 +98,27 @@ def window_row(bench: Bench, ceilings: Ceiling) -> Row:
         state = WindowState(bench.random(B, H, W + 1, V), bench.random(B, H, W + 1, V))
         return *(bench.random(B, H, V) for _ in range(3)), *tables, state, position_B
 
-    return _step_row(
-        bench, ceilings, "window step", f"B{B} H{H} W{W} V{V}", window_step, inputs, 2 * 2 * B * H * V * (W + 3)
-    )
+    sizes, moved = Sizes(batch=B, heads=H, head_dim=V, window_left=W), 2 * 2 * B * H * V * (W + 3)
+    return _step_row(bench, ceilings, Operation.WINDOW_STEP, sizes, window_step, inputs, moved)
 
 
 def conv_row(bench: Bench, ceilings: Ceiling) -> Row:
-    """K - 1 inputs are read and written."""
+    """A step of a convolution: K - 1 inputs are read and written."""
     B, D, K = bench.size(128, 2), bench.size(3584, 64), 3
 
     def inputs() -> tuple[Any, ...]:
         state = ConvState(bench.random(B, K - 1, D))
         return *bench.random(B, 2 * D).chunk(2, dim=-1), bench.random(D, K), state
 
-    return _step_row(bench, ceilings, "conv step", f"B{B} D{D} K{K}", conv_step, inputs, 2 * B * D * (2 * K + 1))
+    sizes, moved = Sizes(batch=B, channels=D, taps=K), 2 * B * D * (2 * K + 1)
+    return _step_row(bench, ceilings, Operation.CONV_STEP, sizes, conv_step, inputs, moved)
 
 
 def _step_row(
     bench: Bench,
     ceilings: Ceiling,
-    name: str,
-    shape: str,
+    operation: Operation,
+    sizes: Sizes,
     step: Callable[..., Tensor],
     inputs: Callable[[], tuple[Any, ...]],
     moved: int,
@@ -123,7 +133,7 @@ def _step_row(
     checks = {"o": Check(relative_error(found, expected), 3e-3 if rough else 1e-5)}
     for got, want in zip(sets[0], exact, strict=True):
         if isinstance(got, TaylorState):
-            # Where a token is, absorbed or waiting, is up to the implementation.
+            # Where a token is, absorbed or buffered, is up to the implementation.
             checks["state"] = Check(relative_error(got.joined(), want.joined()), 1e-5)
         elif dataclasses.is_dataclass(got):
             for field, x in vars(got).items():
@@ -131,8 +141,8 @@ def _step_row(
                 checks[field] = Check(relative_error(x, vars(want)[field]), limit)
     timing = bench.time([functools.partial(step, *one, backend=bench.backend) for one in sets])
     floor = ceilings().floor_ms(moved)
-    rates = {"GB/s": moved / timing.ms / 1e6, "x floor": timing.ms / floor}
-    return Row(name, shape, timing.ms, floor=floor, checks=checks, rates=rates)
+    rates = {Quantity.GIGABYTES_PER_SECOND: moved / timing.ms / 1e6, Quantity.FLOOR_RATIO: timing.ms / floor}
+    return Row(operation, timing.ms, sizes=sizes, method=timing.method, floor=floor, checks=checks, rates=rates)
 
 
 def _in_double(x: Any) -> Any:
@@ -142,7 +152,7 @@ def _in_double(x: Any) -> Any:
 
 
 def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
-    """Greedy tokens per second after a short prompt, prefill included."""
+    """Tokens per second of greedy generation after a short prompt, prefill included."""
     B, L, N = bench.size(128, 2), bench.size(16, 4), bench.size(1024, 8)
     with one_rank(bench) as topology:
         model = based_model(bench, topology)
@@ -160,29 +170,39 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
         size = parameters_in_billions(model)
         del loop, model
     return Row(
-        "generation",
-        f"{'tiny' if bench.quick else 'based-1b'} B{B}, {N} tokens after {L}",
+        Operation.GENERATION,
         B * N / seconds,
-        "tok/s",
+        Quantity.TOKENS_PER_SECOND,
+        sizes=Sizes(batch=B, prompt_tokens=L, new_tokens=N),
+        model=preset_name(bench),
         target=None if bench.quick else Target("at least", TARGET_TOKENS_PER_SECOND),
         floor=1e3 * B / ceilings().floor_ms(moved),
-        peers={f"Llama, {kind} cache": transformer(bench, B, L, N, kind) for kind in ("dynamic", "compiled static")},
+        baselines={
+            Baseline.LLAMA_DYNAMIC_CACHE: transformer(bench, B, L, N, _dynamic_steps),
+            Baseline.LLAMA_STATIC_CACHE: "not in a quick run"
+            if bench.quick
+            else transformer(bench, B, L, N, _static_steps),
+        },
         checks=checks,
-        rates={"ms a step": step_ms, "GB a step": moved / 1e9, "MB of state a sequence": state_bytes / 1e6},
-        note=f"{size:.3f} G parameters. Peer: Hugging Face Llama, steps timed at a few lengths and integrated, prefill left out",
+        rates={
+            Quantity.STEP_MILLISECONDS: step_ms,
+            Quantity.STEP_GIGABYTES: moved / 1e9,
+            Quantity.STATE_MEGABYTES: state_bytes / 1e6,
+        },
+        note=f"{size:.3f} G parameters. Baseline: Hugging Face Llama, steps timed at a few lengths and integrated, prefill left out",
     )
 
 
 def bytes_of_step(model: BasedModel, batch: int) -> float:
-    """What one step must move: weights once, convolution states in and out, windows in, Taylor states in and sometimes out."""
-    passes = {WindowState: 1.0, TaylorState: 1 + 1 / (WAITING_KEYS + 1), ConvState: 2.0}
+    """Bytes that one step must move: weights once, convolution states in and out, windows in, Taylor states in and sometimes out."""
+    passes = {WindowState: 1.0, TaylorState: 1 + 1 / (BUFFERED_KEYS + 1), ConvState: 2.0}
     states = model.zero_states(1).layers.values()
     each = sum(passes[type(state)] * x.nbytes for state in states for x in vars(state).values())
     return sum(parameter.nbytes for parameter in model.parameters()) + batch * each
 
 
 def agreement(bench: Bench, model: BasedModel, topology: Topology, prompts: Sequence[int]) -> dict[str, Check]:
-    """Last logits of sequences as long as the longest prompt, prefilled up to each, against the reference ops in fp32.
+    """Errors of the last logits against the reference operations in fp32: of sequences prefilled up to a prompt and then decoded.
 
     The limit in bf16 is what the full forward of the reference ops in bf16 is off by, times 1.5.
     """
@@ -210,13 +230,12 @@ def agreement(bench: Bench, model: BasedModel, topology: Topology, prompts: Sequ
     return checks
 
 
-def transformer(bench: Bench, B: int, L: int, N: int, kind: str) -> float | str:
+def transformer(
+    bench: Bench, B: int, L: int, N: int, steps_ms: Callable[[Bench, Any, int, int, int], float]
+) -> float | str:
     """Tokens per second of a Hugging Face Llama's decoding steps, or why there are none."""
-    if kind != "dynamic" and bench.quick:
-        return "not in a quick run"
-    steps = _dynamic_steps if kind == "dynamic" else _static_steps
     with torch.no_grad():
-        return attempt(lambda: 1e3 * B * N / steps(bench, llama(bench), B, L, N))
+        return attempt(lambda: 1e3 * B * N / steps_ms(bench, llama(bench), B, L, N))
 
 
 def _dynamic_steps(bench: Bench, model: Any, B: int, L: int, N: int) -> float:
@@ -276,7 +295,7 @@ def _median_ms(bench: Bench, step: Callable[[], None], repeats: int) -> float:
 
 
 def _now(bench: Bench) -> float:
-    """Seconds, when all work so far is done."""
+    """The time in seconds, once all work so far is done."""
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

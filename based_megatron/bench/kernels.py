@@ -1,4 +1,4 @@
-"""`based bench kernels`: the training kernels against fp64 and beside their peers.
+"""`based bench kernels`: the training kernels against fp64 and against baselines.
 
 Legend: B batch, T sequence, H heads, F feature dim, V value head dim, W window_left, D channels, K taps.
 """
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from based_megatron.bench.neighbours import cross_entropy_rows, norm_rows, swiglu_rows
+from based_megatron.bench.keys import Baseline, Operation, Quantity, Sizes
+from based_megatron.bench.norm_gate_loss import cross_entropy_rows, norm_rows, swiglu_rows
 from based_megatron.bench.report import Case, Row, Target
 from based_megatron.bench.timing import Bench
-from based_megatron.bench.work import Ceilings, Peer, Run, Work, compiled, measure, measure_ceilings
+from based_megatron.bench.work import Ceilings, Prepare, Run, Work, compiled, measure, measure_ceilings
 from based_megatron.kernels.gated_conv import gated_conv_fused
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.sliding_window import sliding_window_attention
@@ -27,7 +28,7 @@ CHUNK = 64
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What `based bench kernels` runs."""
+    """The cases of `based bench kernels`."""
     ceilings = functools.cache(lambda: measure_ceilings(bench))
     named: dict[str, Callable[[], list[Row]]] = {
         "device": lambda: device_rows(ceilings()),
@@ -49,13 +50,18 @@ def cases(bench: Bench) -> list[Case]:
 def device_rows(ceilings: Ceilings) -> list[Row]:
     """The two ceilings, from which floors are computed."""
     return [
-        Row("copy", "bytes read + written", ceilings.bytes_per_ms / 1e6, "GB/s"),
-        Row("matrix product", "square", ceilings.flops_per_ms / 1e9, "TFLOP/s"),
+        Row(
+            Operation.COPY,
+            ceilings.bytes_per_ms / 1e6,
+            Quantity.GIGABYTES_PER_SECOND,
+            note="bytes read + written",
+        ),
+        Row(Operation.MATRIX_PRODUCT, ceilings.flops_per_ms / 1e9, Quantity.TERAFLOPS_PER_SECOND, note="square"),
     ]
 
 
 def taylor_work(bench: Bench, B: int, T: int, V: int, **more: Any) -> Work:
-    """Linear attention of 16 heads, feature dim 16."""
+    """Taylor attention of 16 heads with feature dim 16."""
     H, F = bench.size(16, 2), bench.size(16, 8)
     token_heads = B * T * H
     features = 2 * packed_rows(F) * (V + 1)
@@ -69,8 +75,8 @@ def taylor_work(bench: Bench, B: int, T: int, V: int, **more: Any) -> Work:
         return [bench.random(B, T, H, size) for size in (F, F, V)]
 
     return Work(
-        "taylor",
-        f"B{B} T{T} H{H} F{F} V{V}",
+        Operation.TAYLOR_ATTENTION,
+        Sizes(batch=B, tokens=T, heads=H, feature_dim=F, head_dim=V),
         lambda q, k, v, backend: taylor_attention(q, k, v, backend=backend)[0],
         inputs,
         cut=lambda x, i: x[:1, :, :2],
@@ -90,24 +96,29 @@ SCALING_TARGET = 1.1
 
 
 def taylor_rows(bench: Bench, ceilings: Callable[[], Ceilings], B: int, T: int) -> list[Row]:
-    """Beside softmax attention of the same shape and the kernels of flash-linear-attention."""
-    peers = {"SDPA flash": _flash, "fla parallel_based": _fla_parallel, "fla fused_chunk_based": _fla_fused_chunk}
+    """Taylor attention against softmax attention of the same shape and the kernels of flash-linear-attention."""
+    baselines: dict[Baseline, Prepare] = {
+        Baseline.SDPA_FLASH: _flash,
+        Baseline.FLA_PARALLEL: _fla_parallel,
+        Baseline.FLA_FUSED_CHUNK: _fla_fused_chunk,
+    }
     targets = TAYLOR_TARGETS_MS.get((B, T), (None, None))
-    return measure(bench, taylor_work(bench, B, T, bench.size(64, 16), targets=targets, peers=peers), ceilings())
+    work = taylor_work(bench, B, T, bench.size(64, 16), targets=targets, baselines=baselines)
+    return measure(bench, work, ceilings())
 
 
 def wide_taylor_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """The head dim of the 1.3B model, held against a multiple of the time at head dim 64."""
+    """Taylor attention at the head dim of the 1.3B model; the target is a multiple of the time at head dim 64."""
     B, T = bench.size(8, 2), bench.size(2048, 48)
     narrow = measure(bench, taylor_work(bench, B, T, bench.size(64, 16)), ceilings())
     targets = tuple(WIDE_TARGET * row.value for row in narrow)
-    return measure(
-        bench, taylor_work(bench, B, T, bench.size(112, 24), targets=targets, peers={"SDPA flash": _flash}), ceilings()
-    )
+    baselines: dict[Baseline, Prepare] = {Baseline.SDPA_FLASH: _flash}
+    work = taylor_work(bench, B, T, bench.size(112, 24), targets=targets, baselines=baselines)
+    return measure(bench, work, ceilings())
 
 
 def taylor_scaling(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """One sequence of 2k to 256k tokens: checked at every length, and the time per token must not grow."""
+    """Taylor attention over one sequence of 2k to 256k tokens: checked at every length, and the time per token must not grow."""
     rows: list[Row] = []
     for doubling in range(bench.size(8, 2)):
         T = bench.size(2048, 32) << doubling
@@ -115,24 +126,24 @@ def taylor_scaling(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     if not bench.quick:
-        for which, name in enumerate(("forward", "forward + backward")):
-            # Two rows a length: forward, and forward with backward.
-            eighth, longest = rows[2 * 4 + which], rows[2 * 7 + which]
-            ratio = longest.value / (8 * eighth.value)
+        # Two rows a length: forward, and forward with backward.
+        for eighth, longest in zip(rows[2 * 4 : 2 * 5], rows[2 * 7 :], strict=True):
+            assert longest.sizes.tokens == 8 * (eighth.sizes.tokens or 0)
             rows.append(
                 Row(
-                    f"taylor {name}, time per token",
-                    "B1 T262144 / T32768",
-                    ratio,
-                    "x",
-                    Target("at most", SCALING_TARGET),
+                    Operation.TAYLOR_ATTENTION,
+                    longest.value / (8 * eighth.value),
+                    Quantity.TIME_PER_TOKEN_RATIO,
+                    longest.passes,
+                    Sizes(batch=1, tokens=longest.sizes.tokens, than_tokens=eighth.sizes.tokens),
+                    target=Target("at most", SCALING_TARGET),
                 )
             )
     return rows
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Run, Sequence[Tensor]]:
-    """Causal softmax attention with heads of the value's size: what a transformer does in this place."""
+    """Causal softmax attention with heads of the value's size, which a transformer has in this place."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     B, T, H, V = v.shape
@@ -160,7 +171,7 @@ WINDOW_TARGET_MS = 0.45
 
 
 def window_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """A window of 128 at head dims 64 and 112, on views of a fused projection."""
+    """Sliding window attention: a window of 128 at head dims 64 and 112, on views of a fused projection."""
     B, T, H, W = bench.size(8, 2), bench.size(2048, 40), bench.size(16, 2), bench.size(128, 8)
     rows: list[Row] = []
     for V in (bench.size(64, 16), bench.size(112, 24)):
@@ -170,14 +181,14 @@ def window_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
             fused = bench.random(T, B, 3 * H * V)
             return [part.transpose(0, 1).unflatten(-1, (H, V)) for part in fused.chunk(3, dim=-1)]
 
-        peers: dict[str, Peer] = {
-            "SDPA flash, whole past": _flash,
-            "flash-attn": functools.partial(_flash_attn_window, W),
-            "FlexAttention": functools.partial(_flex_window, bench, W),
+        baselines: dict[Baseline, Prepare] = {
+            Baseline.SDPA_FLASH_WHOLE_PAST: _flash,
+            Baseline.FLASH_ATTN: functools.partial(_flash_attn_window, W),
+            Baseline.FLEX_ATTENTION: functools.partial(_flex_window, bench, W),
         }
         work = Work(
-            "window",
-            f"B{B} T{T} H{H} V{V} W{W}",
+            Operation.SLIDING_WINDOW,
+            Sizes(batch=B, tokens=T, heads=H, head_dim=V, window_left=W),
             lambda q, k, v, backend: sliding_window_attention(q, k, v, window_left=W, backend=backend),
             inputs,
             cut=lambda x, i: x[:1, :, :2],
@@ -186,7 +197,7 @@ def window_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
             moved=(2 * 4 * elements, 2 * (4 + 5 + 3) * elements),
             flops=(4 * W * elements, 14 * W * elements),
             targets=(None, WINDOW_TARGET_MS if V == 64 else None),
-            peers=peers,
+            baselines=baselines,
         )
         rows += measure(bench, work, ceilings())
     return rows
@@ -208,11 +219,11 @@ def _flex_window(bench: Bench, W: int, q: Tensor, k: Tensor, v: Tensor) -> tuple
 
 
 COPY_SHARE = 0.7
-"""Of the copy bandwidth, that a kernel bound by memory should reach."""
+"""Share of the copy bandwidth that a kernel bound by memory should reach."""
 
 
 def conv_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
-    """Three taps, at two widths, on the halves of a fused projection as in the model."""
+    """Gated convolution: three taps, at two widths, on the halves of a fused projection as in the model."""
     B, T, K = bench.size(8, 2), bench.size(2048, 24), 3
     rows: list[Row] = []
     for D in (bench.size(2048, 16), bench.size(3584, 24)):
@@ -229,8 +240,8 @@ def conv_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
 
         forward_ms, backward_ms = (part / (COPY_SHARE * ceilings().bytes_per_ms) for part in (3.0 * size, 5.0 * size))
         work = Work(
-            "gated conv",
-            f"B{B} T{T} D{D} K{K}",
+            Operation.GATED_CONV,
+            Sizes(batch=B, tokens=T, channels=D, taps=K),
             lambda x, w, backend: gated_conv_fused(x, w, backend=backend),
             inputs,
             cut=cut,
@@ -238,7 +249,7 @@ def conv_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
             limits={"o": 3e-3, "du, dgate": 4e-3, "dweight": 4e-3},
             moved=(3.0 * size, 8.0 * size),
             targets=(forward_ms, backward_ms),
-            peers={"causal-conv1d": _causal_conv1d},
+            baselines={Baseline.CAUSAL_CONV1D: _causal_conv1d},
             splits_backward=True,
         )
         rows += measure(bench, work, ceilings())

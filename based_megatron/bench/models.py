@@ -1,4 +1,4 @@
-"""The models that are benchmarked: ours on one rank, and the transformer that it is compared with."""
+"""The benchmarked models: ours on one rank, and the transformer that it is compared with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LLAMA = {
     "num_attention_heads": 16,
     "vocab_size": 50304,
 }
-"""1,420,397,568 parameters, embeddings not tied: the transformer that Based-1B is usually set beside."""
+"""1,420,397,568 parameters, embeddings not tied: the transformer that Based-1B is usually compared with."""
 TINY_LLAMA = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -35,9 +35,14 @@ TINY_LLAMA = {
 }
 
 
-def model_config(bench: Bench, preset: str = "based-1b") -> ModelConfig:
-    """Sizes of a preset; those of `tiny`, with every mixer, in a quick run."""
-    return load_config("tiny" if bench.quick else preset).model
+def preset_name(bench: Bench) -> str:
+    """Preset that is measured: `tiny`, which has every mixer, in a quick run."""
+    return "tiny" if bench.quick else "based-1b"
+
+
+def model_config(bench: Bench) -> ModelConfig:
+    """Sizes of the model that is measured."""
+    return load_config(preset_name(bench)).model
 
 
 @contextmanager
@@ -54,9 +59,9 @@ def one_rank(bench: Bench) -> Iterator[Topology]:
             dist.destroy_process_group()
 
 
-def based_model(bench: Bench, topology: Topology, preset: str = "based-1b") -> BasedModel:
-    """A Based model with random weights on the device: those of training up to the generator that drew them."""
-    model = model_config(bench, preset)
+def based_model(bench: Bench, topology: Topology) -> BasedModel:
+    """A Based model on the device, with random weights of the distributions that training starts from."""
+    model = model_config(bench)
     shared = based_config(model, ParallelConfig(), dtype=bench.dtype, backend=bench.backend, recompute="none")
     (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)
     built = BasedModel(shared, stage, topology.process_groups).to(bench.device)
@@ -72,7 +77,7 @@ def based_model(bench: Bench, topology: Topology, preset: str = "based-1b") -> B
 
 
 def with_backend(model: BasedModel, backend: str) -> BasedModel:
-    """The same model, from now on with other kernels."""
+    """Switch a model to other kernels; returns it."""
     model.config.backend = backend
     return model
 

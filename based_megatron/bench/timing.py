@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from based_megatron.bench.keys import Method
 
 Call = Callable[[], object]
 Found = TypeVar("Found")
@@ -24,8 +25,7 @@ class Timing:
     """Median time of one call."""
 
     ms: float
-    method: str
-    """graph: replays of a CUDA graph; events: CUDA events around calls; clock: the host's clock, on a CPU."""
+    method: Method
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,13 @@ class Bench:
     quick: bool = False
     """Tiny sizes, that a CPU can run: shows that everything works, not how fast it is."""
     seed: int = 0
-    links: Path | None = None
-    """File with parameters of the links between GPUs, where a benchmark models them; None: the defaults."""
-    measured: tuple[Path, ...] = ()
-    """JSON of earlier runs whose measured times a model takes; empty: measure."""
 
     def random(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Fresh normal numbers, drawn on the device."""
         return torch.randn(*shape, device=self.device, dtype=torch.float32).mul_(scale).to(dtype or self.dtype)
 
     def size(self, full: int, quick: int) -> int:
-        """One of two sizes."""
+        """The full size, or the one of a quick run."""
         return quick if self.quick else full
 
     def copies(self, bytes_of_one: int) -> int:
@@ -67,27 +63,27 @@ class Bench:
         """
         calls = [calls] if callable(calls) else list(calls)
         if self.device.type != "cuda":
-            return Timing(_clock(calls, 1 if self.quick else 5), "clock")
+            return Timing(_clock(calls, 1 if self.quick else 5), Method.CLOCK)
         if graph and not _waits(calls[0]):
             try:
-                return Timing(_graph(calls, budget_ms), "graph")
+                return Timing(_graph(calls, budget_ms), Method.GRAPH)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception:
                 # Timing by events runs the calls again: an error of their own is raised there.
                 torch.cuda.synchronize()
                 _new_generator(self.device)
-        return Timing(_events(calls, budget_ms), "events")
+        return Timing(_events(calls, budget_ms), Method.EVENTS)
 
-    def peer(
+    def baseline(
         self, build: Callable[[], Sequence[Call] | Call], *, graph: bool = True, budget_ms: float = 100.0
     ) -> Timing | str:
-        """Time what `build` returns, or say why there is no time: a peer that is missing or fails is never an error."""
+        """Time what `build` returns, or say why there is no time: a baseline that is missing or fails is never an error."""
         return attempt(lambda: self.time(build(), graph=graph, budget_ms=budget_ms))
 
 
 def attempt(run: Callable[[], Found]) -> Found | str:
-    """What a peer's run returns, or why there is nothing."""
+    """Result of a baseline's run, or the reason why there is none."""
     try:
         return run()
     except ImportError:

@@ -1,4 +1,4 @@
-"""`based bench train`: forward and backward of a micro batch on one device, beside a transformer of the same size.
+"""`based bench train`: forward and backward of a micro batch on one device, against a transformer of that size.
 
 Legend: B sequences, L tokens of each.
 """
@@ -11,12 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from based_megatron.bench.keys import Baseline, Operation, Passes, Quantity, Sizes
 from based_megatron.bench.models import (
     based_model,
     llama,
     model_config,
     one_rank,
     parameters_in_billions,
+    preset_name,
     with_backend,
 )
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
@@ -31,7 +33,7 @@ GIB = 2**30
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What `based bench train` runs."""
+    """The cases of `based bench train`."""
     return [Case("training step, forward + backward", lambda: training_step(bench))]
 
 
@@ -44,23 +46,26 @@ def training_step(bench: Bench) -> Row:
         tokens_per_second, peak_gib = measure(bench, model, step_of(bench, model, topology, B, L), B * L)
         size = parameters_in_billions(model)
         del model
-    rates = {"GiB peak": peak_gib} if peak_gib else {}
+    rates = {Quantity.PEAK_GIB: peak_gib} if peak_gib else {}
     peak = peak_flops(torch.cuda.get_device_name(bench.device)) if bench.device.type == "cuda" else None
     if peak:
-        rates["% MFU"] = 100 * tokens_per_second * training_flops_per_token(model_config(bench), L) / peak
+        flops_per_token = training_flops_per_token(model_config(bench), L)
+        rates[Quantity.MFU_PERCENT] = 100 * tokens_per_second * flops_per_token / peak
     return Row(
-        "training step, forward + backward",
-        f"{'tiny' if bench.quick else 'based-1b'} B{B} T{L}",
+        Operation.TRAINING_STEP,
         tokens_per_second,
-        "tok/s",
+        Quantity.TOKENS_PER_SECOND,
+        Passes.BOTH,
+        Sizes(batch=B, tokens=L),
+        preset_name(bench),
         target=None if bench.quick else Target("at least", TARGET_TOKENS_PER_SECOND),
-        peers={
-            f"Llama{', compiled layers' if compiled else ''}": transformer(bench, B, L, compiled)
-            for compiled in (False, True)
+        baselines={
+            Baseline.LLAMA: transformer(bench, B, L, compiled=False),
+            Baseline.LLAMA_COMPILED: transformer(bench, B, L, compiled=True),
         },
         checks=checks,
         rates=rates,
-        note=f"{size:.3f} G parameters; peer: Hugging Face Llama, SDPA"
+        note=f"{size:.3f} G parameters; baseline: Hugging Face Llama, SDPA"
         + ("" if bench.quick else ", 1.420 G parameters"),
     )
 
@@ -103,7 +108,7 @@ def agreement(bench: Bench, model: BasedModel, topology: Topology) -> dict[str, 
 
 
 def outcome(bench: Bench, model: BasedModel, topology: Topology) -> dict[str, Tensor]:
-    """Loss and some gradients of one step on the same tokens each time."""
+    """Loss and some gradients of one step, whose tokens are those of the seed."""
     torch.manual_seed(bench.seed)
     names = {"embedding.weight", "layers.0.mlp.fc1.weight", "layers.1.mixer.qkv.weight", "final_norm.weight"}
     loss = step_of(bench, model, topology, 1, bench.size(512, 16))()

@@ -1,4 +1,4 @@
-"""One kernel under test: checked against the reference in fp64, then timed, forward and backward, beside its peers.
+"""One kernel under test: checked against the reference in fp64, then timed, forward and backward, against baselines.
 
 What is checked is what is timed: outputs and gradients of the first set of inputs, compared on a few heads, channels or tokens.
 """
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from based_megatron.bench.keys import Baseline, Operation, Passes, Quantity, Sizes
 from based_megatron.bench.report import Check, Row, Target, relative_error
 from based_megatron.bench.timing import Bench, Timing, forward_backward
 
 Run = Callable[..., Any]
-Peer = Callable[..., tuple[Run, Sequence[Tensor]]]
-"""From our inputs to a peer's function and its inputs."""
+Prepare = Callable[..., tuple[Run, Sequence[Tensor]]]
+"""From our inputs to a baseline's function and its inputs."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Ceilings:
 class Work:
     """One op at one size."""
 
-    name: str
-    shape: str
+    operation: Operation
+    sizes: Sizes
     run: Run
     """(*inputs, backend) to one output, or several."""
     inputs: Callable[[], Sequence[Tensor]]
@@ -54,9 +55,10 @@ class Work:
     flops: tuple[float, float] = (0.0, 0.0)
     targets: tuple[float | None, float | None] = (None, None)
     """Milliseconds, forward and forward + backward."""
-    peers: Mapping[str, Peer] = field(default_factory=dict)
+    baselines: Mapping[Baseline, Prepare] = field(default_factory=dict)
     splits_backward: bool = False
     """Report backward alone: forward + backward less forward."""
+    note: str = ""
 
 
 def measure_ceilings(bench: Bench) -> Ceilings:
@@ -87,16 +89,11 @@ def measure(bench: Bench, work: Work, ceilings: Ceilings) -> list[Row]:
     forward_calls = [_forward(run, inputs) for inputs in sets]
     checks = check(bench, work, first, _several(forward_calls[0]()), cotangents, both_calls[0]())
     both, forward = bench.time(both_calls), bench.time(forward_calls)
-    names = (f"{work.name} forward", f"{work.name} forward + backward")
-    rows = [
-        _row(bench, work, ceilings, names[0], 0, forward, {"o": checks.pop("o")}, sets),
-        _row(bench, work, ceilings, names[1], 1, both, checks, sets),
-    ]
+    first_row = _row(bench, work, ceilings, Passes.FORWARD, forward, {"o": checks.pop("o")}, sets)
     if work.splits_backward:
-        moved = work.moved[1] - work.moved[0]
         backward = Timing(both.ms - forward.ms, both.method)
-        rows[1] = _row(bench, work, ceilings, f"{work.name} backward", 1, backward, checks, sets, moved)
-    return rows
+        return [first_row, _row(bench, work, ceilings, Passes.BACKWARD, backward, checks, sets)]
+    return [first_row, _row(bench, work, ceilings, Passes.BOTH, both, checks, sets)]
 
 
 def check(
@@ -124,7 +121,7 @@ def check(
 
 
 def compiled(bench: Bench, run: Run) -> Run:
-    """A peer by torch.compile."""
+    """A baseline by torch.compile."""
     if bench.device.type != "cuda":
         raise NotImplementedError("compiled for a GPU only")
     return _compile(run)
@@ -139,44 +136,47 @@ def _row(
     bench: Bench,
     work: Work,
     ceilings: Ceilings,
-    name: str,
-    which: int,
+    passes: Passes,
     timing: Timing,
     checks: Mapping[str, Check],
     sets: Sequence[Sequence[Tensor]],
-    moved: float | None = None,
 ) -> Row:
-    moved = work.moved[which] if moved is None else moved
-    rates = {"GB/s": moved / timing.ms / 1e6, "% of copy": 100 * moved / timing.ms / ceilings.bytes_per_ms}
+    which = 0 if passes is Passes.FORWARD else 1
+    moved = work.moved[1] - work.moved[0] if passes is Passes.BACKWARD else work.moved[which]
+    rates = {
+        Quantity.GIGABYTES_PER_SECOND: moved / timing.ms / 1e6,
+        Quantity.PERCENT_OF_COPY: 100 * moved / timing.ms / ceilings.bytes_per_ms,
+    }
     if work.flops[which]:
-        rates["TFLOP/s"] = work.flops[which] / timing.ms / 1e9
+        rates[Quantity.TERAFLOPS_PER_SECOND] = work.flops[which] / timing.ms / 1e9
     target = work.targets[which]
-    alone = work.splits_backward and which == 1
     return Row(
-        name,
-        work.shape,
+        work.operation,
         timing.ms,
+        passes=passes,
+        sizes=work.sizes,
+        method=timing.method,
         target=None if bench.quick or target is None else Target("at most", target),
         floor=ceilings.floor_ms(moved, work.flops[which]),
-        peers={peer: _peer(bench, prepare, sets, which, alone) for peer, prepare in work.peers.items()},
+        baselines={key: _baseline(bench, prepare, sets, passes) for key, prepare in work.baselines.items()},
         checks=checks,
         rates=rates,
-        note="timed by events" if timing.method == "events" else "",
+        note=work.note,
     )
 
 
-def _peer(bench: Bench, prepare: Peer, sets: Sequence[Sequence[Tensor]], which: int, alone: bool) -> Timing | str:
-    def build(which: int) -> list[Callable[[], object]]:
+def _baseline(bench: Bench, prepare: Prepare, sets: Sequence[Sequence[Tensor]], passes: Passes) -> Timing | str:
+    def build(passes: Passes) -> list[Callable[[], object]]:
         prepared = [prepare(*inputs) for inputs in sets]
-        if not which:
+        if passes is Passes.FORWARD:
             return [_forward(run, inputs) for run, inputs in prepared]
         cotangents = _cotangents(*prepared[0])
         return [_forward_backward(run, inputs, cotangents) for run, inputs in prepared]
 
-    timing = bench.peer(lambda: build(which))
-    if not alone or isinstance(timing, str):
+    timing = bench.baseline(lambda: build(passes))
+    if passes is not Passes.BACKWARD or isinstance(timing, str):
         return timing
-    forward = bench.peer(lambda: build(0))
+    forward = bench.baseline(lambda: build(Passes.FORWARD))
     return forward if isinstance(forward, str) else Timing(timing.ms - forward.ms, timing.method)
 
 

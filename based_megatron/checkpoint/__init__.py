@@ -7,14 +7,13 @@ from based_megatron.checkpoint.load import load_carried, load_checkpoint, read_s
 from based_megatron.checkpoint.peers import ALONE, Peers, everyone
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import find_checkpoint, newest_valid, prune, resolve_checkpoint, verify
-from based_megatron.checkpoint.zero import adam_step, after_load, zero_fragments
+from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 
 __all__ = [
     "ALONE",
     "Fragment",
     "Peers",
     "Rectangle",
-    "adam_step",
     "after_load",
     "carried_fragments",
     "everyone",
@@ -22,12 +21,14 @@ __all__ = [
     "load_carried",
     "load_checkpoint",
     "newest_valid",
+    "optimizer_entry",
     "prune",
     "read_full",
     "read_state",
     "rectangles",
     "resolve_checkpoint",
     "save_checkpoint",
+    "saved_optimizer",
     "verify",
     "write_full",
     "zero_fragments",

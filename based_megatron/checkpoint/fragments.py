@@ -48,7 +48,7 @@ class Fragment:
     start: int
     numel: int
     tensors: dict[str, Tensor]
-    """Flat views of `numel` elements by kind: model (master weights), exp_avg, exp_avg_sq (Adam moments), all fp32; or carried."""
+    """Flat views of `numel` elements by kind: model (master weights) and what the optimizer keeps, all fp32; or carried."""
     owned: bool = True
     """False for a copy that is loaded but that another rank writes."""
 

@@ -28,7 +28,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill the fragments of all ranks from the checkpoint `path` (collective); returns the state it was saved with.
 
-    Tensor parallel padding becomes zero. With weights_only the moments become zero too, and the checkpoint needs none.
+    Tensor parallel padding becomes zero. With weights_only the optimizer's tensors become zero too, and the checkpoint needs none.
     The checkpoint is taken as whole: find it with newest_valid or resolve_checkpoint.
 
     Raises CheckpointError on every rank, before anything is changed, if names or shapes differ from the checkpoint's.
@@ -69,7 +69,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors by name (model.NAME, exp_avg.NAME, exp_avg_sq.NAME, carried.NAME)."""
+    """Shapes of the stored tensors by name (KIND.NAME, of the kinds model, carried and those of the optimizer)."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -77,7 +77,7 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _check_fragments(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str]) -> set[str]:
     """Names of the parameters, if the checkpoint has them all in their shapes."""
     has = read_state(path)["kinds"]
-    if missing := [kind for kind in kinds if kind not in has]:
+    if has == [MODEL] and (missing := [kind for kind in kinds if kind != MODEL]):
         raise CheckpointError(f"it has no {' and '.join(missing)}, only weights: start from it with --checkpoint.load")
     shapes = stored_shapes(path)
     for fragment in fragments:
@@ -87,6 +87,12 @@ def _check_fragments(path: Path, fragments: Sequence[Fragment], kinds: Sequence[
             raise CheckpointError(f"it has no parameter {name}, which is {shape} in this model: check --model settings")
         if found != shape:
             raise CheckpointError(f"{name} is {found} there and {shape} in this model: check --model settings")
+        for kind in fragment.tensors.keys() & set(kinds):
+            if stored_name(kind, name) not in shapes:
+                raise CheckpointError(
+                    f"it has no {kind} of {name}, only {', '.join(has)}: set optimizer.name to the one that it was trained with, "
+                    f"or start a new run_dir from its weights with checkpoint.load"
+                )
     return {fragment.spec.name for fragment in fragments}
 
 

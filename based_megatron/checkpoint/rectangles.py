@@ -1,7 +1,8 @@
 """Planners that let torch.distributed.checkpoint (DCP) store and read the rectangles of fragments.
 
-The stored tensors are `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `carried.NAME`, of the unsharded shape and in the dtype
-of the live ones, so the result is a plain DCP checkpoint: any DCP reader can open it, under any tiling.
+The stored tensors are `KIND.NAME`: `model.NAME`, the optimizer's (of AdamW `exp_avg.NAME` and `exp_avg_sq.NAME`) and
+`carried.NAME`, of the unsharded shape and in the dtype of the live ones, so the result is a plain DCP checkpoint: any DCP
+reader can open it, under any tiling.
 """
 
 from collections.abc import Iterable
@@ -57,7 +58,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
     def __init__(self, fragments: Iterable[Fragment], kinds: Iterable[str]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._fragments = list(fragments)
-        self._kinds = tuple(kinds)
+        self._kinds = frozenset(kinds)
         self._views: dict[MetadataIndex, Tensor] = {}
 
     def create_local_plan(self) -> LoadPlan:
@@ -65,7 +66,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         items = []
         for fragment in self._fragments:
-            for kind in self._kinds:
+            for kind in fragment.tensors.keys() & self._kinds:
                 views, name = _views(fragment, kind), stored_name(kind, fragment.spec.name)
                 stored = self.metadata.state_dict_metadata[name]
                 assert isinstance(stored, TensorStorageMetadata)
@@ -80,7 +81,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
 
 def stored_name(kind: str, name: str) -> str:
-    """Name inside the checkpoint of one kind of tensor (model, exp_avg, exp_avg_sq of a parameter, carried)."""
+    """Name inside the checkpoint of one kind of tensor: model, carried or a state of the optimizer."""
     return f"{kind}.{name}"
 
 

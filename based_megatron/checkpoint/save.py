@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
+from based_megatron import __version__
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.manifest import FileEntry, seal_file, sync_folder, write_durably, write_manifest
 from based_megatron.checkpoint.peers import Peers, everyone
@@ -20,7 +21,7 @@ from based_megatron.checkpoint.store import STATE, step_name
 from based_megatron.errors import CheckpointError
 
 FORMAT = 1
-_LIBRARIES = ("based-megatron", "torch", "megatron-core", "deepspeed")
+_LIBRARIES = ("torch", "megatron-core", "deepspeed")
 
 
 def save_checkpoint(
@@ -32,7 +33,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step-XXXXXXXX from the fragments of all ranks (collective); returns it.
 
-    `state` is JSON: what the caller needs to go on (consumed_tokens, adam_step, config, ...); rank 0's is written. The
+    `state` is JSON: what the caller needs to go on (tokens_seen, optimizer, config, ...); rank 0's is written. The
     tensors are read before this returns. `folder` must be the same on all ranks.
 
     Raises CheckpointError on every rank if any of them fails (full disk, quota, ...): earlier checkpoints are then
@@ -106,7 +107,7 @@ def _commit(unfinished: Path, final: Path, sealed: list[FileEntry], document: di
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"based-megatron": __version__}
     for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)

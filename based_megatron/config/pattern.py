@@ -1,27 +1,31 @@
-"""The layer pattern: a short string that names the mixer of each layer."""
+"""The syntax of the layer pattern: a short string with a letter for the mixer of each layer."""
 
 import re
 
 from based_megatron.errors import ConfigError
 
-MIXERS = {"c": "gated_conv", "L": "linear_attention", "S": "sliding_window", "A": "full_attention"}
+MOST_LAYERS = 10_000
 
 
 def parse_layer_pattern(pattern: str) -> str:
-    """Expand a layer pattern to one letter per layer: `cLS*2 cc` -> `cLScLScc`.
+    """Expand a layer pattern to one letter per layer: `cLS*2 cc` -> `cLScLScc`. Which mixer a letter is, the model knows.
 
-    Raises ConfigError for an empty pattern or an unknown letter.
+    Raises ConfigError for an empty pattern, a group that is not letters and a count, and more than MOST_LAYERS layers.
     """
-    expanded = []
+    groups = []
     for group in pattern.split():
-        match = re.fullmatch(r"([A-Za-z]+)(?:\*([1-9]\d*))?", group)
-        unknown = sorted(set(match.group(1)) - set(MIXERS)) if match else [group]
-        if match is None or unknown:
+        match = re.fullmatch(r"([A-Za-z]+)(?:\*([1-9]\d{0,8}))?", group)
+        if match is None:
             raise ConfigError(
-                f"cannot read {' '.join(unknown)!r} in layer pattern {pattern!r}: groups such as cLScc*5, with letters "
-                f"{', '.join(f'{k} ({v})' for k, v in MIXERS.items())}; change model.layer_pattern"
+                f"cannot read {group!r} in layer pattern {pattern!r}: groups such as cLScc*5, of letters and a count of at most "
+                f"{MOST_LAYERS}; change model.layer_pattern"
             )
-        expanded.append(match.group(1) * int(match.group(2) or 1))
-    if not expanded:
+        groups.append((match.group(1), int(match.group(2) or 1)))
+    layers = sum(len(letters) * count for letters, count in groups)
+    if layers > MOST_LAYERS:
+        raise ConfigError(
+            f"the layer pattern {pattern!r} has {layers} layers, more than {MOST_LAYERS}; change model.layer_pattern"
+        )
+    if not layers:
         raise ConfigError("the layer pattern is empty; set model.layer_pattern, for example 'cLScc*5 cc'")
-    return "".join(expanded)
+    return "".join(letters * count for letters, count in groups)

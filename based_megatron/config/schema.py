@@ -13,6 +13,8 @@ class ModelConfig:
     layer_pattern: str = "cLScc*5 cc"
     """Mixer of each layer: c gated conv, L Taylor linear attention, S sliding window, A full attention.
     `cLScc*5 cc` is five times cLScc, then cc."""
+    mixers: str = ""
+    """Modules that define more mixers, by name and separated by commas; those of installed packages need no mention."""
     hidden_size: int = 1024
     """Width of the residual stream."""
     ffn_hidden_size: int = 2048
@@ -102,9 +104,25 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW."""
+class MuonConfig:
+    """Settings that only Muon has. It updates the weights of linear layers inside blocks, AdamW all others."""
 
+    momentum: float = 0.95
+    """Decay of the average of gradients."""
+    nesterov: bool = True
+    """Orthogonalise the gradient mixed with its average, instead of the average."""
+    newton_schulz_steps: int = 5
+    """Iterations that bring the singular values of an update near 1."""
+    update_rms: float = 0.2
+    """Root mean square of an update's elements, times the learning rate. AdamW's are near 0.2: one optimizer.lr serves both."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon for matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """The optimizer: a module of train/optimizer."""
     lr: float = 8e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -121,6 +139,7 @@ class OptimizerConfig:
     """AdamW to use: auto takes torch's fused one on a GPU and the plain one on a CPU."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Every way in which a config and a world size cannot run together, found before any rank starts to work."""
+"""Every way in which a config and a world size cannot run together, found before any rank starts to work.
+
+What mixers know of themselves is checked in `model/check.py`.
+"""
 
 import shutil
 from pathlib import Path
@@ -65,6 +68,7 @@ def _check_positive(config: Config) -> None:
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    muon = optimizer.muon
     for key, value, legal, wanted in (
         ("lr", optimizer.lr, optimizer.lr > 0, "above 0"),
         ("beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "at least 0 and below 1"),
@@ -72,9 +76,16 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         ("eps", optimizer.eps, optimizer.eps >= 0, "at least 0"),
         ("weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "at least 0"),
         ("clip_grad_norm", optimizer.clip_grad_norm, optimizer.clip_grad_norm >= 0, "0 (off) or above"),
+        ("muon.momentum", muon.momentum, 0 <= muon.momentum < 1, "at least 0 and below 1"),
+        ("muon.newton_schulz_steps", muon.newton_schulz_steps, muon.newton_schulz_steps >= 1, "at least 1"),
+        ("muon.update_rms", muon.update_rms, muon.update_rms > 0, "above 0"),
     ):
         if not legal:
             raise ConfigError(f"optimizer.{key} is {value}; set optimizer.{key} to {wanted}")
+    if optimizer.name == "muon" and optimizer.implementation == "apex":
+        raise ConfigError(
+            "optimizer.implementation apex cannot share its groups with optimizer.name muon; set optimizer.implementation to auto"
+        )
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -149,11 +160,6 @@ def _check_sequence(config: Config) -> None:
             f"data.carry_state needs one corpus and documents apart (now {len(config.data.sources)} data.sources, data.isolate_documents "
             f"{config.data.isolate_documents}); set data.path and data.isolate_documents=true, or data.carry_state=false"
         )
-    if config.data.carry_state and "A" in parse_layer_pattern(config.model.layer_pattern):
-        raise ConfigError(
-            f"data.carry_state cannot carry the whole past of full attention, letter A of model.layer_pattern "
-            f"{config.model.layer_pattern!r}; set data.carry_state=false or change model.layer_pattern"
-        )
     multiple = slice_multiple(parallel)
     if length % multiple or length // multiple < parallel.context:
         raise ConfigError(
@@ -179,6 +185,10 @@ def _check_zero(config: Config) -> None:
     if stage == 3 and config.optimizer.implementation == "apex":
         raise ConfigError(
             "optimizer.implementation apex counts its steps wrongly under parallel.zero_stage 3; set it to auto, or zero_stage to 2"
+        )
+    if stage == 3 and config.optimizer.name == "muon":
+        raise ConfigError(
+            "optimizer.name muon needs whole matrices, which parallel.zero_stage 3 cuts another way; set parallel.zero_stage to 1 or 2"
         )
     if stage > 1 and pipeline > 1:
         raise ConfigError(

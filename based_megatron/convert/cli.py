@@ -33,16 +33,17 @@ def main_export(argv: Sequence[str]) -> None:
     tyro.cli(export_weights, prog="based export", args=list(argv))
 
 
-def import_weights(source: Source, output: Path) -> None:
+def import_weights(source: Source, output: Path, mixers: str = "") -> None:
     """Make a checkpoint, to continue training from, out of released or exported weights.
 
     Args:
         source: Folder in the layout of the released Based models, or a Hugging Face export of ours.
         output: Run folder to create, with the weights as the checkpoint of step 0.
+        mixers: Modules of mixers that an export has and that are not ours, as in model.mixers.
     """
     if output.exists():
         raise CheckpointError(f"{output} exists already: choose another --output, or remove it")
-    weights, model = read_export(source) if is_export(source) else from_released(source)
+    weights, model = read_export(source, mixers) if is_export(source) else from_released(source)
     checkpoint = write_full(output, weights, Config(run_dir=str(output), model=model))
     print(f"{model.layer_pattern}, {count_parameters(model):,} parameters\nwrote {checkpoint}")
 
@@ -86,7 +87,7 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def read_export(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], ModelConfig]:
     """State dict and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
     weights: dict[str, Tensor] = {}
     try:
@@ -95,7 +96,7 @@ def read_export(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
         config = BasedConfig.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the export {folder}: {' '.join(str(error).split())[:200]}") from error
-    return from_hf(weights, config)
+    return from_hf(weights, config, mixers)
 
 
 def data_folder(config: Config) -> Path | None:

@@ -1,31 +1,33 @@
 """Between our unsharded state dict and the Hugging Face model of `hf_files`, in memory and as an export folder."""
 
+import inspect
 import json
 import shutil
 from importlib import resources
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert.folder import new_folder
 from based_megatron.convert.hf_files.configuration_based import BasedConfig
+from based_megatron.convert.hf_files.mixers_based import MIXERS
 from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
 from based_megatron.convert.layout import Entry, embedding_rows, our_shapes, short_pattern, to_other, to_ours
 from based_megatron.convert.model_card import model_card
 from based_megatron.convert.proof import Proof, prove
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import CheckpointError
+from based_megatron.model.mixers import Mixer, layer_mixers, mixers_of
 
-MIXERS = {"c": "conv", "L": "linear_attention", "S": "sliding_attention", "A": "full_attention"}
 AUTO_MAP = {
     "AutoConfig": "configuration_based.BasedConfig",
     "AutoModel": "modeling_based.BasedModel",
     "AutoModelForCausalLM": "modeling_based.BasedForCausalLM",
 }
-HF_FILES = ("configuration_based.py", "mixers_based.py", "modeling_based.py")
+MIXERS_FILE = "mixers_based.py"
+HF_FILES = ("configuration_based.py", MIXERS_FILE, "modeling_based.py")
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], BasedConfig]:
@@ -36,9 +38,11 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str,
     return to_other(state_dict, _table(config)), hf_config(config)
 
 
-def from_hf(hf_state_dict: dict[str, Tensor], hf: BasedConfig) -> tuple[dict[str, Tensor], ModelConfig]:
-    """The inverse of to_hf. Raises CheckpointError if the tensors do not fit the config."""
-    config = model_config(hf)
+def from_hf(
+    hf_state_dict: dict[str, Tensor], hf: BasedConfig, mixers: str = ""
+) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The inverse of to_hf, with the `model.mixers` that it needs. Raises CheckpointError if the tensors do not fit the config."""
+    config = model_config(hf, mixers)
     weights = dict(hf_state_dict)
     if config.tie_embeddings:
         weights.pop("lm_head.weight", None)
@@ -52,7 +56,7 @@ def hf_model(state_dict: dict[str, Tensor], config: ModelConfig) -> BasedForCaus
     """
     weights, hf = to_hf(state_dict, config)
     with torch.device("meta"):
-        model = BasedForCausalLM(hf)
+        model = BasedForCausalLM(hf, MIXERS | extra_classes(config))
     if config.tie_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
@@ -85,6 +89,7 @@ def export_huggingface(
         for name in HF_FILES:
             source = resources.files("based_megatron.convert.hf_files") / name
             (folder / name).write_bytes(source.read_bytes())
+        _add_mixers(extra_classes(config), folder)
         for weights in folder.glob(
             "*.safetensors"
         ):  # written for the owner only, while the other files follow the umask
@@ -92,6 +97,34 @@ def export_huggingface(
         proof = prove(folder, model)
         (folder / "README.md").write_text(model_card(config, proof, has_tokenizer=tokenizer is not None))
     return proof
+
+
+def extra_classes(config: ModelConfig) -> dict[str, type[nn.Module]]:
+    """Classes of the mixers that bring their own, by their name in an export."""
+    classes = {_hf_name(mixer, config): mixer.hf_class() for mixer in layer_mixers(config)}
+    return {name: cls for name, cls in classes.items() if cls is not None}
+
+
+def _add_mixers(classes: dict[str, type[nn.Module]], folder: Path) -> None:
+    """Copy the files that define the classes, and let the export's own mixers import them: transformers follows its imports."""
+    lines = [""] if classes else []
+    for name, cls in classes.items():
+        file = Path(inspect.getfile(cls))
+        if (folder / file.name).exists() and (folder / file.name).read_bytes() != file.read_bytes():
+            raise CheckpointError(f"{file} cannot be copied into an export, which has a {file.name} already: rename it")
+        shutil.copyfile(file, folder / file.name)
+        lines += [f"from .{file.stem} import {cls.__name__}", "", f'MIXERS["{name}"] = {cls.__name__}']
+    with (folder / MIXERS_FILE).open("a") as mixers:
+        mixers.writelines(f"{line}\n" for line in lines)
+
+
+def _hf_name(mixer: type[Mixer], config: ModelConfig) -> str:
+    if mixer.hf_name is None:
+        raise CheckpointError(
+            f"{mixer.name.replace('_', ' ')} has no form in Hugging Face transformers (hf_name), but model.layer_pattern is "
+            f"{config.layer_pattern!r}; such a model cannot be exported"
+        )
+    return mixer.hf_name
 
 
 def _write_tokenizer(model: BasedForCausalLM, tokenizer: Path, folder: Path) -> None:
@@ -111,7 +144,7 @@ def _write_tokenizer(model: BasedForCausalLM, tokenizer: Path, folder: Path) -> 
 
 def hf_config(config: ModelConfig) -> BasedConfig:
     """Our config as that of the Hugging Face model."""
-    letters = parse_layer_pattern(config.layer_pattern)
+    mixers = layer_mixers(config)
     return BasedConfig(
         architectures=["BasedForCausalLM"],
         vocab_size=embedding_rows(config),
@@ -119,9 +152,12 @@ def hf_config(config: ModelConfig) -> BasedConfig:
         vocab_multiple=config.vocab_multiple,
         hidden_size=config.hidden_size,
         intermediate_size=config.ffn_hidden_size,
-        num_hidden_layers=len(letters),
+        num_hidden_layers=len(mixers),
         num_attention_heads=config.num_heads,
-        mixers=[MIXERS[letter] for letter in letters],
+        mixers=[_hf_name(mixer, config) for mixer in mixers],
+        extra_mixers={
+            _hf_name(mixer, config): mixer.hf_cache_layer for mixer in mixers if mixer.hf_class() is not None
+        },
         feature_dim=config.feature_dim,
         sliding_window=config.window_left + 1,
         conv_kernel=config.conv_kernel,
@@ -134,11 +170,21 @@ def hf_config(config: ModelConfig) -> BasedConfig:
     )
 
 
-def model_config(hf: BasedConfig) -> ModelConfig:
-    """The inverse of hf_config; the layer pattern comes back in its short form."""
-    letters = {name: letter for letter, name in MIXERS.items()}
+def model_config(hf: BasedConfig, mixers: str = "") -> ModelConfig:
+    """The inverse of hf_config; the layer pattern comes back in its short form.
+
+    mixers: `model.mixers`, which an export does not name, so that no module is imported because a downloaded file says so.
+    Raises CheckpointError for a mixer that is not found there or in an installed package.
+    """
+    letters = {mixer.hf_name: letter for letter, mixer in mixers_of(ModelConfig(mixers=mixers)).items()}
+    unknown = sorted(set(hf.mixers) - letters.keys())
+    if unknown:
+        raise CheckpointError(
+            f"the export has unknown mixers: {', '.join(unknown)}; install their package, or give based import its module with --mixers"
+        )
     return ModelConfig(
         layer_pattern=short_pattern("".join(letters[name] for name in hf.mixers)),
+        mixers=mixers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.intermediate_size,
         num_heads=hf.num_attention_heads,
@@ -158,30 +204,27 @@ def model_config(hf: BasedConfig) -> ModelConfig:
 
 def _table(config: ModelConfig) -> list[Entry]:
     """Our tensors and those of BasedForCausalLM."""
-    D, F, E = config.hidden_size, config.ffn_hidden_size, config.num_heads * config.feature_dim
+    D, F = config.hidden_size, config.ffn_hidden_size
     top = {
         "embedding.weight": "model.embed_tokens.weight",
         "final_norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight",
     }
-    letters = parse_layer_pattern(config.layer_pattern)
+    mixers = layer_mixers(config)
     table = []
     for name, shape in our_shapes(config).items():
         if name in top:
             table.append(Entry(name, shape, ((top[name], shape),)))
             continue
         _, index, local = name.split(".", 2)
-        letter = letters[int(index)]
-        rows = (E, E, D) if letter == "L" else (D, D, D)
         parts: dict[str, tuple[int, ...]] = {local: shape}
         if local == "mlp.fc1.weight":
             parts = {"mlp.up_proj.weight": (F, D), "mlp.gate_proj.weight": (F, D)}
         elif local == "mlp.fc2.weight":
             parts = {"mlp.down_proj.weight": shape}
-        elif local == "mixer.qkv.weight":
-            parts = {f"mixer.{x}_proj.weight": (n, D) for x, n in zip("qkv", rows, strict=True)}
-        elif local == "mixer.out_proj.weight" and letter != "c":
-            parts = {"mixer.o_proj.weight": shape}
+        elif local.startswith("mixer."):
+            of_mixer = mixers[int(index)].hf_parts(config, local.removeprefix("mixer."))
+            parts = {f"mixer.{part}": part_shape for part, part_shape in of_mixer.items()}
         prefix = f"model.layers.{index}"
         table.append(Entry(name, shape, tuple((f"{prefix}.{part}", part_shape) for part, part_shape in parts.items())))
     return table

@@ -2,7 +2,7 @@
 
 Our names and shapes are those of the unsharded state dict that a checkpoint stores. Fused projections are stacks of
 rows, so that every conversion is a split, a concatenation and a reshape: bit-exact.
-D hidden size, F MLP width, H heads, E feature dim, C conv channels, K conv taps, V embedding rows.
+D hidden size, F MLP width, V embedding rows.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import ModelConfig
 from based_megatron.errors import CheckpointError
+from based_megatron.model.mixers import layer_mixers
+from based_megatron.model.mixers.facts import Shape
 
-Shape = tuple[int, ...]
 SHORTEST_REPEAT = 6
 
 
@@ -38,28 +38,14 @@ def our_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor of the unsharded state dict."""
     D, F = config.hidden_size, config.ffn_hidden_size
     V = embedding_rows(config)
-    C = config.conv_expand * D // 2
-    E = config.num_heads * config.feature_dim
-    mixers: dict[str, dict[str, Shape]] = {
-        "c": {
-            "in_proj.weight": (2 * C, D),
-            "in_proj.bias": (2 * C,),
-            "conv_weight": (C, config.conv_kernel),
-            "out_proj.weight": (D, C),
-            "out_proj.bias": (D,),
-        },
-        "L": {"qkv.weight": (2 * E + D, D), "out_proj.weight": (D, D)},
-        "S": {"qkv.weight": (3 * D, D), "out_proj.weight": (D, D)},
-        "A": {"qkv.weight": (3 * D, D), "out_proj.weight": (D, D)},
-    }
     shapes: dict[str, Shape] = {"embedding.weight": (V, D), "final_norm.weight": (D,)}
     if not config.tie_embeddings:
         shapes["output.weight"] = (V, D)
-    for i, letter in enumerate(parse_layer_pattern(config.layer_pattern)):
+    for i, mixer in enumerate(layer_mixers(config)):
         layer = f"layers.{i}"
         shapes |= {f"{layer}.{norm}.weight": (D,) for norm in ("mixer_norm", "mlp_norm")}
         shapes |= {f"{layer}.mlp.fc1.weight": (2 * F, D), f"{layer}.mlp.fc2.weight": (D, F)}
-        shapes |= {f"{layer}.mixer.{name}": shape for name, shape in mixers[letter].items()}
+        shapes |= {f"{layer}.mixer.{name}": shape for name, shape in mixer.parameter_shapes(config).items()}
     return shapes
 
 

@@ -5,9 +5,9 @@ from collections import Counter
 import torch
 import transformers
 
-from based_megatron.config.pattern import MIXERS, parse_layer_pattern
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert.proof import Proof
+from based_megatron.model.mixers import layer_mixers
 
 TEMPLATE = """\
 ---
@@ -68,16 +68,16 @@ Versions: torch {torch_version}, transformers {transformers_version}.
 
 def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
     """The text of README.md."""
-    letters = parse_layer_pattern(config.layer_pattern)
-    mixers = ", ".join(f"{n} {MIXERS[letter].replace('_', ' ')}" for letter, n in Counter(letters).items())
+    layers = layer_mixers(config)
+    mixers = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in Counter(mixer.name for mixer in layers).items())
     return TEMPLATE.format(
         parameters=proof.parameters,
         state_bytes=proof.state_bytes,
         growth=""
-        if "A" not in letters
+        if not any("full_attention" in (mixer.hf_name, mixer.hf_cache_layer) for mixer in layers)
         else "; its full attention layers keep all keys and values on top, counted here at "
         f"{proof.prompt_tokens} tokens",
-        layers=len(letters),
+        layers=len(layers),
         mixers=mixers,
         pattern=config.layer_pattern,
         hidden_size=config.hidden_size,

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert.folder import new_folder
 from based_megatron.convert.layout import Entry, our_shapes, to_other, to_ours
 from based_megatron.convert.released_config import read_released_config, released_config
 from based_megatron.errors import CheckpointError
+from based_megatron.model.mixers import layer_mixers
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +116,12 @@ def _clean(raw: dict[str, Any]) -> dict[str, Tensor]:
 
 def _table(config: ModelConfig) -> list[Entry]:
     """Our tensors and the released ones."""
-    D, E, C = config.hidden_size, config.num_heads * config.feature_dim, config.conv_expand * config.hidden_size // 2
     top = {
         "embedding.weight": "transformer.embeddings.word_embeddings.weight",
         "final_norm.weight": "transformer.ln_f.weight",
         "output.weight": "lm_head.weight",
     }
-    letters = parse_layer_pattern(config.layer_pattern)
+    mixers = layer_mixers(config)
     table = []
     for name, shape in our_shapes(config).items():
         if name in top:
@@ -132,12 +131,9 @@ def _table(config: ModelConfig) -> list[Entry]:
         parts: dict[str, tuple[int, ...]] = {local: shape}
         if local in ("mixer_norm.weight", "mlp_norm.weight"):
             parts = {"norm1.weight" if local.startswith("mixer") else "norm2.weight": shape}
-        elif local == "mixer.conv_weight":
-            parts = {"mixer.conv.conv.weight": (C, 1, config.conv_kernel)}
-        elif local == "mixer.qkv.weight" and letters[int(index)] == "L":
-            parts = {f"mixer.proj_{x}.weight": (rows, D) for x, rows in zip("qkv", (E, E, D), strict=True)}
-        elif local == "mixer.qkv.weight":
-            parts = {"mixer.Wqkv.weight": shape}
+        elif local.startswith("mixer."):
+            of_mixer = mixers[int(index)].released_parts(config, local.removeprefix("mixer."))
+            parts = {f"mixer.{part}": part_shape for part, part_shape in of_mixer.items()}
         prefix = f"transformer.layers.{index}"
         table.append(Entry(name, shape, tuple((f"{prefix}.{part}", part_shape) for part, part_shape in parts.items())))
     return table

@@ -2,18 +2,14 @@
 
 from typing import Any
 
-from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert.layout import short_pattern
 from based_megatron.errors import CheckpointError
+from based_megatron.model.mixers import MIXERS, layer_mixers
 
-CONV = "based.models.mixers.convolution.BaseConv"
-LINEAR = "based.models.mixers.linear_attention.LinearAttention"
-FEATURES = "based.models.mixers.linear_attention.TaylorExp"
-WINDOW = "based.models.mixers.slide_attention.SlidingAttention"
-
-DEFAULT_CONV_KERNEL = 3
-"""The released key is a misspelt `kernel_sizes`, which the released code ignores."""
+SLOTS = {mixer.released_slot: mixer for mixer in MIXERS.values() if mixer.released_slot}
+"""Mixers of the released code by their section of config.json: `mixer` is that of all layers that no other section lists."""
+REST = "mixer"
 MLP_MULTIPLES = (256, 128, 1)
 """The released code rounds n_inner up to 256; a later loader also tries 128."""
 
@@ -43,25 +39,25 @@ def read_released_config(values: dict[str, Any], mlp_rows: int) -> ModelConfig:
 
 def released_config(config: ModelConfig) -> dict[str, Any]:
     """config.json for a model. Raises CheckpointError if the released code has no such model."""
-    letters = parse_layer_pattern(config.layer_pattern)
-    if "A" in letters:
-        raise CheckpointError(
-            f"the released layout has no full attention, but model.layer_pattern is {config.layer_pattern!r}; "
-            f"use --format hf"
-        )
+    mixers = layer_mixers(config)
+    for mixer in mixers:
+        if mixer.released_slot is None:
+            raise CheckpointError(
+                f"the released layout has no {mixer.name.replace('_', ' ')}, but model.layer_pattern is {config.layer_pattern!r}; "
+                f"use --format hf"
+            )
     if config.ffn_hidden_size % MLP_MULTIPLES[0]:
         raise CheckpointError(
             f"the released code rounds the MLP up to a multiple of {MLP_MULTIPLES[0]}, but model.ffn_hidden_size is "
             f"{config.ffn_hidden_size}; use --format hf"
         )
-    heads = config.num_heads
     return REQUIRED | {
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "pad_vocab_size_multiple": config.vocab_multiple,
         "n_embd": config.hidden_size,
-        "n_layer": len(letters),
-        "n_head": heads,
+        "n_layer": len(mixers),
+        "n_head": config.num_heads,
         "n_inner": config.ffn_hidden_size,
         "n_positions": 0,
         "max_position_embeddings": 0,
@@ -79,27 +75,13 @@ def released_config(config: ModelConfig) -> dict[str, Any]:
         "fused_mlp": False,
         "fused_dropout_add_ln": True,
         "special_initializer": True,
-        "alt_mixer_layers": [i for i, letter in enumerate(letters) if letter == "L"],
-        "alt_mixer_2_layers": [i for i, letter in enumerate(letters) if letter == "S"],
-        "mixer": {
-            "_target_": CONV,
-            "l_max": 2048,
-            "use_bias": True,
-            "expand_proj": config.conv_expand,
-            "kernel_size": config.conv_kernel,
+        **{
+            f"{slot}_layers": [i for i, mixer in enumerate(mixers) if mixer.released_slot == slot]
+            for slot in SLOTS
+            if slot != REST
         },
-        "alt_mixer": {
-            "_target_": LINEAR,
-            "l_max": 2048,
-            "feature_dim": config.feature_dim,
-            "num_heads": heads,
-            "feature_map": {"_target_": FEATURES, "input_dim": config.feature_dim},
-        },
-        "alt_mixer_2": {
-            "_target_": WINDOW,
-            "window_size": 2 * config.window_left,
-            "num_heads": heads,
-            "causal": True,
+        **{
+            slot: {"_target_": mixer.released_target} | mixer.released_settings(config) for slot, mixer in SLOTS.items()
         },
     }
 
@@ -118,26 +100,15 @@ def _read(values: dict[str, Any], mlp_rows: int) -> ModelConfig:
             f"config.json has alt_mixer_layers {sorted(linear_layers)} and alt_mixer_2_layers {sorted(window_layers)} "
             f"in {len(layers)} layers: they overlap or are out of range"
         )
+    slots = ["alt_mixer" if i in linear_layers else "alt_mixer_2" if i in window_layers else REST for i in layers]
     settings: dict[str, Any] = {}
-    if len(linear_layers | window_layers) < len(layers):
-        conv = _mixer(values, "mixer", CONV)
-        if not conv.get("use_bias", True):
-            raise CheckpointError("config.json has mixer.use_bias false, but only true is known")
-        settings["conv_kernel"] = conv.get("kernel_size", DEFAULT_CONV_KERNEL)
-        settings["conv_expand"] = conv["expand_proj"]
-    if linear_layers:
-        linear = _mixer(values, "alt_mixer", LINEAR)
-        _check_target("alt_mixer.feature_map", linear["feature_map"], FEATURES)
-        settings["feature_dim"] = linear["feature_dim"]
-        _check_heads(values, "alt_mixer", linear)
-    if window_layers:
-        window = _mixer(values, "alt_mixer_2", WINDOW)
-        settings["window_left"] = window["window_size"] // 2
-        _check_heads(values, "alt_mixer_2", window)
+    for slot in dict.fromkeys(slots):
+        section = values[slot]
+        _check_target(slot, section, SLOTS[slot].released_target)
+        _check_heads(values, slot, section)
+        settings |= SLOTS[slot].read_released(section)
     return ModelConfig(
-        layer_pattern=short_pattern(
-            "".join("L" if i in linear_layers else "S" if i in window_layers else "c" for i in layers)
-        ),
+        layer_pattern=short_pattern("".join(SLOTS[slot].letter for slot in slots)),
         hidden_size=values["n_embd"],
         ffn_hidden_size=_mlp_width(values, mlp_rows),
         num_heads=values["n_head"],
@@ -150,11 +121,6 @@ def _read(values: dict[str, Any], mlp_rows: int) -> ModelConfig:
         init_std=values["initializer_range"],
         **settings,
     )
-
-
-def _mixer(values: dict[str, Any], key: str, target: str) -> dict[str, Any]:
-    _check_target(key, values[key], target)
-    return values[key]
 
 
 def _check_target(key: str, section: dict[str, Any], target: str) -> None:

@@ -10,12 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.kernels.cross_entropy import vocab_cross_entropy
 from based_megatron.kernels.rotary import rotary_tables
 from based_megatron.model.block import Block
 from based_megatron.model.config import BasedConfig
-from based_megatron.model.mixers import MIXERS, Continuation, MixerInputs
+from based_megatron.model.mixers import Continuation, MixerInputs, layer_mixers
 from based_megatron.model.norm import RMSNorm
 from based_megatron.model.states import ModelStates
 from based_megatron.parallel.linear import column_linear, vocab_embedding
@@ -45,9 +44,9 @@ class BasedModel(MegatronModule):
         self.group = pg_collection.tp
         if stage.is_first or (stage.is_last and config.model.tie_embeddings):
             self.embedding = vocab_embedding(config, config.vocab_rows, self.group)
-        letters = parse_layer_pattern(config.model.layer_pattern)
-        self.rotates = any(MIXERS[letters[i]].rotates for i in stage.layers)
-        self.layers = nn.ModuleDict({str(i): Block(config, letters[i], i + 1, pg_collection) for i in stage.layers})
+        mixers = layer_mixers(config.model)
+        self.rotates = any(mixers[i].rotates for i in stage.layers)
+        self.layers = nn.ModuleDict({str(i): Block(config, mixers[i], i + 1, pg_collection) for i in stage.layers})
         if stage.is_last:
             self.final_norm = RMSNorm(config)
             self.output = self._output_layer()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from based_megatron.model.config import BasedConfig
-from based_megatron.model.mixers import MIXERS, Continuation, MixerInputs, MixerSubmodules
+from based_megatron.model.mixers import Continuation, Mixer, MixerInputs, MixerSubmodules
 from based_megatron.model.mlp import SwiGLU
 from based_megatron.model.norm import RMSNorm
 from based_megatron.parallel.megatron import MegatronModule
@@ -16,10 +16,10 @@ from based_megatron.parallel.megatron import MegatronModule
 class Block(MegatronModule):
     """residual += mixer(norm(residual)); residual += mlp(norm(residual))."""
 
-    def __init__(self, config: BasedConfig, letter: str, layer_number: int, pg_collection: Any) -> None:
+    def __init__(self, config: BasedConfig, mixer: type[Mixer], layer_number: int, pg_collection: Any) -> None:
         super().__init__(config)
         self.mixer_norm = RMSNorm(config)
-        self.mixer = MIXERS[letter](config, MixerSubmodules(), layer_number, pg_collection)
+        self.mixer = mixer(config, MixerSubmodules(), layer_number, pg_collection)
         self.mlp_norm = RMSNorm(config)
         self.mlp = SwiGLU(config, pg_collection.tp)
 

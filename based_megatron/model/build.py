@@ -9,6 +9,7 @@ from based_megatron.model.based_model import BasedModel
 from based_megatron.model.config import BasedConfig, based_config
 from based_megatron.model.init import initialize_weights
 from based_megatron.parallel.linear import attach_shard_specs
+from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.stages import split_layers
 from based_megatron.parallel.topology import Topology
 
@@ -17,23 +18,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def build_model(config: Config, topology: Topology, dtype: torch.dtype | None = None) -> list[BasedModel]:
     """The model chunks of this pipeline rank, initialised and on the device; more than one only under the interleaved schedule."""
-    shared = based_config(
-        config.model,
-        config.parallel,
-        dtype=dtype or DTYPES[config.train.precision],
-        backend=resolve_backend(config.train.backend, topology.device),
-        recompute=config.train.recompute,
-    )
     layers = len(parse_layer_pattern(config.model.layer_pattern))
     stages = split_layers(layers, topology.pipeline.rank, topology.pipeline.size, config.parallel.virtual_pipeline)
-    return [_build_chunk(config, shared, topology, stage) for stage in stages]
+    with megatron_runs():
+        shared = based_config(
+            config.model,
+            config.parallel,
+            dtype=dtype or DTYPES[config.train.precision],
+            backend=resolve_backend(config.train.backend, topology.device),
+            recompute=config.train.recompute,
+        )
+        return [_build_chunk(config, shared, topology, stage) for stage in stages]
 
 
 def _build_chunk(config: Config, shared: BasedConfig, topology: Topology, stage) -> BasedModel:
     chunk = BasedModel(shared, stage, topology.process_groups)
     attach_shard_specs(chunk, topology.tensor.group)
     if stage.is_last and not stage.is_first and config.model.tie_embeddings:
-        # The first stage owns the tied embedding: this copy counts once, in norms and checkpoints. DeepSpeed reads the second name.
-        chunk.embedding.weight.tied_copy = chunk.embedding.weight.ds_pipe_replicated = True
+        # The first stage owns the tied embedding: this copy counts once, in norms and checkpoints.
+        chunk.embedding.weight.tied_copy = True
     initialize_weights(chunk, config.model, config.train.seed)
     return chunk.to(topology.device)

@@ -1,5 +1,6 @@
 """The config object that Megatron's layers and our mixers share."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,11 @@ class BasedConfig(TransformerConfig):
         """Rows of the embedding that take part in the softmax: the vocabulary rounded up to its multiple."""
         multiple = self.model.vocab_multiple
         return -(-self.model.vocab_size // multiple) * multiple
+
+
+def residual_std(model: ModelConfig) -> float:
+    """Standard deviation of the initial weights of projections back to the residual: init_std / sqrt(2 layers)."""
+    return model.init_std / math.sqrt(2 * len(parse_layer_pattern(model.layer_pattern)))
 
 
 def based_config(

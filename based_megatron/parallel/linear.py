@@ -16,6 +16,8 @@ from based_megatron.parallel.megatron import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    mark_tensor_parallel,
+    tensor_parallel_dim,
 )
 from based_megatron.parallel.sharding import ShardSpec
 
@@ -145,10 +147,8 @@ def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGro
 
 
 def shard_parameter(parameter: Any, dim: int) -> nn.Parameter:
-    """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`, as Megatron's layers mark theirs."""
-    parameter.tensor_model_parallel = True
-    parameter.partition_dim = dim
-    parameter.partition_stride = 1
+    """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`."""
+    mark_tensor_parallel(parameter, dim)
     return parameter
 
 
@@ -157,10 +157,10 @@ def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     parameters: Iterable[tuple[str, Any]] = model.named_parameters()
     for name, parameter in parameters:
-        if not getattr(parameter, "tensor_model_parallel", False):
+        dim = tensor_parallel_dim(parameter)
+        if dim is None:
             parameter.shard_spec = ShardSpec(name, tuple(parameter.shape), rank=rank, size=size)
             continue
-        dim = parameter.partition_dim
         parts = getattr(parameter, "parts", (parameter.shape[dim] * size,))
         shape = (*parameter.shape[:dim], sum(parts), *parameter.shape[dim + 1 :])
         spec = ShardSpec(name, tuple(shape), dim, tuple(parts), rank, size)

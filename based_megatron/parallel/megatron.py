@@ -5,18 +5,19 @@ Nothing else of ours imports `megatron`. Supported: 0.16.1 (the newest for Pytho
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from packaging.version import Version
+from torch import Tensor
 
 from based_megatron.config import ParallelConfig
-
-# It warns of every optional package that is missing, on every rank.
-warnings.filterwarnings("ignore", module=r"megatron\.")
+from based_megatron.parallel.host import replaced, without_warnings
 
 with warnings.catch_warnings():
+    # It warns of every optional package that is missing, on every rank.
     warnings.simplefilter("ignore")
     import megatron.core
     from megatron.core import parallel_state
@@ -29,9 +30,9 @@ with warnings.catch_warnings():
         VocabParallelEmbedding,
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
-        gather_from_tensor_model_parallel_region,
         vocab_parallel_cross_entropy,
     )
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather_columns
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.utils import make_viewless_tensor
@@ -47,12 +48,33 @@ __all__ = [
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
-    "get_forward_backward_func",
     "make_viewless_tensor",
+    "mark_tensor_parallel",
+    "megatron_runs",
     "megatron_settings",
     "parallel_state",
+    "pipeline_schedule",
+    "tensor_parallel_dim",
     "vocab_parallel_cross_entropy",
 ]
+
+
+@contextmanager
+def megatron_runs() -> Iterator[None]:
+    """Surroundings for Megatron-core's code, for as long as the block lasts.
+
+    It warns of every optional package that is missing, on every rank. Without a GPU the CUDA devices that it names literally,
+    also over gloo, are the CPU. It must not be entered by several threads at a time: what it changes belongs to the process.
+    """
+    with without_warnings(r"megatron\."):
+        if torch.cuda.is_available():
+            yield
+            return
+        on_cpu = replaced(
+            torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *args, **kwargs: None
+        )
+        with on_cpu, replaced(schedules, torch=_CpuTorch("torch")):
+            yield
 
 
 class _CpuTorch(types.ModuleType):
@@ -72,15 +94,33 @@ class _CpuTorch(types.ModuleType):
         return call
 
 
-def _run_without_cuda() -> None:
-    """Megatron-core names the current CUDA device in its communication code even where the backend is gloo."""
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
-    schedules.torch = _CpuTorch("torch")
+def pipeline_schedule() -> Callable[..., list[Any]]:
+    """Megatron's schedule for the groups as they are now: one stage, 1F1B or interleaved. Takes its keyword arguments."""
+    schedule = get_forward_backward_func()
+
+    def run(**arguments: Any) -> list[Any]:
+        with megatron_runs():
+            return schedule(**arguments)
+
+    return run
 
 
-if not torch.cuda.is_available():
-    _run_without_cuda()
+def gather_from_tensor_model_parallel_region(columns: Tensor) -> Tensor:
+    """Columns of all tensor parallel ranks, side by side in the last dim."""
+    with megatron_runs():
+        return gather_columns(columns)
+
+
+def mark_tensor_parallel(parameter: Any, dim: int) -> None:
+    """Mark a parameter of ours as cut over the tensor parallel ranks along `dim`, as Megatron's layers mark theirs."""
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim = dim
+    parameter.partition_stride = 1
+
+
+def tensor_parallel_dim(parameter: Any) -> int | None:
+    """The dim that is cut over the tensor parallel ranks; None if every rank holds the whole parameter."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
 def megatron_settings(

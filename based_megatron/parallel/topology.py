@@ -1,7 +1,5 @@
 """Process groups of a run. The only file that touches Megatron's global parallel state; others get a Topology value."""
 
-import os
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,7 +8,8 @@ import torch.distributed as dist
 
 from based_megatron.config import ParallelConfig
 from based_megatron.errors import ConfigError
-from based_megatron.launchers.environment import RankInfo
+from based_megatron.parallel.environment import RankInfo
+from based_megatron.parallel.host import environment
 from based_megatron.parallel.megatron import ProcessGroupCollection, parallel_state
 from based_megatron.parallel.sequence.ranks import ContextRanks, build_context_ranks
 
@@ -41,6 +40,8 @@ class Topology:
     """Ranks that hold the same parameters: gradients are summed and ZeRO shards over them."""
     model: Axis
     """Ranks that together hold one copy of the parameters: the gradient norm is summed over them."""
+    stage: Axis
+    """Ranks that together hold the parameters of one pipeline stage, copies included: tensor x context x data."""
     embedding: Axis | None
     """First and last stage, which share a tied embedding; None with one stage, or on a stage between."""
     process_groups: ProcessGroupCollection
@@ -77,23 +78,14 @@ def pick_device(requested: str, local_rank: int) -> torch.device:
 
 def join(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
     """Connect the ranks: NCCL on GPUs, gloo on CPUs. A collective that outlasts the timeout raises."""
-    # Newer torch renamed collectives that Megatron-core and DeepSpeed call by their old names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # DeepSpeed reads these even where the process group exists already.
-    os.environ.update(
-        RANK=str(info.rank),
-        WORLD_SIZE=str(info.world_size),
-        LOCAL_RANK=str(info.local_rank),
-        MASTER_ADDR=info.master_addr,
-        MASTER_PORT=str(info.master_port),
-    )
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
+    with environment(MASTER_ADDR=info.master_addr, MASTER_PORT=str(info.master_port)):
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
 
 
 def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: int = 0) -> Topology:
@@ -127,6 +119,7 @@ def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: i
         data=_axis(parallel_state.get_data_parallel_group()),
         data_context=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         model=_axis(parallel_state.get_model_parallel_group()),
+        stage=_axis(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
         embedding=_axis(parallel_state.get_embedding_group()) if on_edge else None,
         process_groups=ProcessGroupCollection.use_mpu_process_groups(),
     )

@@ -6,10 +6,9 @@ from math import prod
 import torch
 
 from based_megatron.config import Config
-from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import DTYPES
-from based_megatron.model.mixers import MIXERS
+from based_megatron.model.mixers import layer_mixers
 from based_megatron.parallel.sequence.carried import CarriedForm, CarriedState, CarriedStates
 from based_megatron.parallel.sharding import ShardSpec
 from based_megatron.parallel.topology import Topology
@@ -46,11 +45,11 @@ def carried_bytes(config: Config) -> int:
 
 def _lefts(config: Config) -> dict[tuple[str, int], CarriedForm]:
     """Of the whole model, by kind and layer number."""
-    letters, dtype = parse_layer_pattern(config.model.layer_pattern), DTYPES[config.train.precision]
+    mixers, dtype = layer_mixers(config.model), DTYPES[config.train.precision]
     return {
         (kind, number): left
-        for number, letter in enumerate(letters, start=1)
-        for kind, left in MIXERS[letter].leaves(config.model, dtype).items()
+        for number, mixer in enumerate(mixers, start=1)
+        for kind, left in mixer.leaves(config.model, dtype).items()
     }
 
 

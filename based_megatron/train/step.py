@@ -15,12 +15,12 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.based_model import BasedModel
+from based_megatron.parallel.deepspeed import gradient
 from based_megatron.parallel.linear import grouped_by
-from based_megatron.parallel.megatron import get_forward_backward_func
+from based_megatron.parallel.megatron import pipeline_schedule
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
-from based_megatron.train.optimizer import gradient
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ScheduledStep(Step):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.schedule = get_forward_backward_func()
+        self.schedule = pipeline_schedule()
         self.chunks[0].config.finalize_model_grads_func = self._finalize
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:

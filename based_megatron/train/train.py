@@ -8,9 +8,10 @@ from based_megatron.config.validate import check_run_dir, slice_multiple, valida
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import check_tokenizer
 from based_megatron.data.sources import Sources
-from based_megatron.launchers.environment import rank_from_environment
 from based_megatron.model.build import build_model
+from based_megatron.model.check import check_mixers
 from based_megatron.monitor.flops import parameter_count
+from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
@@ -37,6 +38,7 @@ def train(config: Config) -> None:
     stop = StopVote(run_dir / config.train.stop_file)
     rank = rank_from_environment()
     validate(config, rank.world_size)
+    check_mixers(config)
     sources = Sources(config.data, config.train.global_batch_sequences)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)

@@ -1,7 +1,7 @@
 """Steps of one token in plain PyTorch: any device and dtype, fp32 (fp64 for fp64 inputs) where the kernels are.
 
-Legend: B batch, H heads, F feature dim, R packed rows, E = V + 1, V value head dim, W window_left, P rotated pairs, D channels,
-K taps, h = K - 1, C vocabulary rows.
+Legend: B batch, H heads, F feature dim, R rows of a packed state (rotary: rotated pairs), V value head dim, E = V + 1, W window_left,
+D channels, K taps, h = K - 1, U columns of the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from based_megatron.kernels.rotary import apply_rotary
 
 
 def taylor_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState) -> Tensor:
-    """Absorb (k, v), then attend with q; see the package's function of the same name. Nobody is left to wait."""
+    """o of the next token; see the package's function of this name. No keys are left in the buffer."""
     dtype = state.moments_BHRV.dtype
     layout = PackedLayout.build(q_BHF.shape[-1], q_BHF.device, dtype)
     k_BHR, q_BHR = layout.features(k_BHF.to(dtype)), layout.features(q_BHF.to(dtype)) * layout.weights
@@ -28,11 +28,11 @@ def taylor_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState)
 
 
 def window_step(
-    q_BHV: Tensor, k_BHV: Tensor, v_BHV: Tensor, cos_BP: Tensor, sin_BP: Tensor, state: WindowState, position_B: Tensor
+    q_BHV: Tensor, k_BHV: Tensor, v_BHV: Tensor, cos_BR: Tensor, sin_BR: Tensor, state: WindowState, position_B: Tensor
 ) -> Tensor:
-    """Rotate, store the key and value, attend; see the package's function of the same name."""
+    """o of the next token; see the package's function of this name."""
     dtype = torch.promote_types(q_BHV.dtype, torch.float32)
-    tables = cos_BP.unsqueeze(1), sin_BP.unsqueeze(1)
+    tables = cos_BR.unsqueeze(1), sin_BR.unsqueeze(1)
     q_BHV, k_BHV = (apply_rotary(x.unsqueeze(1), *tables).squeeze(1) for x in (q_BHV, k_BHV))
     slots = state.window_left + 1
     index_BHWV = (position_B % slots)[:, None, None, None].expand(-1, q_BHV.shape[1], 1, q_BHV.shape[2])
@@ -48,7 +48,7 @@ def window_step(
 
 
 def conv_step(u_BD: Tensor, gate_BD: Tensor, weight_DK: Tensor, state: ConvState) -> Tensor:
-    """Convolve, gate and shift; see the package's function of the same name."""
+    """y of the next token; see the package's function of this name."""
     dtype = torch.promote_types(u_BD.dtype, torch.float32)
     inputs_BKD = torch.cat([state.inputs_BhD, u_BD.unsqueeze(1)], dim=1)
     c_BD = torch.einsum("bkd,dk->bd", inputs_BKD.to(dtype), weight_DK.to(dtype))
@@ -56,6 +56,6 @@ def conv_step(u_BD: Tensor, gate_BD: Tensor, weight_DK: Tensor, state: ConvState
     return (functional.silu(c_BD) * gate_BD).to(u_BD.dtype)
 
 
-def choose_token(logits_BC: Tensor, vocab_size: int, token_B: Tensor) -> None:
-    """The most likely token; see the package's function of the same name."""
-    token_B.copy_(logits_BC[:, :vocab_size].argmax(-1))
+def choose_token(logits_BU: Tensor, vocab_size: int, token_B: Tensor) -> None:
+    """The most likely token; see the package's function of this name."""
+    token_B.copy_(logits_BU[:, :vocab_size].argmax(-1))

@@ -1,7 +1,7 @@
-"""What a sequence leaves behind for its next token: one state per mixer, of constant size, updated in place.
+"""States of decoding: what each mixer keeps of the tokens so far, of constant size, updated in place.
 
-Legend: B batch, T tokens, H heads, F feature dim, R packed rows, V value head dim, N places of a waiting line, W window_left,
-D channels, K taps, h = K - 1.
+Legend: B batch, T tokens, H heads, F feature dim, R rows of a packed state, V value head dim, E = V + 1, S keys (of a buffer, or given),
+W window_left, D channels, K taps, h = K - 1.
 
 Buffers keep their addresses, so that a CUDA graph of a step can be replayed; positions are tensors on the device.
 """
@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from based_megatron.kernels.packing import PackedLayout, packed_rows
 
-WAITING_KEYS = 15
-"""Tokens that a Taylor state lets wait: with the one that finds the line full, 16 are absorbed at a time."""
+BUFFERED_KEYS = 15
+"""Keys that the buffer of a Taylor state holds between steps: with the one that finds it full, 16 are absorbed at a time."""
 
 
 def rows_by_shift(feature_dim: int, device: torch.device) -> Tensor:
@@ -37,10 +37,10 @@ def rows_by_shift(feature_dim: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class TaylorState:
-    """Moments of the Taylor features, and the last keys and values, that wait to be absorbed into them.
+    """Moments of the Taylor features, and a buffer of the last keys and values, which are not yet added to them.
 
-    A step reads all moments but need not write them: it attends to the waiting keys one by one, which is the same sum, and
-    only the step that finds the line full absorbs them, and empties it. Normalisers lie apart from the moments: rows of V
+    A step reads all moments but need not write them: it attends to the buffered keys one by one, which is the same sum, and
+    only the step that finds the buffer full absorbs them, and empties it. Normalisers lie apart from the moments: rows of V
     floats start on 16 bytes, rows of V + 1 would not.
     """
 
@@ -48,11 +48,11 @@ class TaylorState:
     """fp32 (fp64 under fp64 models), sum of packed(k) v^T over absorbed tokens; rows in the order of `rows_by_shift`."""
     normaliser_BHR: Tensor
     """Same dtype and order, sum of packed(k)."""
-    k_BHNF: Tensor
-    """Keys that wait, in the model's dtype, and room for the one that finds the line full; places from `waiting` on are not read."""
-    v_BHNV: Tensor
-    waiting_BH: Tensor
-    """int32, how many wait. Each head has its own count, so that the program of a head can advance it."""
+    k_BHSF: Tensor
+    """Buffered keys in the model's dtype, and a place for the one that finds the buffer full; places from `buffered` on are not read."""
+    v_BHSV: Tensor
+    buffered_BH: Tensor
+    """int32, how many keys are buffered. Each head has its own count, so that the program of a head can advance it."""
 
     @classmethod
     def zeros(
@@ -63,34 +63,34 @@ class TaylorState:
         return cls(
             torch.zeros(batch, heads, rows, value_dim, dtype=wide, device=device),
             torch.zeros(batch, heads, rows, dtype=wide, device=device),
-            torch.zeros(batch, heads, WAITING_KEYS + 1, feature_dim, dtype=dtype, device=device),
-            torch.zeros(batch, heads, WAITING_KEYS + 1, value_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, BUFFERED_KEYS + 1, feature_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, BUFFERED_KEYS + 1, value_dim, dtype=dtype, device=device),
             torch.zeros(batch, heads, dtype=torch.int32, device=device),
         )
 
     def joined(self) -> Tensor:
-        """A copy in the form [B, H, R, V + 1] that `taylor_attention` takes as its initial state; nobody waits in it."""
-        F, device = self.k_BHNF.shape[-1], self.k_BHNF.device
+        """A copy in the form [B, H, R, V + 1] that `taylor_attention` takes as its initial state, the buffered keys added."""
+        F, device = self.k_BHSF.shape[-1], self.k_BHSF.device
         layout = PackedLayout.build(F, device, self.moments_BHRV.dtype)
-        free_BHN1 = (torch.arange(self.k_BHNF.shape[2], device=device) >= self.waiting_BH[..., None])[..., None]
-        # What is left in free places may be anything, even NaN.
-        k_BHNR = layout.features(self.k_BHNF.to(layout.weights.dtype)).masked_fill(free_BHN1, 0)
-        v_BHNE = functional.pad(self.v_BHNV.to(layout.weights.dtype), (0, 1), value=1.0).masked_fill(free_BHN1, 0)
+        free_BHS1 = (torch.arange(self.k_BHSF.shape[2], device=device) >= self.buffered_BH[..., None])[..., None]
+        # Free places may hold anything, even NaN.
+        k_BHSR = layout.features(self.k_BHSF.to(layout.weights.dtype)).masked_fill(free_BHS1, 0)
+        v_BHSE = functional.pad(self.v_BHSV.to(layout.weights.dtype), (0, 1), value=1.0).masked_fill(free_BHS1, 0)
         absorbed_BHRE = torch.cat([self.moments_BHRV, self.normaliser_BHR.unsqueeze(-1)], dim=-1)
         absorbed_BHRE = absorbed_BHRE.index_select(2, rows_by_shift(F, device).argsort())
-        return absorbed_BHRE + k_BHNR.transpose(-1, -2) @ v_BHNE
+        return absorbed_BHRE + k_BHSR.transpose(-1, -2) @ v_BHSE
 
     def set_joined(self, state_BHRE: Tensor) -> None:
         """Take over a final state [B, H, R, V + 1] of `taylor_attention`."""
-        state_BHRE = state_BHRE.index_select(2, rows_by_shift(self.k_BHNF.shape[-1], state_BHRE.device))
+        state_BHRE = state_BHRE.index_select(2, rows_by_shift(self.k_BHSF.shape[-1], state_BHRE.device))
         self.moments_BHRV.copy_(state_BHRE[..., :-1])
         self.normaliser_BHR.copy_(state_BHRE[..., -1])
-        self.waiting_BH.zero_()
+        self.buffered_BH.zero_()
 
 
 @dataclass(frozen=True)
 class WindowState:
-    """Ring of the last keys and values: position p lies in slot p mod (W + 1).
+    """A ring of the last keys and values: position p lies in slot p mod (W + 1).
 
     A step writes its own slot, which held the one key that has just left the window, and reads the W others.
     """
@@ -130,7 +130,7 @@ class WindowState:
         _, slots_BW = self._slots(end_B)
         index_BHWV = slots_BW[:, None, :, None].expand(-1, self.k_BHWV.shape[1], -1, self.k_BHWV.shape[3])
         for ring, x in ((self.k_BHWV, k_BSHV), (self.v_BHWV, v_BSHV)):
-            # Rows for positions before 0 land in slots that nobody reads before they are written again.
+            # Rows for positions before 0 land in slots that are written again before they are read.
             missing = max(W - x.shape[1], 0)
             last_BWHV = functional.pad(x[:, x.shape[1] + missing - W :], (0, 0, 0, 0, missing, 0))
             ring.scatter_(2, index_BHWV, last_BWHV.transpose(1, 2))

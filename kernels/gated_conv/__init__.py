@@ -1,7 +1,7 @@
 """Gated causal depthwise convolution: the short-range mixer of Based.
 
-Legend: B batch, T local sequence, D channels, E = 2D channels of the fused projection, K taps, h = K - 1 halo inputs,
-S = inputs including the halo if given.
+Legend: B batch, T tokens, D channels, E = 2D channels of the fused projection, K taps, h = K - 1 halo inputs, N of them that exist,
+S inputs including the halo if given.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def gated_conv(
         backend: a name from `resolve_backend`.
 
     Returns: y_BTD in the dtype of u; gradients flow to u, gate, weight and halo.
+
+    >>> u_BTD, gate_BTD, weight_DK = torch.randn(2, 7, 8), torch.randn(2, 7, 8), torch.randn(8, 3)
+    >>> y_BTD = gated_conv(u_BTD, gate_BTD, weight_DK)
+    >>> rest = gated_conv(u_BTD[:, 4:], gate_BTD[:, 4:], weight_DK, halo_BhD=u_BTD[:, 2:4])
+    >>> torch.allclose(rest, y_BTD[:, 4:])
+    True
     """
     return _run((u_BTD, gate_BTD), weight_DK, halo_BhD, key_document_ids_BS, backend)
 
@@ -52,6 +58,11 @@ def gated_conv_fused(
     """`gated_conv` of the halves [u | gate] of one projection, whose gradient needs no joining of two halves.
 
     The Triton kernels lay y and that gradient out like the projection, with batch or tokens outermost in memory.
+
+    >>> projected_BTE, weight_DK = torch.randn(2, 7, 2 * 8), torch.randn(8, 3)
+    >>> y_BTD = gated_conv_fused(projected_BTE, weight_DK)
+    >>> torch.equal(y_BTD, gated_conv(*projected_BTE.chunk(2, dim=-1), weight_DK))
+    True
     """
     return _run((projected_BTE,), weight_DK, halo_BhD, key_document_ids_BS, backend)
 
@@ -67,6 +78,16 @@ def gated_conv_over_slices(
     """`gated_conv_fused` of one slice of a sequence, whose earlier inputs u are a halo [B, N, D] on its way, N < K.
 
     Document ids are those of the halo and of the slice, S = N + T. Gradients flow to the projections of all slices.
+
+    >>> class Received:
+    ...     # A halo that has come.
+    ...     def __init__(self, rows): self.rows = rows
+    ...     def wait(self): return self.rows
+    >>> projected_BTE, weight_DK = torch.randn(2, 7, 2 * 8), torch.randn(8, 3)
+    >>> halo = Halo(arriving=Received(projected_BTE[:, 2:4, :8]), back=None)  # forward only: nothing goes back
+    >>> y_BTD = gated_conv_over_slices(projected_BTE[:, 4:], weight_DK, halo)
+    >>> torch.allclose(y_BTD, gated_conv_fused(projected_BTE, weight_DK)[:, 4:])
+    True
     """
     run = implementation("gated_conv", backend, {"reference": _reference_sliced, "triton": _triton_sliced})
     return run(projected_BTE, weight_DK, halo, key_document_ids_BS)

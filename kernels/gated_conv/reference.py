@@ -1,6 +1,6 @@
 """Gated causal depthwise convolution in plain PyTorch; backward recomputes, so only the inputs are saved.
 
-Legend: B batch, T local sequence, D channels, K taps, S = K - 1 + T inputs with the halo in front.
+Legend: B batch, T tokens, D channels, K taps, S = K - 1 + T inputs with the halo in front.
 
     c_t = sum_k weight[:, k] * u_{t-(K-1)+k},   y_t = silu(c_t) * gate_t
     dgate = dy silu(c),  dc = dy gate silu'(c)
@@ -69,7 +69,7 @@ def _convolve(u_BSD: Tensor, weight_DK: Tensor, document_ids_BS: Tensor | None) 
 def gated_conv(
     u_BTD: Tensor, gate_BTD: Tensor, weight_DK: Tensor, halo_BhD: Tensor | None, key_document_ids_BS: Tensor | None
 ) -> Tensor:
-    """silu(conv(u)) * gate; see the package's function of the same name."""
+    """silu(conv(u)) * gate; see the package's function of this name."""
     left = weight_DK.shape[1] - 1
     if halo_BhD is None:
         u_BSD = functional.pad(u_BTD, (0, 0, left, 0))
@@ -81,7 +81,7 @@ def gated_conv(
 
 
 def filled_up(halo_BND: Tensor, ids_BS: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
-    """A halo of N inputs, and the ids of it and of the slice, with inputs that do not exist before them: `rows` in all."""
+    """A halo of N inputs, filled up to `rows` with inputs that do not exist before them, and the ids of the halo and the slice likewise."""
     missing = rows - halo_BND.shape[1]
     ids_BS = None if ids_BS is None else functional.pad(ids_BS, (missing, 0), value=-1)
     return functional.pad(halo_BND, (0, 0, missing, 0)), ids_BS

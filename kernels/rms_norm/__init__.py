@@ -1,6 +1,6 @@
 """RMSNorm of a residual stream, with the addition in front of it.
 
-Legend: M tokens (any leading dims), D hidden size.
+Legend: T tokens (any leading dims), D hidden size.
 """
 
 from __future__ import annotations
@@ -17,26 +17,31 @@ __all__ = ["add_rms_norm"]
 
 
 def add_rms_norm(
-    residual_MD: Tensor, update_MD: Tensor | None, weight_D: Tensor, eps: float, *, backend: str = "reference"
+    residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float, *, backend: str = "reference"
 ) -> tuple[Tensor, Tensor]:
-    """r = residual + update and r / sqrt(mean(r^2) + eps) * weight, in one pass over memory.
+    """The sum r = residual + update and its norm r / sqrt(mean(r^2) + eps) * weight, in one pass over memory.
 
     Args:
-        residual_MD: fp32 or fp64; the sum and the norm are computed in this dtype, fp64 by the reference whatever the backend.
-        update_MD: output of the last layer, of any float dtype; None adds nothing.
+        residual_TD: fp32 or fp64; the sum and the norm are computed in this dtype, fp64 by the reference whatever the backend.
+        update_TD: output of the last layer, of any float dtype; None adds nothing.
         weight_D: in the dtype of the normed output.
         backend: a name from `resolve_backend`.
 
     Returns: r in the dtype of the residual, and the norm of r in the dtype of the weight. Gradients flow to residual, update
     and weight, from both outputs.
+
+    >>> residual_TD, update_TD = torch.randn(5, 16), torch.randn(5, 16)
+    >>> sum_TD, normed_TD = add_rms_norm(residual_TD, update_TD, torch.ones(16), eps=1e-6)
+    >>> torch.equal(sum_TD, residual_TD + update_TD), torch.allclose(normed_TD.square().mean(-1), torch.ones(5))
+    (True, True)
     """
     run = implementation("add_rms_norm", backend, {"reference": reference.add_rms_norm, "triton": _triton})
-    return run(residual_MD, update_MD, weight_D, eps)
+    return run(residual_TD, update_TD, weight_D, eps)
 
 
-def _triton(residual_MD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    if residual_MD.dtype == torch.float64:
-        return reference.add_rms_norm(residual_MD, *args)
+def _triton(residual_TD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if residual_TD.dtype == torch.float64:
+        return reference.add_rms_norm(residual_TD, *args)
     from based_megatron.kernels.rms_norm import triton_rms_norm
 
-    return triton_rms_norm.add_rms_norm(residual_MD, *args)
+    return triton_rms_norm.add_rms_norm(residual_TD, *args)

@@ -1,6 +1,6 @@
 """Addition and RMSNorm in one Triton kernel forward and one backward, each a single pass over memory.
 
-Legend: M tokens, D hidden size, P programs of the backward pass.
+Legend: T tokens, D hidden size.
 
     r = residual + update,  n = rsqrt(mean(r^2) + eps),  x = r n weight
     g = dx weight,  dr = n (g - r n mean(g r n)) + (gradient of r from later layers),  dweight = sum dx r n
@@ -19,78 +19,59 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from based_megatron.kernels.overlap import overlapped, wait_for_inputs
+from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 INTERPRETER_PROGRAMS = 3
 
 
 @triton.jit
-def _forward(
-    residual_ptr,
-    update_ptr,
-    weight_ptr,
-    sum_ptr,
-    normed_ptr,
-    scale_ptr,
-    D,
-    eps,
-    HAS_UPDATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
+def _forward_kernel(
+    residual_ptr, update_ptr, weight_ptr, sum_ptr, normed_ptr, scale_ptr, D, eps,
+    HAS_UPDATE: tl.constexpr, PADDED_D: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One program: one token."""
     wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < D
+    d = tl.arange(0, PADDED_D)
+    inside = d < D
     row = token * D
-    r = tl.load(residual_ptr + row + column, mask=inside, other=0.0)
+    r = tl.load(residual_ptr + row + d, mask=inside, other=0.0)
     if HAS_UPDATE:
-        r += tl.load(update_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + row + column, r, mask=inside)
+        r += tl.load(update_ptr + row + d, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + row + d, r, mask=inside)
     scale = tl.rsqrt(tl.sum(r * r, axis=0) / D + eps)
     tl.store(scale_ptr + token, scale)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row + column, (r * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+    weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + row + d, (r * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(
-    dnormed_ptr,
-    dsum_ptr,
-    sum_ptr,
-    scale_ptr,
-    weight_ptr,
-    dresidual_ptr,
-    dupdate_ptr,
-    dweight_ptr,
-    M,
-    D,
-    tokens_per_program,
-    HAS_DSUM: tl.constexpr,
-    HAS_UPDATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _backward_kernel(
+    dnormed_ptr, dsum_ptr, sum_ptr, scale_ptr, weight_ptr, dresidual_ptr, dupdate_ptr, partial_dweight_ptr, T, D, tokens_per_program,
+    HAS_DSUM: tl.constexpr, HAS_UPDATE: tl.constexpr, PADDED_D: tl.constexpr,
+):  # fmt: skip
+    """One program: some tokens after each other, and their part of dweight."""
     program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < D
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    d = tl.arange(0, PADDED_D)
+    inside = d < D
+    weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([PADDED_D], dtype=tl.float32)
     first = program * tokens_per_program
-    for token in range(first, min(first + tokens_per_program, M)):
+    for token in range(first, min(first + tokens_per_program, T)):
         row = token * D
         scale = tl.load(scale_ptr + token)
-        unit = tl.load(sum_ptr + row + column, mask=inside, other=0.0) * scale
-        dx = tl.load(dnormed_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
+        unit = tl.load(sum_ptr + row + d, mask=inside, other=0.0) * scale
+        dx = tl.load(dnormed_ptr + row + d, mask=inside, other=0.0).to(tl.float32)
         g = dx * weight
         dr = (g - unit * (tl.sum(g * unit, axis=0) / D)) * scale
         if HAS_DSUM:
-            dr += tl.load(dsum_ptr + row + column, mask=inside, other=0.0)
+            dr += tl.load(dsum_ptr + row + d, mask=inside, other=0.0)
         dweight += dx * unit
-        tl.store(dresidual_ptr + row + column, dr, mask=inside)
+        tl.store(dresidual_ptr + row + d, dr, mask=inside)
         if HAS_UPDATE:
-            tl.store(dupdate_ptr + row + column, dr.to(dupdate_ptr.dtype.element_ty), mask=inside)
-    tl.store(dweight_ptr + program * D + column, dweight, mask=inside)
+            tl.store(dupdate_ptr + row + d, dr.to(dupdate_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_dweight_ptr + program * D + d, dweight, mask=inside)
 
 
 class AddRMSNorm(torch.autograd.Function):
@@ -98,65 +79,65 @@ class AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, residual_MD: Tensor, update_MD: Tensor | None, weight_D: Tensor, eps: float
+        ctx: Any, residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         D = weight_D.numel()
-        residual_MD = residual_MD.contiguous()
-        update_MD = None if update_MD is None else update_MD.contiguous()
-        sum_MD = residual_MD if update_MD is None else torch.empty_like(residual_MD)
-        normed_MD = torch.empty_like(residual_MD, dtype=weight_D.dtype)
-        scale_M = residual_MD.new_empty(residual_MD.numel() // D)
-        block = triton.next_power_of_2(D)
-        _forward[(len(scale_M),)](
-            residual_MD,
-            update_MD,
+        residual_TD = residual_TD.contiguous()
+        update_TD = None if update_TD is None else update_TD.contiguous()
+        sum_TD = residual_TD if update_TD is None else torch.empty_like(residual_TD)
+        normed_TD = torch.empty_like(residual_TD, dtype=weight_D.dtype)
+        scale_T = residual_TD.new_empty(residual_TD.numel() // D)
+        padded_D = triton.next_power_of_2(D)
+        _forward_kernel[(len(scale_T),)](
+            residual_TD,
+            update_TD,
             weight_D,
-            sum_MD,
-            normed_MD,
-            scale_M,
+            sum_TD,
+            normed_TD,
+            scale_T,
             D,
             eps,
-            HAS_UPDATE=update_MD is not None,
-            BLOCK=block,
-            num_warps=_warps(block),
-            **overlapped(residual_MD.device),
+            HAS_UPDATE=update_TD is not None,
+            PADDED_D=padded_D,
+            num_warps=_warps(padded_D),
+            **overlapped(residual_TD.device),
         )
-        ctx.save_for_backward(sum_MD, scale_M, weight_D)
-        ctx.update_dtype = None if update_MD is None else update_MD.dtype
+        ctx.save_for_backward(sum_TD, scale_T, weight_D)
+        ctx.update_dtype = None if update_TD is None else update_TD.dtype
         ctx.set_materialize_grads(False)
-        return sum_MD, normed_MD
+        return sum_TD, normed_TD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum_MD: Tensor | None, dnormed_MD: Tensor | None) -> tuple[Tensor | None, ...]:
-        sum_MD, scale_M, weight_D = ctx.saved_tensors
+    def backward(ctx: Any, dsum_TD: Tensor | None, dnormed_TD: Tensor | None) -> tuple[Tensor | None, ...]:
+        sum_TD, scale_T, weight_D = ctx.saved_tensors
         D = weight_D.numel()
-        dnormed_MD = torch.zeros_like(sum_MD, dtype=weight_D.dtype) if dnormed_MD is None else dnormed_MD.contiguous()
-        dsum_MD = None if dsum_MD is None else dsum_MD.contiguous()
-        dresidual_MD = torch.empty_like(sum_MD)
-        dupdate_MD = None if ctx.update_dtype is None else torch.empty_like(sum_MD, dtype=ctx.update_dtype)
-        tokens_per_program = triton.cdiv(len(scale_M), min(len(scale_M), _programs(sum_MD.device)))
-        programs = triton.cdiv(len(scale_M), tokens_per_program)
-        dweight_PD = sum_MD.new_empty(programs, D)
-        block = triton.next_power_of_2(D)
-        _backward[(programs,)](
-            dnormed_MD,
-            dsum_MD,
-            sum_MD,
-            scale_M,
+        dnormed_TD = torch.zeros_like(sum_TD, dtype=weight_D.dtype) if dnormed_TD is None else dnormed_TD.contiguous()
+        dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
+        dresidual_TD = torch.empty_like(sum_TD)
+        dupdate_TD = None if ctx.update_dtype is None else torch.empty_like(sum_TD, dtype=ctx.update_dtype)
+        tokens_per_program = triton.cdiv(len(scale_T), min(len(scale_T), _programs(sum_TD.device)))
+        programs = triton.cdiv(len(scale_T), tokens_per_program)
+        partial_dweight = sum_TD.new_empty(programs, D)
+        padded_D = triton.next_power_of_2(D)
+        _backward_kernel[(programs,)](
+            dnormed_TD,
+            dsum_TD,
+            sum_TD,
+            scale_T,
             weight_D,
-            dresidual_MD,
-            dupdate_MD,
-            dweight_PD,
-            len(scale_M),
+            dresidual_TD,
+            dupdate_TD,
+            partial_dweight,
+            len(scale_T),
             D,
             tokens_per_program,
-            HAS_DSUM=dsum_MD is not None,
-            HAS_UPDATE=dupdate_MD is not None,
-            BLOCK=block,
-            num_warps=_warps(block),
+            HAS_DSUM=dsum_TD is not None,
+            HAS_UPDATE=dupdate_TD is not None,
+            PADDED_D=padded_D,
+            num_warps=_warps(padded_D),
         )
-        return dresidual_MD, dupdate_MD, dweight_PD.sum(0).to(weight_D.dtype), None
+        return dresidual_TD, dupdate_TD, partial_dweight.sum(0).to(weight_D.dtype), None
 
 
 def _programs(device: torch.device) -> int:
@@ -165,12 +146,12 @@ def _programs(device: torch.device) -> int:
     return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _warps(block: int) -> int:
+def _warps(padded_D: int) -> int:
     """About 16 elements a thread."""
-    return min(16, max(1, block // 512))
+    return min(16, max(1, padded_D // 512))
 
 
-def add_rms_norm(residual_MD: Tensor, update_MD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum and its norm; see the package's function of the same name."""
-    assert residual_MD.dtype == torch.float32, residual_MD.dtype
-    return AddRMSNorm.apply(residual_MD, update_MD, weight_D, eps)
+def add_rms_norm(residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum and its norm; see the package's function of this name."""
+    assert residual_TD.dtype == torch.float32, residual_TD.dtype
+    return AddRMSNorm.apply(residual_TD, update_TD, weight_D, eps)

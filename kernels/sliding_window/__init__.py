@@ -1,6 +1,6 @@
-"""Softmax attention over a sliding window, and over the whole causal past.
+"""Softmax attention over a sliding window.
 
-Legend: B batch, T local queries, S keys, H heads, V head dim. The first S - T keys come before the first query: the
+Legend: B batch, T queries, S keys, N keys of a halo, H heads, V head dim. The first S - T keys come before the first query: the
 halo that a context-parallel rank received, or a decoding cache. Rotary embedding is applied by the caller.
 """
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
-from based_megatron.kernels.exchange import Halo, ReceivedHalo
+from based_megatron.kernels.exchange import Halo, joined_keys
+from based_megatron.kernels.layout import check_keys
 from based_megatron.kernels.sliding_window import reference
 
-__all__ = ["full_attention", "joined_keys", "sliding_window_attention", "sliding_window_over_slices"]
+__all__ = ["sliding_window_attention", "sliding_window_over_slices"]
 
 
 def sliding_window_attention(
@@ -36,8 +37,14 @@ def sliding_window_attention(
         backend: a name from `resolve_backend`.
 
     Returns: o_BTHV in the dtype of q; gradients flow to q, k and v.
+
+    >>> q_BTHV, k_BTHV, v_BTHV = torch.randn(3, 2, 7, 3, 8)
+    >>> o_BTHV = sliding_window_attention(q_BTHV, k_BTHV, v_BTHV, window_left=2)
+    >>> rest = sliding_window_attention(q_BTHV[:, 4:], k_BTHV[:, 2:], v_BTHV[:, 2:], window_left=2)  # two keys before the first query
+    >>> torch.allclose(rest, o_BTHV[:, 4:], atol=1e-6)
+    True
     """
-    _check_shapes(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
+    check_keys(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
     built = {"reference": reference.sliding_window_attention, "triton": _triton_window}
     run = implementation("sliding_window_attention", backend, built)
     return run(q_BTHV, k_BSHV, v_BSHV, window_left, key_document_ids_BS)
@@ -56,29 +63,23 @@ def sliding_window_over_slices(
     """`sliding_window_attention` of one slice of a sequence, whose earlier keys and values are a halo [B, N, 2, H, V] on its way.
 
     Document ids are those of the halo and of the slice, S = N + T. Gradients flow to q, k and v of all slices.
+
+    >>> class Received:
+    ...     # A halo that has come.
+    ...     def __init__(self, rows): self.rows = rows
+    ...     def wait(self): return self.rows
+    >>> q_BTHV, k_BTHV, v_BTHV = torch.randn(3, 2, 7, 3, 8)
+    >>> keys_and_values = torch.stack([k_BTHV, v_BTHV], dim=2)
+    >>> halo = Halo(arriving=Received(keys_and_values[:, 2:4]), back=None)  # forward only: nothing goes back
+    >>> own = (x[:, 4:] for x in (q_BTHV, k_BTHV, v_BTHV))
+    >>> o_BTHV = sliding_window_over_slices(*own, halo, window_left=2)
+    >>> torch.allclose(o_BTHV, sliding_window_attention(q_BTHV, k_BTHV, v_BTHV, window_left=2)[:, 4:], atol=1e-6)
+    True
     """
     run = implementation(
         "sliding_window_attention", backend, {"reference": _reference_sliced, "triton": _triton_sliced}
     )
     return run(q_BTHV, k_BTHV, v_BTHV, window_left, key_document_ids_BS, halo)
-
-
-def full_attention(
-    q_BTHV: Tensor,
-    k_BSHV: Tensor,
-    v_BSHV: Tensor,
-    *,
-    key_document_ids_BS: Tensor | None = None,
-    backend: str = "reference",
-) -> Tensor:
-    """Query i attends to keys 0 .. i + (S - T): the baseline mixer, on PyTorch's own kernels.
-
-    Arguments and documents as in `sliding_window_attention`. Without documents and with S = T no mask is formed, so
-    memory is O(T) where PyTorch has a flash kernel; otherwise a boolean [T, S] mask is.
-    """
-    _check_shapes(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
-    run = implementation("full_attention", backend, {"reference": reference.full_attention})
-    return run(q_BTHV, k_BSHV, v_BSHV, key_document_ids_BS)
 
 
 def _triton_window(
@@ -106,16 +107,3 @@ def _reference_sliced(
 ) -> Tensor:
     k_BSHV, v_BSHV = joined_keys(k_BTHV, v_BTHV, halo)
     return reference.sliding_window_attention(q_BTHV, k_BSHV, v_BSHV, window_left, ids_BS)
-
-
-def joined_keys(k_BTHV: Tensor, v_BTHV: Tensor, halo: Halo) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, N + T, H, V] with a halo [B, N, 2, H, V] copied in front."""
-    kv_BT2HV = torch.stack([k_BTHV, v_BTHV], dim=2)
-    k_BSHV, v_BSHV = torch.cat([ReceivedHalo.apply(kv_BT2HV, halo), kv_BT2HV], dim=1).unbind(2)
-    return k_BSHV, v_BSHV
-
-
-def _check_shapes(q_BTHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> None:
-    S = k_BSHV.shape[1]
-    assert v_BSHV.shape[1] == S >= q_BTHV.shape[1], (q_BTHV.shape, k_BSHV.shape, v_BSHV.shape)
-    assert key_document_ids_BS is None or key_document_ids_BS.shape[1] == S, (key_document_ids_BS.shape, S)

@@ -1,7 +1,7 @@
 """Triton kernels of sliding window attention; `triton_window.py` has their maths and launches them.
 
-Legend: T local queries, S keys (S - T of them before the first query), R keys of a halo, V head dim, VP its power of two, W window_left;
-M queries and N keys of a tile. Query i and key j have positions i + (S - T) and j; i sees j where 0 <= position difference <= W.
+Legend: T queries, S keys (S - T of them before the first query), N keys of a halo, H heads, V head dim, W window_left;
+I queries and J keys of a tile. Query i and key j have positions i + (S - T) and j; i sees j where 0 <= position difference <= W.
 """
 
 from __future__ import annotations
@@ -9,297 +9,187 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_tile(x, rows, rows_end, x_t, V: tl.constexpr, VP: tl.constexpr):
-    """[rows, VP] of one head: zeros outside 0 .. rows_end - 1 and right of V."""
-    v = tl.arange(0, VP)
-    exists = ((rows >= 0) & (rows < rows_end))[:, None]
-    if VP != V:
-        exists &= (v < V)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * x_t + v[None, :], mask=exists, other=0)
+from based_megatron.kernels.triton_operand import head_ptr
 
 
 @triton.jit
-def _store_tile(x, values, rows, rows_end, x_t, V: tl.constexpr, VP: tl.constexpr):
-    v = tl.arange(0, VP)
-    exists = ((rows >= 0) & (rows < rows_end))[:, None]
-    if VP != V:
-        exists &= (v < V)[None, :]
-    tl.store(x + rows.to(tl.int64)[:, None] * x_t + v[None, :], values.to(x.dtype.element_ty), mask=exists)
+def _load_tile(x_ptr, rows, rows_end, stride_t, V: tl.constexpr, PADDED_V: tl.constexpr):
+    """[rows, PADDED_V] of one head: zeros outside 0 .. rows_end - 1 and right of V."""
+    v = tl.arange(0, PADDED_V)
+    inside = ((rows >= 0) & (rows < rows_end))[:, None]
+    if PADDED_V != V:
+        inside &= (v < V)[None, :]
+    return tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_t + v[None, :], mask=inside, other=0)
 
 
 @triton.jit
-def _load_keys(x, halo, keys, R, S, x_t, halo_t, V: tl.constexpr, VP: tl.constexpr, HAS_HALO: tl.constexpr):
-    """[keys, VP] of one head: the first R from the halo, the others from x."""
-    tile = _load_tile(x, keys - R, S - R, x_t, V, VP)
+def _store_tile(x_ptr, values, rows, rows_end, stride_t, V: tl.constexpr, PADDED_V: tl.constexpr):
+    """Stores the part of [rows, PADDED_V] that is inside of one head."""
+    v = tl.arange(0, PADDED_V)
+    inside = ((rows >= 0) & (rows < rows_end))[:, None]
+    if PADDED_V != V:
+        inside &= (v < V)[None, :]
+    tl.store(x_ptr + rows.to(tl.int64)[:, None] * stride_t + v[None, :], values.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_keys(
+    x_ptr,
+    halo_ptr,
+    keys,
+    N,
+    S,
+    stride_t,
+    halo_stride_t,
+    V: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    HAS_HALO: tl.constexpr,
+):
+    """[keys, PADDED_V] of one head: the first N from the halo, the others from x."""
+    tile = _load_tile(x_ptr, keys - N, S - N, stride_t, V, PADDED_V)
     if HAS_HALO:
-        tile += _load_tile(halo, keys, R, halo_t, V, VP)
+        tile += _load_tile(halo_ptr, keys, N, halo_stride_t, V, PADDED_V)
     return tile
 
 
 @triton.jit
-def _store_keys(x, halo, values, keys, R, S, x_t, halo_t, V: tl.constexpr, VP: tl.constexpr, HAS_HALO: tl.constexpr):
-    _store_tile(x, values, keys - R, S - R, x_t, V, VP)
+def _store_keys(
+    x_ptr, halo_ptr, values, keys, N, S, stride_t, halo_stride_t, V: tl.constexpr, PADDED_V: tl.constexpr,
+    HAS_HALO: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `_load_keys`."""
+    _store_tile(x_ptr, values, keys - N, S - N, stride_t, V, PADDED_V)
     if HAS_HALO:
-        _store_tile(halo, values, keys, R, halo_t, V, VP)
+        _store_tile(halo_ptr, values, keys, N, halo_stride_t, V, PADDED_V)
 
 
 @triton.jit
-def _visible(query_positions, keys, ids, S, W, HAS_IDS: tl.constexpr):
-    """Which of the keys a query sees; the arguments broadcast against each other.
+def _visible(query_positions, keys, ids_ptr, S, W, HAS_IDS: tl.constexpr):
+    """Mask of the keys that a query sees; the arguments broadcast against each other.
 
     The own key stays visible even to padding, whose id is -1: a row without keys would have no softmax.
     """
     distance = query_positions - keys
     visible = (distance >= 0) & (distance <= W) & (query_positions < S) & (keys >= 0)
     if HAS_IDS:
-        query_ids = tl.load(ids + query_positions, mask=query_positions < S, other=-1)
-        key_ids = tl.load(ids + keys, mask=(keys >= 0) & (keys < S), other=-1)
+        query_ids = tl.load(ids_ptr + query_positions, mask=query_positions < S, other=-1)
+        key_ids = tl.load(ids_ptr + keys, mask=(keys >= 0) & (keys < S), other=-1)
         visible &= ((query_ids == key_ids) & (key_ids >= 0)) | (distance == 0)
     return visible
 
 
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    o,
-    lse_BHT,
-    ids,
-    halo_k,
-    halo_v,
-    T,
-    S,
-    R,
-    H,
-    W,
-    bits,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    halo_b,
-    halo_t,
-    halo_h,
-    o_b,
-    o_t,
-    o_h,
-    ids_b,
-    V: tl.constexpr,
-    VP: tl.constexpr,
-    HAS_HALO: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    """o and lse of M queries of one head."""
+    q, k, v, o, lse_ptr, ids, halo, halo_v_ptr, T, S, N, H, W, scale_bits,
+    V: tl.constexpr, PADDED_V: tl.constexpr, HAS_HALO: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, TILE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One program: o and lse of a tile of queries of one head. The halo has keys and values with the same strides."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
-    q, k, v, o = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h, o + b * o_b + h * o_h
-    halo_k, halo_v = halo_k + b * halo_b + h * halo_h, halo_v + b * halo_b + h * halo_h
-    ids += b * ids_b
-    queries = tl.program_id(1) * M + tl.arange(0, M)
+    q_ptr, k_ptr, v_ptr, o_ptr = head_ptr(q, b, h), head_ptr(k, b, h), head_ptr(v, b, h), head_ptr(o, b, h)
+    halo_k_ptr, halo_v_ptr = head_ptr(halo, b, h), halo_v_ptr + b * halo.stride_b + h * halo.stride_h
+    ids_ptr = ids.ptr + b * ids.stride_b
+    queries = tl.program_id(1) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
     positions = queries + (S - T)
-    q_MV = _load_tile(q, queries, T, q_t, V, VP)
+    q_IV = _load_tile(q_ptr, queries, T, q.stride_t, V, PADDED_V)
 
     # Finite, so that a row with nothing visible in its first tiles subtracts no infinities.
-    top_M = tl.full((M,), -1e30, tl.float32)
-    sum_M = tl.zeros((M,), tl.float32)
-    o_MV = tl.zeros((M, VP), tl.float32)
-    first_position = tl.program_id(1) * M + S - T
-    for first_key in range(tl.maximum(first_position - W, 0), tl.minimum(first_position + M, S), N):
-        keys = first_key + tl.arange(0, N)
-        k_NV = _load_keys(k, halo_k, keys, R, S, k_t, halo_t, V, VP, HAS_HALO)
-        v_NV = _load_keys(v, halo_v, keys, R, S, v_t, halo_t, V, VP, HAS_HALO)
-        s_MN = tl.dot(q_MV, k_NV.T, input_precision=PRECISION) * bits
-        s_MN = tl.where(_visible(positions[:, None], keys[None, :], ids, S, W, HAS_IDS), s_MN, float("-inf"))
-        new_top_M = tl.maximum(top_M, tl.max(s_MN, 1))
-        p_MN = tl.exp2(s_MN - new_top_M[:, None])
-        shrink_M = tl.exp2(top_M - new_top_M)
-        sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
-        o_MV = tl.dot(p_MN.to(v_NV.dtype), v_NV, o_MV * shrink_M[:, None], input_precision=PRECISION)
-        top_M = new_top_M
+    top_I = tl.full((TILE_QUERIES,), -1e30, tl.float32)
+    sum_I = tl.zeros((TILE_QUERIES,), tl.float32)
+    o_IV = tl.zeros((TILE_QUERIES, PADDED_V), tl.float32)
+    first_position = tl.program_id(1) * TILE_QUERIES + S - T
+    for first_key in range(tl.maximum(first_position - W, 0), tl.minimum(first_position + TILE_QUERIES, S), TILE_KEYS):
+        keys = first_key + tl.arange(0, TILE_KEYS)
+        k_JV = _load_keys(k_ptr, halo_k_ptr, keys, N, S, k.stride_t, halo.stride_t, V, PADDED_V, HAS_HALO)
+        v_JV = _load_keys(v_ptr, halo_v_ptr, keys, N, S, v.stride_t, halo.stride_t, V, PADDED_V, HAS_HALO)
+        s_IJ = tl.dot(q_IV, k_JV.T, input_precision=PRECISION) * scale_bits
+        s_IJ = tl.where(_visible(positions[:, None], keys[None, :], ids_ptr, S, W, HAS_IDS), s_IJ, float("-inf"))
+        new_top_I = tl.maximum(top_I, tl.max(s_IJ, 1))
+        p_IJ = tl.exp2(s_IJ - new_top_I[:, None])
+        shrink_I = tl.exp2(top_I - new_top_I)
+        sum_I = sum_I * shrink_I + tl.sum(p_IJ, 1)
+        o_IV = tl.dot(p_IJ.to(v_JV.dtype), v_JV, o_IV * shrink_I[:, None], input_precision=PRECISION)
+        top_I = new_top_I
 
-    sum_M = tl.where(queries < T, sum_M, 1.0)
-    _store_tile(o, o_MV / sum_M[:, None], queries, T, o_t, V, VP)
-    tl.store(lse_BHT + bh * T + queries, top_M + tl.log2(sum_M), mask=queries < T)
+    sum_I = tl.where(queries < T, sum_I, 1.0)
+    _store_tile(o_ptr, o_IV / sum_I[:, None], queries, T, o.stride_t, V, PADDED_V)
+    tl.store(lse_ptr + bh * T + queries, top_I + tl.log2(sum_I), mask=queries < T)
 
 
 @triton.jit
 def dq_kernel(
-    q,
-    k,
-    v,
-    o,
-    do,
-    lse_BHT,
-    dq,
-    delta_BHT,
-    ids,
-    halo_k,
-    halo_v,
-    T,
-    S,
-    R,
-    H,
-    W,
-    scale,
-    bits,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    halo_b,
-    halo_t,
-    halo_h,
-    o_b,
-    o_t,
-    o_h,
-    do_b,
-    do_t,
-    do_h,
-    dq_b,
-    dq_t,
-    dq_h,
-    ids_b,
-    V: tl.constexpr,
-    VP: tl.constexpr,
-    HAS_HALO: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    """dq and delta of M queries of one head."""
+    q, k, v, o, do, lse_ptr, dq, delta_ptr, ids, halo, halo_v_ptr, T, S, N, H, W, scale, scale_bits,
+    V: tl.constexpr, PADDED_V: tl.constexpr, HAS_HALO: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, TILE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One program: dq and delta of a tile of queries of one head."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
-    q, k, v = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h
-    o, do, dq = o + b * o_b + h * o_h, do + b * do_b + h * do_h, dq + b * dq_b + h * dq_h
-    halo_k, halo_v = halo_k + b * halo_b + h * halo_h, halo_v + b * halo_b + h * halo_h
-    ids += b * ids_b
-    queries = tl.program_id(1) * M + tl.arange(0, M)
+    q_ptr, k_ptr, v_ptr = head_ptr(q, b, h), head_ptr(k, b, h), head_ptr(v, b, h)
+    o_ptr, do_ptr, dq_ptr = head_ptr(o, b, h), head_ptr(do, b, h), head_ptr(dq, b, h)
+    halo_k_ptr, halo_v_ptr = head_ptr(halo, b, h), halo_v_ptr + b * halo.stride_b + h * halo.stride_h
+    ids_ptr = ids.ptr + b * ids.stride_b
+    queries = tl.program_id(1) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
     positions = queries + (S - T)
-    q_MV = _load_tile(q, queries, T, q_t, V, VP)
-    do_MV = _load_tile(do, queries, T, do_t, V, VP)
-    o_MV = _load_tile(o, queries, T, o_t, V, VP)
-    delta_M = tl.sum(o_MV.to(tl.float32) * do_MV.to(tl.float32), 1)
-    tl.store(delta_BHT + bh * T + queries, delta_M, mask=queries < T)
-    lse_M = tl.load(lse_BHT + bh * T + queries, mask=queries < T, other=0)
+    q_IV = _load_tile(q_ptr, queries, T, q.stride_t, V, PADDED_V)
+    do_IV = _load_tile(do_ptr, queries, T, do.stride_t, V, PADDED_V)
+    o_IV = _load_tile(o_ptr, queries, T, o.stride_t, V, PADDED_V)
+    delta_I = tl.sum(o_IV.to(tl.float32) * do_IV.to(tl.float32), 1)
+    tl.store(delta_ptr + bh * T + queries, delta_I, mask=queries < T)
+    lse_I = tl.load(lse_ptr + bh * T + queries, mask=queries < T, other=0)
 
-    dq_MV = tl.zeros((M, VP), tl.float32)
-    first_position = tl.program_id(1) * M + S - T
-    for first_key in range(tl.maximum(first_position - W, 0), tl.minimum(first_position + M, S), N):
-        keys = first_key + tl.arange(0, N)
-        k_NV = _load_keys(k, halo_k, keys, R, S, k_t, halo_t, V, VP, HAS_HALO)
-        v_NV = _load_keys(v, halo_v, keys, R, S, v_t, halo_t, V, VP, HAS_HALO)
-        s_MN = tl.dot(q_MV, k_NV.T, input_precision=PRECISION) * bits
-        dp_MN = tl.dot(do_MV, v_NV.T, input_precision=PRECISION)
-        s_MN = tl.where(_visible(positions[:, None], keys[None, :], ids, S, W, HAS_IDS), s_MN, float("-inf"))
-        p_MN = tl.exp2(s_MN - lse_M[:, None])
-        ds_MN = p_MN * (dp_MN - delta_M[:, None])
-        dq_MV = tl.dot(ds_MN.to(k_NV.dtype), k_NV, dq_MV, input_precision=PRECISION)
-    _store_tile(dq, dq_MV * scale, queries, T, dq_t, V, VP)
+    dq_IV = tl.zeros((TILE_QUERIES, PADDED_V), tl.float32)
+    first_position = tl.program_id(1) * TILE_QUERIES + S - T
+    for first_key in range(tl.maximum(first_position - W, 0), tl.minimum(first_position + TILE_QUERIES, S), TILE_KEYS):
+        keys = first_key + tl.arange(0, TILE_KEYS)
+        k_JV = _load_keys(k_ptr, halo_k_ptr, keys, N, S, k.stride_t, halo.stride_t, V, PADDED_V, HAS_HALO)
+        v_JV = _load_keys(v_ptr, halo_v_ptr, keys, N, S, v.stride_t, halo.stride_t, V, PADDED_V, HAS_HALO)
+        s_IJ = tl.dot(q_IV, k_JV.T, input_precision=PRECISION) * scale_bits
+        dp_IJ = tl.dot(do_IV, v_JV.T, input_precision=PRECISION)
+        s_IJ = tl.where(_visible(positions[:, None], keys[None, :], ids_ptr, S, W, HAS_IDS), s_IJ, float("-inf"))
+        p_IJ = tl.exp2(s_IJ - lse_I[:, None])
+        ds_IJ = p_IJ * (dp_IJ - delta_I[:, None])
+        dq_IV = tl.dot(ds_IJ.to(k_JV.dtype), k_JV, dq_IV, input_precision=PRECISION)
+    _store_tile(dq_ptr, dq_IV * scale, queries, T, dq.stride_t, V, PADDED_V)
 
 
 @triton.jit
 def dkdv_kernel(
-    q,
-    k,
-    v,
-    do,
-    lse_BHT,
-    delta_BHT,
-    dk,
-    dv,
-    dhalo_k,
-    dhalo_v,
-    ids,
-    halo_k,
-    halo_v,
-    T,
-    S,
-    R,
-    H,
-    W,
-    scale,
-    bits,
-    first_tile,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    halo_b,
-    halo_t,
-    halo_h,
-    do_b,
-    do_t,
-    do_h,
-    dk_b,
-    dk_t,
-    dk_h,
-    dv_b,
-    dv_t,
-    dv_h,
-    dhalo_b,
-    dhalo_t,
-    dhalo_h,
-    ids_b,
-    V: tl.constexpr,
-    VP: tl.constexpr,
-    HAS_HALO: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    """dk and dv of N keys of one head: zeros for halo keys that no query sees."""
+    q, k, v, do, lse_ptr, delta_ptr, dk, dv, dhalo, dhalo_v_ptr, ids, halo, halo_v_ptr, T, S, N, H, W, scale, scale_bits, first_tile,
+    V: tl.constexpr, PADDED_V: tl.constexpr, HAS_HALO: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, TILE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One program: dk and dv of a tile of keys of one head; zeros for halo keys that no query sees."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
-    q, k, v = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h
-    do, dk, dv = do + b * do_b + h * do_h, dk + b * dk_b + h * dk_h, dv + b * dv_b + h * dv_h
-    lse_BHT += bh * T
-    delta_BHT += bh * T
-    halo_k, halo_v = halo_k + b * halo_b + h * halo_h, halo_v + b * halo_b + h * halo_h
-    dhalo_k, dhalo_v = dhalo_k + b * dhalo_b + h * dhalo_h, dhalo_v + b * dhalo_b + h * dhalo_h
-    ids += b * ids_b
-    first_key = (first_tile + tl.program_id(1)) * N
-    keys = first_key + tl.arange(0, N)
-    k_NV = _load_keys(k, halo_k, keys, R, S, k_t, halo_t, V, VP, HAS_HALO)
-    v_NV = _load_keys(v, halo_v, keys, R, S, v_t, halo_t, V, VP, HAS_HALO)
+    q_ptr, k_ptr, v_ptr = head_ptr(q, b, h), head_ptr(k, b, h), head_ptr(v, b, h)
+    do_ptr, dk_ptr, dv_ptr = head_ptr(do, b, h), head_ptr(dk, b, h), head_ptr(dv, b, h)
+    lse_ptr += bh * T
+    delta_ptr += bh * T
+    halo_k_ptr, halo_v_ptr = head_ptr(halo, b, h), halo_v_ptr + b * halo.stride_b + h * halo.stride_h
+    dhalo_k_ptr, dhalo_v_ptr = head_ptr(dhalo, b, h), dhalo_v_ptr + b * dhalo.stride_b + h * dhalo.stride_h
+    ids_ptr = ids.ptr + b * ids.stride_b
+    first_key = (first_tile + tl.program_id(1)) * TILE_KEYS
+    keys = first_key + tl.arange(0, TILE_KEYS)
+    k_JV = _load_keys(k_ptr, halo_k_ptr, keys, N, S, k.stride_t, halo.stride_t, V, PADDED_V, HAS_HALO)
+    v_JV = _load_keys(v_ptr, halo_v_ptr, keys, N, S, v.stride_t, halo.stride_t, V, PADDED_V, HAS_HALO)
 
-    dk_NV = tl.zeros((N, VP), tl.float32)
-    dv_NV = tl.zeros((N, VP), tl.float32)
+    dk_JV = tl.zeros((TILE_KEYS, PADDED_V), tl.float32)
+    dv_JV = tl.zeros((TILE_KEYS, PADDED_V), tl.float32)
     own_query = first_key - (S - T)
-    for first_query in range(tl.maximum(own_query, 0), tl.minimum(own_query + N + W, T), M):
-        queries = first_query + tl.arange(0, M)
-        q_MV = _load_tile(q, queries, T, q_t, V, VP)
-        do_MV = _load_tile(do, queries, T, do_t, V, VP)
-        lse_M = tl.load(lse_BHT + queries, mask=queries < T, other=0)
-        delta_M = tl.load(delta_BHT + queries, mask=queries < T, other=0)
-        s_NM = tl.dot(k_NV, q_MV.T, input_precision=PRECISION) * bits
-        dp_NM = tl.dot(v_NV, do_MV.T, input_precision=PRECISION)
-        visible_NM = _visible((queries + (S - T))[None, :], keys[:, None], ids, S, W, HAS_IDS)
-        p_NM = tl.exp2(tl.where(visible_NM, s_NM, float("-inf")) - lse_M[None, :])
-        ds_NM = p_NM * (dp_NM - delta_M[None, :])
-        dv_NV = tl.dot(p_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision=PRECISION)
-        dk_NV = tl.dot(ds_NM.to(q_MV.dtype), q_MV, dk_NV, input_precision=PRECISION)
-    _store_keys(dk, dhalo_k, dk_NV * scale, keys, R, S, dk_t, dhalo_t, V, VP, HAS_HALO)
-    _store_keys(dv, dhalo_v, dv_NV, keys, R, S, dv_t, dhalo_t, V, VP, HAS_HALO)
+    for first_query in range(tl.maximum(own_query, 0), tl.minimum(own_query + TILE_KEYS + W, T), TILE_QUERIES):
+        queries = first_query + tl.arange(0, TILE_QUERIES)
+        q_IV = _load_tile(q_ptr, queries, T, q.stride_t, V, PADDED_V)
+        do_IV = _load_tile(do_ptr, queries, T, do.stride_t, V, PADDED_V)
+        lse_I = tl.load(lse_ptr + queries, mask=queries < T, other=0)
+        delta_I = tl.load(delta_ptr + queries, mask=queries < T, other=0)
+        s_JI = tl.dot(k_JV, q_IV.T, input_precision=PRECISION) * scale_bits
+        dp_JI = tl.dot(v_JV, do_IV.T, input_precision=PRECISION)
+        visible_JI = _visible((queries + (S - T))[None, :], keys[:, None], ids_ptr, S, W, HAS_IDS)
+        p_JI = tl.exp2(tl.where(visible_JI, s_JI, float("-inf")) - lse_I[None, :])
+        ds_JI = p_JI * (dp_JI - delta_I[None, :])
+        dv_JV = tl.dot(p_JI.to(do_IV.dtype), do_IV, dv_JV, input_precision=PRECISION)
+        dk_JV = tl.dot(ds_JI.to(q_IV.dtype), q_IV, dk_JV, input_precision=PRECISION)
+    _store_keys(dk_ptr, dhalo_k_ptr, dk_JV * scale, keys, N, S, dk.stride_t, dhalo.stride_t, V, PADDED_V, HAS_HALO)
+    _store_keys(dv_ptr, dhalo_v_ptr, dv_JV, keys, N, S, dv.stride_t, dhalo.stride_t, V, PADDED_V, HAS_HALO)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def swiglu(x_M2W: Tensor) -> Tensor:
-    """value * silu(gate); see the package's function of the same name."""
-    value_MW, gate_MW = x_M2W.chunk(2, dim=-1)
-    return value_MW * functional.silu(gate_MW)
+def swiglu(x_T2D: Tensor) -> Tensor:
+    """value * silu(gate); see the package's function of this name."""
+    value_TD, gate_TD = x_T2D.chunk(2, dim=-1)
+    return value_TD * functional.silu(gate_TD)

@@ -1,6 +1,6 @@
 """Causal normalised Taylor linear attention with a packed state.
 
-Legend: B batch, T local sequence, H heads, F feature dim, V value head dim, R = 1 + F + F(F+1)/2 packed rows.
+Legend: B batch, T tokens, L tokens of a slice, H heads, F feature dim, V value head dim, R = 1 + F + F(F+1)/2 rows of a packed state.
 
 A state is [B, H, R, V + 1]: the moments sum_j packed(k_j) [v_j; 1]^T without weights. Row 0 sums [v; 1], rows 1..F sum
 k_a [v; 1], then k_a k_b [v; 1] for a <= b in row-major order. It is fp32, or fp64 for fp64 inputs. States of
@@ -21,8 +21,6 @@ from based_megatron.kernels.taylor_attention import attention, reference
 
 __all__ = [
     "finish_sliced_attention",
-    "recurrent_step",
-    "segment_state",
     "start_sliced_attention",
     "taylor_attention",
 ]
@@ -56,6 +54,14 @@ def taylor_attention(
     initial state, from both outputs.
 
     Source: Arora et al. 2024 (arXiv 2402.18668), without its epsilon: w >= 1/2, so the normaliser is never small.
+
+    >>> q_BTHF, k_BTHF, v_BTHV = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 8)
+    >>> o_BTHV, _ = taylor_attention(q_BTHF, k_BTHF, v_BTHV)
+    >>> first, last = ([x[:, part] for x in (q_BTHF, k_BTHF, v_BTHV)] for part in (slice(0, 4), slice(4, 7)))
+    >>> _, state = taylor_attention(*first, return_final_state=True)
+    >>> o_last, _ = taylor_attention(*last, initial_state_BHRV=state)
+    >>> state.shape, torch.allclose(o_last, o_BTHV[:, 4:], atol=1e-5)
+    (torch.Size([2, 3, 15, 9]), True)
     """
     B, T, H, F = q_BTHF.shape
     state_shape = (B, H, packed_rows(F), v_BTHV.shape[-1] + 1)
@@ -87,6 +93,15 @@ def start_sliced_attention(
 
     Args: as of `taylor_attention`, for the tokens of this slice; exchange: how moments of slices become states.
     Returns: what `finish_sliced_attention` takes, once, with the same keys and values.
+
+    >>> class OneSlice:
+    ...     # The exchange of a sequence that is a single slice: nothing comes before it.
+    ...     def start_prefix(self, moments): return self
+    ...     def wait(self): return None
+    >>> k_BLHF, v_BLHV = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 8)
+    >>> started = start_sliced_attention(k_BLHF, v_BLHV, OneSlice())
+    >>> started.state_before.wait() is None  # what `finish_sliced_attention` waits for
+    True
     """
     steps = _steps(backend, chunk_tokens, k_BLHF, v_BLHV)
     with torch.autocast(k_BLHF.device.type, enabled=False):
@@ -94,39 +109,20 @@ def start_sliced_attention(
 
 
 def finish_sliced_attention(q_BLHF: Tensor, k_BLHF: Tensor, v_BLHV: Tensor, started: attention.Started) -> Tensor:
-    """o_BLHV of the slice, as `taylor_attention` of the whole sequence gives it. Gradients flow to q, k and v of all slices."""
+    """o_BLHV of the slice, as `taylor_attention` of the whole sequence gives it. Gradients flow to q, k and v of all slices.
+
+    >>> class OneSlice:
+    ...     # The exchange of a sequence that is a single slice: nothing comes before it.
+    ...     def start_prefix(self, moments): return self
+    ...     def wait(self): return None
+    >>> q_BLHF, k_BLHF, v_BLHV = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 8)
+    >>> started = start_sliced_attention(k_BLHF, v_BLHV, OneSlice())
+    >>> o_BLHV = finish_sliced_attention(q_BLHF, k_BLHF, v_BLHV, started)
+    >>> torch.equal(o_BLHV, taylor_attention(q_BLHF, k_BLHF, v_BLHV)[0])
+    True
+    """
     with torch.autocast(q_BLHF.device.type, enabled=False):
         return attention.SlicedTaylorAttention.apply(q_BLHF, k_BLHF, v_BLHV, started)
-
-
-def segment_state(
-    k_BTHF: Tensor,
-    v_BTHV: Tensor,
-    document_ids_BT: Tensor | None = None,
-    *,
-    chunk_tokens: int | None = None,
-    backend: str = "reference",
-) -> Tensor:
-    """Moments of the tokens in the last token's document: the final state of `taylor_attention` from a zero state.
-
-    Needs no queries and no earlier state, so a sequence-parallel rank can send it before computing its outputs.
-    Returns: [B, H, R, V + 1]; gradients flow to k and v.
-    """
-    T = k_BTHF.shape[1]
-    assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
-    with torch.autocast(k_BTHF.device.type, enabled=False):
-        return attention.Moments.apply(k_BTHF, v_BTHV, document_ids_BT, _steps(backend, chunk_tokens, k_BTHF, v_BTHV))
-
-
-def recurrent_step(
-    q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRV: Tensor, *, backend: str = "reference"
-) -> tuple[Tensor, Tensor]:
-    """One decoding step: absorb (k, v) into the state [B, H, R, V + 1], then attend with q.
-
-    Returns: o_BHV in the dtype of v, and the new state; the old one is left as it was.
-    """
-    run = implementation("recurrent_step", backend, {"reference": reference.recurrent_step})
-    return run(q_BHF, k_BHF, v_BHV, state_BHRV)
 
 
 def _steps(backend: str, chunk_tokens: int | None, *inputs: Tensor) -> attention.Steps:

@@ -1,13 +1,13 @@
 """Taylor attention with its gradients, put together from the steps that a backend has.
 
-Legend: B batch, T tokens of this slice, H heads, F feature dim, V value head dim, R packed rows, E = V + 1.
+Legend: B batch, T tokens of this slice, H heads, F feature dim, V value head dim, R rows of a packed state, E = V + 1.
 
-    forward    sweep_keys (k, v) -> states, given the one that enters -> attend (q, k, v) -> o, z
-    backward   output_gradients (do, o, z) -> g, gz -> sweep_queries (q, g, gz) -> query_gradients, given the states ->
+    forward    scan_keys (k, v) -> states, given the one that enters -> attend (q, k, v) -> o, z
+    backward   output_gradients (do, o, z) -> g, gz -> scan_queries (q, g, gz) -> query_gradients, given the states ->
                adjoint states, given the one that enters from the right -> key_gradients
 
-A sweep knows its moments before it knows what enters it. Over slices of a sequence, the exchange of moments goes on meanwhile:
-forward beside what the caller does between `start` and `finish` (the projection of the queries), backward beside dq.
+A chunk scan knows its moments before it knows what enters it. Over slices of a sequence, the exchange of moments goes on meanwhile:
+forward during what the caller does between `start` and `finish` (the projection of the queries), backward during dq.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from based_megatron.kernels.layout import unit_last_stride
 
 @dataclass(frozen=True)
 class Steps:
-    """What runs the steps, and how."""
+    """The backend that runs the steps, and its schedule."""
 
     backend: ModuleType
     """`reference` or `triton_attention`: both have the functions named above."""
@@ -45,11 +45,11 @@ class TaylorAttention(Function):
         steps: Steps, wants_final: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q_BTHF, k_BTHF, v_BTHV = (unit_last_stride(x) for x in (q_BTHF, k_BTHF, v_BTHV))
-        sweep = steps.backend.sweep_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule)
-        o_BTHV = _attend(ctx, q_BTHF, k_BTHF, v_BTHV, ids_BT, steps, sweep.states(initial_BHRE))
+        scan = steps.backend.scan_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule)
+        o_BTHV = _attend(ctx, q_BTHF, k_BTHF, v_BTHV, ids_BT, steps, scan.states(initial_BHRE))
         ctx.has_initial = initial_BHRE is not None
         ctx.set_materialize_grads(False)
-        return o_BTHV, _passed_on(initial_BHRE, sweep.moments(), ids_BT) if wants_final else None
+        return o_BTHV, _passed_on(initial_BHRE, scan.moments(), ids_BT) if wants_final else None
 
     @staticmethod
     @once_differentiable
@@ -67,17 +67,17 @@ class Started:
     v_BTHV: Tensor
     ids_BT: Tensor | None
     steps: Steps
-    sweep: Any
+    scan: Any
     state_before: Pending[Tensor | None]
     exchange: StateExchange
 
 
 @torch.no_grad()
 def start(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps, exchange: StateExchange) -> Started:
-    """Sweep over the keys and send their moments on the way."""
+    """Begin attention: scan the keys and send their moments on the way."""
     k_BTHF, v_BTHV = unit_last_stride(k_BTHF.detach()), unit_last_stride(v_BTHV.detach())
-    sweep = steps.backend.sweep_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule)
-    return Started(k_BTHF, v_BTHV, ids_BT, steps, sweep, exchange.start_prefix(sweep.moments), exchange)
+    scan = steps.backend.scan_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule)
+    return Started(k_BTHF, v_BTHV, ids_BT, steps, scan, exchange.start_prefix(scan.moments), exchange)
 
 
 class SlicedTaylorAttention(Function):
@@ -85,7 +85,7 @@ class SlicedTaylorAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, started: Started) -> Tensor:
-        states = started.sweep.states(started.state_before.wait())
+        states = started.scan.states(started.state_before.wait())
         ctx.exchange = started.exchange
         q_BTHF = unit_last_stride(q_BTHF)
         return _attend(ctx, q_BTHF, started.k_BTHF, started.v_BTHV, started.ids_BT, started.steps, states)
@@ -102,8 +102,7 @@ def _attend(
 ) -> Tensor:
     o_BTHV, z = steps.backend.attend(q_BTHF, k_BTHF, v_BTHV, ids_BT, states, steps.schedule)
     ctx.save_for_backward(q_BTHF, k_BTHF, v_BTHV, o_BTHV, z, ids_BT, *states)
-    # A NamedTuple comes back as what it was.
-    ctx.steps, ctx.states_from = steps, getattr(type(states), "_make", tuple)
+    ctx.steps, ctx.states_type = steps, type(states)
     return o_BTHV
 
 
@@ -115,30 +114,12 @@ def _gradients(
     backend, schedule = ctx.steps.backend, ctx.steps.schedule
     do_BTHV = torch.zeros_like(o_BTHV) if do_BTHV is None else unit_last_stride(do_BTHV)
     g, gz = backend.output_gradients(do_BTHV, o_BTHV, z)
-    sweep = backend.sweep_queries(q_BTHF, g, gz, ids_BT, schedule)
-    state_after = start_suffix(sweep.moments)
+    scan = backend.scan_queries(q_BTHF, g, gz, ids_BT, schedule)
+    state_after = start_suffix(scan.moments)
     inputs = (q_BTHF, k_BTHF, v_BTHV, g, gz, ids_BT)
-    dq_BTHF = backend.query_gradients(*inputs, ctx.states_from(states), schedule)
-    dk_BTHF, dv_BTHV = backend.key_gradients(*inputs, sweep.states(state_after.wait()), schedule)
-    return (dq_BTHF, dk_BTHF, dv_BTHV), sweep.moments
-
-
-class Moments(Function):
-    """(k, v, document ids or None) to the moments of the last document's tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps) -> Tensor:
-        k_BTHF, v_BTHV = unit_last_stride(k_BTHF), unit_last_stride(v_BTHV)
-        ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
-        ctx.steps = steps
-        return steps.backend.sweep_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule).moments()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dmoments_BHRE: Tensor) -> tuple[Tensor | None, ...]:
-        k_BTHF, v_BTHV, ids_BT = ctx.saved_tensors
-        run = ctx.steps.backend.moment_gradients
-        return *run(k_BTHF, v_BTHV, dmoments_BHRE.contiguous(), ids_BT, ctx.steps.schedule), None, None
+    dq_BTHF = backend.query_gradients(*inputs, ctx.states_type._make(states), schedule)
+    dk_BTHF, dv_BTHV = backend.key_gradients(*inputs, scan.states(state_after.wait()), schedule)
+    return (dq_BTHF, dk_BTHF, dv_BTHV), scan.moments
 
 
 @dataclass(frozen=True)
@@ -152,7 +133,7 @@ class _Given:
 
 
 def _passed_on(state_BHRE: Tensor | None, moments_BHRE: Tensor, ids_BT: Tensor | None) -> Tensor:
-    """The state on the other side of a slice: its moments, and what entered if one document goes all the way through."""
+    """The state on the other side of a slice: its moments, plus what entered if one document goes all the way through."""
     if state_BHRE is None:
         return moments_BHRE
     if ids_BT is not None:

@@ -1,17 +1,17 @@
 """Causal normalised Taylor linear attention in plain PyTorch: chunked, O(T) memory, any device, exact in fp64.
 
-Legend: B batch, T sequence, C chunk, H heads, F feature dim, V value head dim, E = V + 1 (values and a column of ones),
-R packed feature rows (see packing.py).
+Legend: B batch, T tokens, C tokens of a chunk, H heads, F feature dim, V value head dim, E = V + 1 (values and a column of ones),
+R rows of a packed state (see packing.py).
 
     w_ij = 1 + s_ij + s_ij^2 / 2,  s_ij = q_i.k_j / sqrt(F)        o_i = sum_j w_ij v_j / sum_j w_ij,  j <= i
 
 w = ((1 + s)^2 + 1) / 2 >= 1/2, so the normaliser Z_i is at least half the number of visible keys and needs no epsilon.
 Inside a chunk w is formed directly; all earlier chunks enter through the state S = sum_j packed(k_j) [v_j; 1]^T. The
-backward pass recomputes everything from q, k, v, o and Z: a sweep forward rebuilds S and yields dq, a sweep in reverse
-carries the adjoint of S, sum_i weighted packed(q_i) g_i^T, and yields dk and dv. States, sums and Z are fp32 (fp64 for
+backward pass recomputes everything from q, k, v, o and Z: a scan forward rebuilds S and yields dq, a scan in reverse
+has the adjoint of S, sum_i weighted packed(q_i) g_i^T, and yields dk and dv. States, sums and Z are fp32 (fp64 for
 fp64 inputs).
 
-Documents: a chunk reads the carried state where its tokens are in the carried document, and hands on the moments of its
+Documents: a chunk reads the state before it where its tokens are in that state's document, and hands on the moments of its
 last token's document. Ids that do not decrease make equality of ids the whole rule.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,17 +34,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One slice of the sequence and its document masks, as factors that broadcast over heads."""
+    """The tokens of one chunk and their document masks, as factors that broadcast over heads."""
 
     tokens: slice
     visible: Tensor
     """[B, 1, C, C] key j is at or before query i, in its document."""
     reads: Tensor
-    """[B, 1, C, 1] the token is in the document of the carried state."""
+    """[B, 1, C, 1] the token is in the document of the state before the chunk."""
     writes: Tensor
     """[B, 1, C, 1] the token is in the document of the chunk's last token."""
     keeps: Tensor
-    """[B, 1, 1, 1] the carried document is still open at the end of the chunk."""
+    """[B, 1, 1, 1] that document is still open at the end of the chunk."""
 
     def heads_first(self, x_BTHX: Tensor, dtype: torch.dtype) -> Tensor:
         """This chunk's tokens as [B, H, C, X]."""
@@ -56,16 +57,16 @@ def _chunks(document_ids_BT: Tensor, chunk_tokens: int, dtype: torch.dtype, reve
     for start in reversed(starts) if reverse else starts:
         tokens = slice(start, min(start + chunk_tokens, T))
         ids_BC = document_ids_BT[:, tokens]
-        # Before the first chunk the carried state is the caller's, and belongs to the first token's document.
-        carried_B1 = document_ids_BT[:, max(start - 1, 0), None]
+        # Before the first chunk the state is the caller's, and belongs to the first token's document.
+        before_B1 = document_ids_BT[:, max(start - 1, 0), None]
         last_B1 = ids_BC[:, -1:]
         same_BCC = ids_BC[:, :, None] == ids_BC[:, None, :]
         yield _Chunk(
             tokens=tokens,
             visible=same_BCC.tril()[:, None].to(dtype),
-            reads=(ids_BC == carried_B1)[:, None, :, None].to(dtype),
+            reads=(ids_BC == before_B1)[:, None, :, None].to(dtype),
             writes=(ids_BC == last_B1)[:, None, :, None].to(dtype),
-            keeps=(last_B1 == carried_B1)[:, :, None, None].to(dtype),
+            keeps=(last_B1 == before_B1)[:, :, None, None].to(dtype),
         )
 
 
@@ -87,21 +88,28 @@ def _key_gradients(
     return dk_BHCF, dv_BHCV
 
 
+class States(NamedTuple):
+    """The one state that the reference keeps."""
+
+    entering_BHRE: Tensor
+    """Before the sequence; of adjoint states, after it."""
+
+
 @dataclass(frozen=True)
-class Sweep:
-    """One direction over the sequence. This reference keeps no states of chunks: what reads them walks over the chunks again."""
+class ChunkScan:
+    """A scan over the chunks in one direction. This reference keeps no states of chunks: what reads them walks over the chunks again."""
 
     moments: Callable[[], Tensor]
-    """() -> [B, H, R, E], the state that leaves the sequence if none enters it."""
+    """() -> [B, H, R, E], the state after the sequence if none enters it."""
     zeros: Tensor
 
-    def states(self, initial_BHRE: Tensor | None) -> tuple[Tensor]:
-        """What `attend` and the gradients need of the states: the one that enters the sequence."""
-        return (self.zeros if initial_BHRE is None else initial_BHRE,)
+    def states(self, initial_BHRE: Tensor | None) -> States:
+        """The states that `attend` and the gradients read, given the one that enters."""
+        return States(self.zeros if initial_BHRE is None else initial_BHRE)
 
 
-def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: int) -> Sweep:
-    """From left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
+def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: int) -> ChunkScan:
+    """The scan over the keys, from left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
     zeros = _zero_state(k_BTHF, v_BTHV)
 
     def moments() -> Tensor:
@@ -111,11 +119,11 @@ def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: 
             state_BHRE = _absorb(state_BHRE, chunk, layout, k, _with_ones(v))
         return state_BHRE
 
-    return Sweep(moments, zeros)
+    return ChunkScan(moments, zeros)
 
 
-def sweep_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: int) -> Sweep:
-    """From right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
+def scan_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: int) -> ChunkScan:
+    """The scan over the queries, from right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
     zeros = _zero_state(q_BTHF, g_BTHV)
 
     def moments() -> Tensor:
@@ -125,11 +133,11 @@ def sweep_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tenso
             adjoint_BHRE = _read_back(adjoint_BHRE, chunk, layout, q, torch.cat([g, gz], dim=-1))
         return adjoint_BHRE
 
-    return Sweep(moments, zeros)
+    return ChunkScan(moments, zeros)
 
 
 def attend(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: tuple[Tensor], schedule: int
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: States, schedule: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs o_BTHV and normalisers z_BTH1, given the state before the sequence."""
     (state_BHRE,) = states
@@ -158,7 +166,7 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, z_BTH1: Tensor) -> tuple[T
 
 def query_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
-    states: tuple[Tensor], schedule: int,
+    states: States, schedule: int,
 ) -> Tensor:  # fmt: skip
     """dq, given the state before the sequence."""
     (state_BHRE,) = states
@@ -176,7 +184,7 @@ def query_gradients(
 
 def key_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
-    adjoints: tuple[Tensor], schedule: int,
+    adjoints: States, schedule: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv, given the adjoint state after the sequence."""
     (adjoint_BHRE,) = adjoints
@@ -210,21 +218,6 @@ def _read_back(adjoint_BHRE: Tensor, chunk: _Chunk, layout: PackedLayout, q_BHCF
     return adjoint_BHRE * chunk.keeps + phi_BHCR.transpose(-1, -2) @ (g_BHCE * chunk.reads)
 
 
-def moment_gradients(
-    k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: int
-) -> tuple[Tensor, Tensor]:
-    """dk and dv of the moments of a sweep over keys."""
-    layout, dtype = _layout(k_BTHF), dmoments_BHRE.dtype
-    dk_BTHF, dv_BTHV = torch.empty_like(k_BTHF), torch.empty_like(v_BTHV)
-    for chunk in _chunks(_ids(k_BTHF, ids_BT), schedule, dtype, reverse=True):
-        k, v = (chunk.heads_first(x, dtype) for x in (k_BTHF, v_BTHV))
-        dk, dv = _key_gradients(dmoments_BHRE, layout, k, _with_ones(v), chunk.writes)
-        dk_BTHF[:, chunk.tokens] = dk.transpose(1, 2)
-        dv_BTHV[:, chunk.tokens] = dv.transpose(1, 2)
-        dmoments_BHRE = dmoments_BHRE * chunk.keeps
-    return dk_BTHF, dv_BTHV
-
-
 def schedule(chunk_tokens: int | None, *inputs: Tensor) -> int:
     """Tokens of a chunk. A GPU wants fewer, larger steps."""
     return chunk_tokens or (256 if inputs[0].is_cuda else 128)
@@ -242,15 +235,3 @@ def _zero_state(x_BTHF: Tensor, y_BTHV: Tensor) -> Tensor:
     B, _, H, F = x_BTHF.shape
     shape = (B, H, packed_rows(F), y_BTHV.shape[-1] + 1)
     return torch.zeros(shape, dtype=accumulation_dtype(x_BTHF.dtype), device=x_BTHF.device)
-
-
-def recurrent_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRE: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and state of one more token; see the package's function of the same name."""
-    dtype = state_BHRE.dtype
-    layout = PackedLayout.build(q_BHF.shape[-1], q_BHF.device, dtype)
-    with torch.autocast(q_BHF.device.type, enabled=False):
-        v_BHE = _with_ones(v_BHV.to(dtype))
-        state_BHRE = state_BHRE + layout.features(k_BHF.to(dtype)).unsqueeze(-1) * v_BHE.unsqueeze(-2)
-        phi_BH1R = (layout.features(q_BHF.to(dtype)) * layout.weights).unsqueeze(-2)
-        total_BHE = (phi_BH1R @ state_BHRE).squeeze(-2)
-        return (total_BHE[..., :-1] / total_BHE[..., -1:]).to(v_BHV.dtype), state_BHRE

@@ -1,14 +1,13 @@
-"""Taylor linear attention on Triton: one sweep each way, outputs and gradients, each an entry point.
+"""Taylor linear attention on Triton: one chunk scan each way, outputs and gradients, each an entry point.
 
-Legend: B batch, T sequence, H heads, F feature dim, V value head dim, R packed feature rows, P padded rows, N chunks,
-S segments.
+Legend: B batch, T tokens, H heads, F feature dim, V value head dim, E = V + 1, R rows of a packed state.
 
-Forward:  `sweep_keys` (k, v)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
-Backward: `output_gradients` (do, o, 1/Z)  ->  `sweep_queries` (q, g, gz)  ->  `query_gradients`, `key_gradients`
+Forward:  `scan_keys` (k, v)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
+Backward: `output_gradients` (do, o, 1/Z)  ->  `scan_queries` (q, g, gz)  ->  `query_gradients`, `key_gradients`
 
-A sweep needs no state from elsewhere. Its `moments` are what a sequence-parallel rank sends; its `states` take what comes
-back: the state that enters the sequence, or backward the gradient to the one that leaves it. Both ends follow from them:
-the state that leaves is the moments of the keys, and the gradient to the one that enters is the moments of the queries,
+A scan needs no state from elsewhere. Its `moments` are what a sequence-parallel rank sends; its `states` take what comes
+back: the state before the sequence, or backward the gradient to the state after it. Both ends follow from them:
+the state after is the moments of the keys, and the gradient to the state before is the moments of the queries,
 plus what entered from the other end if all tokens are one document.
 """
 
@@ -21,9 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-from based_megatron.kernels.layout import ids_or, laid_out_like, strides
+from based_megatron.kernels.layout import Operand, ids_operand, laid_out_like, operand
 from based_megatron.kernels.packing import packed_rows
-from based_megatron.kernels.taylor_attention import triton_sweep, triton_tiles
+from based_megatron.kernels.taylor_attention import triton_gradients, triton_outputs, triton_scan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,21 +32,21 @@ class Schedule:
     """Tile sizes in tokens or rows, all powers of two. A chunk is a multiple of its tiles."""
 
     chunk_tokens: int = 128
-    sweep_tokens: int = 64
+    scan_tokens: int = 64
     output_tokens: int = 64
     gradient_tokens: int = 64
-    sweep_rows: int = 64
+    scan_rows: int = 64
     tile_rows: int = 32
-    sweep_stages: int = 3
-    """Chunks whose loads are under way in a sweep over the keys."""
+    scan_stages: int = 3
+    """Chunks whose loads are under way in a scan over the keys."""
     adjoint_stages: int = 2
-    """The same over the queries, which takes more room for each."""
+    """Chunks whose loads are under way in a scan over the queries, which takes more room for each."""
     state_stages: int = 2
-    """Blocks of a chunk's state whose loads are under way."""
+    """Tiles of a chunk's state whose loads are under way."""
     large_state_stages: int = 3
-    """The same where a state is wide, or the start of the segment is read beside it."""
+    """Tiles whose loads are under way where a state is wide, or the start of the segment is read besides."""
     programs_wanted: int = 384
-    """Programs of a sweep that fill a GPU: shorter segments of the sequence are swept side by side to reach it."""
+    """Programs of a scan that fill a GPU: shorter segments of the sequence are scanned at once to reach it."""
 
 
 def _warps(tile_tokens: int) -> int:
@@ -62,74 +61,73 @@ class States(NamedTuple):
     normaliser; the first again; unused.
     """
 
-    values_BHNPV: Tensor | None
-    normalisers_BHNP4: Tensor | None
-    start_values_BHSPV: Tensor | None
-    start_normalisers_BHSP4: Tensor | None
-    """None where nothing enters the only segment."""
+    values: Tensor
+    """[B, H, chunks, stored rows, V]"""
+    normalisers: Tensor
+    """[B, H, chunks, stored rows, 4]"""
+    start_values: Tensor | None
+    """[B, H, segments, stored rows, V], None where nothing enters the only segment."""
+    start_normalisers: Tensor | None
 
 
 def _period(feature_dim: int) -> int:
-    """P: the feature dim as the kernels' order of rows needs it."""
+    """The feature dim as the kernels' order of rows needs it."""
     return max(8, triton.next_power_of_2(feature_dim))
 
 
-def _rows_stored(feature_dim: int, tile_rows: int) -> int:
-    """Rows of a chunk's state: whole blocks."""
+def _stored_rows(feature_dim: int, tile_rows: int) -> int:
+    """Rows of a chunk's state: whole tiles."""
     return triton.cdiv(packed_rows(_period(feature_dim)), tile_rows) * tile_rows
 
 
 class _Launch:
-    """What all kernels of one call have in common."""
+    """Arguments that all kernels of one call have in common."""
 
     def __init__(self, x_BTHF: Tensor, y_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> None:
         self.B, self.T, self.H, F = x_BTHF.shape
         V = y_BTHV.shape[-1]
         self.schedule, self.device, self.dtype = schedule, x_BTHF.device, x_BTHF.dtype
         self.chunks = triton.cdiv(self.T, schedule.chunk_tokens)
-        self.rows_stored = _rows_stored(F, schedule.tile_rows)
-        self.ids, self.ids_stride = ids_or(x_BTHF, None if ids_BT is None else ids_BT.to(torch.int32))
+        self.stored_rows = _stored_rows(F, schedule.tile_rows)
+        self.ids = ids_operand(None if ids_BT is None else ids_BT.to(torch.int32), x_BTHF)
         self.constants = {
-            "feature_dim": F,
-            "period": _period(F),
-            "width": max(16, _period(F)),
-            "value_dim": V,
-            "value_width": max(16, triton.next_power_of_2(V)),
-            "rows_stored": self.rows_stored,
-            "chunk_tokens": schedule.chunk_tokens,
-            "has_ids": ids_BT is not None,
-            "even": self.T % schedule.chunk_tokens == 0,
+            "F": F,
+            "PERIOD": _period(F),
+            "PADDED_F": max(16, _period(F)),
+            "V": V,
+            "PADDED_V": max(16, triton.next_power_of_2(V)),
+            "STORED_ROWS": self.stored_rows,
+            "CHUNK_TOKENS": schedule.chunk_tokens,
+            "HAS_IDS": ids_BT is not None,
+            "EVEN": self.T % schedule.chunk_tokens == 0,
             # Three products of tf32 parts: fp32 accuracy from the tensor cores.
-            "precision": "tf32x3" if x_BTHF.dtype == torch.float32 else "tf32",
+            "PRECISION": "tf32x3" if x_BTHF.dtype == torch.float32 else "tf32",
         }
         self.state_shape = (self.B, self.H, packed_rows(F), V + 1)
 
     @property
-    def blocks(self) -> int:
-        """Blocks of rows of a state."""
-        return triton.cdiv(self.rows_stored, self.schedule.sweep_rows)
+    def row_tiles(self) -> int:
+        """Tiles of rows of a state, of which a program of the scan has one."""
+        return triton.cdiv(self.stored_rows, self.schedule.scan_rows)
 
-    def new_operand(self, states: int) -> tuple[Tensor, Tensor]:
+    def new_states(self, states: int) -> tuple[Tensor, Tensor]:
         """Values and normalisers, for so many states of each head."""
-        shape = (self.B, self.H, states, self.rows_stored)
-        values = torch.empty(*shape, self.constants["value_dim"], dtype=self.dtype, device=self.device)
+        shape = (self.B, self.H, states, self.stored_rows)
+        values = torch.empty(*shape, self.constants["V"], dtype=self.dtype, device=self.device)
         return values, torch.empty(*shape, 4, dtype=self.dtype, device=self.device)
 
     def new_moments(self, segments: int) -> tuple[Tensor, Tensor]:
-        """What segments add up to, fp32, in the order of the kernels' rows: values and normalisers."""
-        shape = (self.B, self.H, segments, self.rows_stored)
-        return torch.empty(*shape, self.constants["value_dim"], device=self.device), torch.empty(
-            *shape, device=self.device
-        )
+        """Moments of the segments, fp32, in the order of the kernels' rows: values and normalisers."""
+        shape = (self.B, self.H, segments, self.stored_rows)
+        return torch.empty(*shape, self.constants["V"], device=self.device), torch.empty(*shape, device=self.device)
 
     def pointers(self, states: States) -> list[Tensor]:
         """The states as a kernel takes them; it does not read what is not there."""
-        stand_in = next(x for x in states if x is not None)
-        return [stand_in if x is None else x for x in states]
+        return [states.values if x is None else x for x in states]
 
     def counts(self, states: States) -> tuple[int, int, int, int, int]:
         """Tokens, heads, chunks, segments, chunks of a segment."""
-        segments = 1 if states.start_values_BHSPV is None else states.start_values_BHSPV.shape[2]
+        segments = 1 if states.start_values is None else states.start_values.shape[2]
         return self.T, self.H, self.chunks, segments, triton.cdiv(self.chunks, segments)
 
     def tiles(self, tokens: int) -> tuple[int, int]:
@@ -138,20 +136,20 @@ class _Launch:
 
     def tile_options(self, tokens: int, states: States) -> dict[str, Any]:
         """Constants and launch options of these kernels."""
-        large = states.start_values_BHSPV is not None or self.constants["value_width"] > 64
+        large = states.start_values is not None or self.constants["PADDED_V"] > 64
         return {
-            "tile_tokens": tokens,
-            "has_starts": states.start_values_BHSPV is not None,
-            "state_stages": self.schedule.large_state_stages if large else self.schedule.state_stages,
-            "block_rows": self.schedule.tile_rows,
+            "TILE_TOKENS": tokens,
+            "HAS_STARTS": states.start_values is not None,
+            "STATE_STAGES": self.schedule.large_state_stages if large else self.schedule.state_stages,
+            "TILE_ROWS": self.schedule.tile_rows,
             "num_warps": _warps(tokens),
             "num_stages": 2,
             **self.constants,
         }
 
 
-class Sweep:
-    """One direction over the sequence: x are the tokens' vectors, y their values."""
+class ChunkScan:
+    """A scan over the chunks in one direction: x are the tokens' vectors, y their values."""
 
     def __init__(
         self, x_BTHF: Tensor, y_BTHV: Tensor, yz_BHT4: Tensor | None, ids_BT: Tensor | None, schedule: Schedule
@@ -159,78 +157,80 @@ class Sweep:
         """Runs at once: forward without yz, where it is a one for each token; adjoint with it."""
         self._adjoint = yz_BHT4 is not None
         self._launch = launch = _Launch(x_BTHF, y_BTHV, ids_BT, schedule)
-        wanted = schedule.programs_wanted // (launch.B * launch.H * launch.blocks)
+        wanted = schedule.programs_wanted // (launch.B * launch.H * launch.row_tiles)
         # The start of a segment costs its tiles a second state, so it must be worth some chunks.
         self._segment_chunks = triton.cdiv(launch.chunks, max(1, min(wanted, launch.chunks // 4)))
         self._segments = triton.cdiv(launch.chunks, self._segment_chunks)
         self._moments = launch.new_moments(self._segments)
-        self._operand = launch.new_operand(launch.chunks)
-        triton_sweep.sweep[launch.blocks, self._segments, launch.B * launch.H](
-            x_BTHF, y_BTHV, x_BTHF if yz_BHT4 is None else yz_BHT4, launch.ids,
-            *self._operand, *self._moments,
-            *strides(x_BTHF, y_BTHV), launch.ids_stride, launch.T, launch.H, launch.chunks, self._segments, self._segment_chunks,
-            tile_tokens=schedule.sweep_tokens, block_rows=schedule.sweep_rows, adjoint=self._adjoint,
-            num_warps=4, num_stages=schedule.adjoint_stages if self._adjoint else schedule.sweep_stages, **launch.constants,
+        self._stored = launch.new_states(launch.chunks)
+        triton_scan.scan_kernel[launch.row_tiles, self._segments, launch.B * launch.H](
+            operand(x_BTHF), operand(y_BTHV), x_BTHF if yz_BHT4 is None else yz_BHT4, launch.ids, *self._stored, *self._moments,
+            launch.T, launch.H, launch.chunks, self._segments, self._segment_chunks,
+            TILE_TOKENS=schedule.scan_tokens, TILE_ROWS=schedule.scan_rows, ADJOINT=self._adjoint,
+            num_warps=4, num_stages=schedule.adjoint_stages if self._adjoint else schedule.scan_stages, **launch.constants,
         )  # fmt: skip
 
     def moments(self) -> Tensor:
-        """The state that leaves the sequence if none enters it, [B, H, R, V + 1] fp32.
+        """The state after the sequence if none enters it, [B, H, R, V + 1] fp32.
 
-        Backward the gradient to the state that enters, if none reaches the one that leaves.
+        Backward: the gradient to the state that enters, if none reaches the state after the sequence.
         """
         end_BHRE = torch.empty(self._launch.state_shape, device=self._launch.device)
         _combine(self._launch, self._moments, None, None, end_BHRE, self._segment_chunks, self._adjoint)
         return end_BHRE
 
     def states(self, initial_BHRE: Tensor | None) -> States:
-        """What the kernels of outputs or gradients read, given the state (fp32) that enters."""
+        """The states that the kernels of outputs or gradients read, given the state (fp32) that enters."""
         if self._segments == 1 and initial_BHRE is None:
-            return States(*self._operand, None, None)
-        starts = self._launch.new_operand(self._segments)
+            return States(*self._stored, None, None)
+        starts = self._launch.new_states(self._segments)
         _combine(self._launch, self._moments, initial_BHRE, starts, None, self._segment_chunks, self._adjoint)
-        return States(*self._operand, *starts)
+        return States(*self._stored, *starts)
+
+
+def _operands(*tensors_BTHX: Tensor) -> list[Operand]:
+    return [operand(x) for x in tensors_BTHX]
 
 
 def _combine(
-    launch: _Launch, moments: tuple[Tensor, Tensor] | None, initial_BHRE: Tensor | None,
+    launch: _Launch, moments: tuple[Tensor, Tensor], initial_BHRE: Tensor | None,
     starts: tuple[Tensor, Tensor] | None, end_BHRE: Tensor | None, segment_chunks: int, adjoint: bool,
 ) -> None:  # fmt: skip
-    """Writes the states before the segments to `starts`, or the one after them all to `end`. One segment needs no moments for its start."""
-    operand = moments or starts
-    assert operand is not None
-    stand_in = operand[0]
-    names = ("feature_dim", "period", "value_dim", "value_width", "rows_stored", "has_ids")
-    block_rows = 8
-    triton_sweep.combine[launch.rows_stored // block_rows, launch.B * launch.H](
-        *(moments or operand), stand_in if initial_BHRE is None else initial_BHRE.contiguous(),
-        *(starts or operand), stand_in if end_BHRE is None else end_BHRE,
-        launch.ids, launch.ids_stride, launch.T, launch.H, stand_in.shape[2], segment_chunks * launch.schedule.chunk_tokens,
-        block_rows=block_rows, adjoint=adjoint, has_initial=initial_BHRE is not None, only_end=starts is None,
+    """Writes the states before the segments to `starts`, or the one after them all to `end`."""
+    stand_in = moments[0]
+    names = ("F", "PERIOD", "V", "PADDED_V", "STORED_ROWS", "HAS_IDS")
+    tile_rows = 8
+    triton_scan.combine_kernel[launch.stored_rows // tile_rows, launch.B * launch.H](
+        *moments, stand_in if initial_BHRE is None else initial_BHRE.contiguous(),
+        *(starts or moments), stand_in if end_BHRE is None else end_BHRE, launch.ids,
+        launch.T, launch.H, stand_in.shape[2], segment_chunks * launch.schedule.chunk_tokens,
+        TILE_ROWS=tile_rows, ADJOINT=adjoint, HAS_INITIAL=initial_BHRE is not None, ONLY_END=starts is None,
         **{name: launch.constants[name] for name in names},
     )  # fmt: skip
 
 
-def sweep_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Sweep:
-    """Left to right over the keys."""
-    return Sweep(k_BTHF, v_BTHV, None, ids_BT, schedule)
+def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> ChunkScan:
+    """The scan over the keys, from left to right: states."""
+    return ChunkScan(k_BTHF, v_BTHV, None, ids_BT, schedule)
 
 
-def sweep_queries(q_BTHF: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> Sweep:
-    """Right to left over the queries and the gradients of their outputs: adjoint states."""
-    return Sweep(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule)
+def scan_queries(
+    q_BTHF: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None, schedule: Schedule
+) -> ChunkScan:
+    """The scan over the queries and the gradients of their outputs, from right to left: adjoint states."""
+    return ChunkScan(q_BTHF, g_BHTV.transpose(1, 2), gz_BHT4, ids_BT, schedule)
 
 
 def attend(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: States, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """o_BTHV in the dtype of v and 1/Z_BHT in fp32, given the states of a sweep over the keys."""
+    """o_BTHV in the dtype of v and 1/Z_BHT in fp32, given the states of a scan over the keys."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     o_BTHV = laid_out_like(v_BTHV)
     inverse_z_BHT = torch.empty(launch.B, launch.H, launch.T, dtype=torch.float32, device=launch.device)
-    triton_tiles.outputs[launch.tiles(schedule.output_tokens)](
-        q_BTHF, k_BTHF, v_BTHV, launch.ids, *launch.pointers(states), o_BTHV, inverse_z_BHT,
-        *strides(q_BTHF, k_BTHF, v_BTHV, o_BTHV),
-        launch.ids_stride, *launch.counts(states), **launch.tile_options(schedule.output_tokens, states),
+    triton_outputs.outputs_kernel[launch.tiles(schedule.output_tokens)](
+        *_operands(q_BTHF, k_BTHF, v_BTHV), launch.ids, *launch.pointers(states), operand(o_BTHV), inverse_z_BHT,
+        *launch.counts(states), **launch.tile_options(schedule.output_tokens, states),
     )  # fmt: skip
     return o_BTHV, inverse_z_BHT
 
@@ -241,9 +241,9 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> 
     g_BHTV = torch.empty(B, H, T, V, dtype=o_BTHV.dtype, device=o_BTHV.device)
     gz_BHT4 = torch.empty(B, H, T, 4, dtype=o_BTHV.dtype, device=o_BTHV.device)
     tile = 64
-    triton_tiles.output_gradients[triton.cdiv(T, tile), B * H](
-        do_BTHV, o_BTHV, inverse_z_BHT, g_BHTV, gz_BHT4, *strides(do_BTHV, o_BTHV), T, H,
-        value_dim=V, value_width=max(16, triton.next_power_of_2(V)), tile_tokens=tile, even=T % tile == 0, num_warps=4,
+    triton_gradients.output_gradients_kernel[triton.cdiv(T, tile), B * H](
+        *_operands(do_BTHV, o_BTHV), inverse_z_BHT, g_BHTV, gz_BHT4, T, H,
+        V=V, PADDED_V=max(16, triton.next_power_of_2(V)), TILE_TOKENS=tile, EVEN=T % tile == 0, num_warps=4,
     )  # fmt: skip
     return g_BHTV, gz_BHT4
 
@@ -252,13 +252,12 @@ def query_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None,
     states: States, schedule: Schedule,
 ) -> Tensor:  # fmt: skip
-    """dq, given the states of a sweep over the keys."""
+    """dq, given the states of a scan over the keys."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     dq_BTHF = laid_out_like(q_BTHF)
-    triton_tiles.query_gradients[launch.tiles(schedule.gradient_tokens)](
-        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *launch.pointers(states), dq_BTHF,
-        *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dq_BTHF),
-        launch.ids_stride, *launch.counts(states), **launch.tile_options(schedule.gradient_tokens, states),
+    triton_gradients.query_gradients_kernel[launch.tiles(schedule.gradient_tokens)](
+        *_operands(q_BTHF, k_BTHF, v_BTHV), g_BHTV, gz_BHT4, launch.ids, *launch.pointers(states), operand(dq_BTHF),
+        *launch.counts(states), **launch.tile_options(schedule.gradient_tokens, states),
     )  # fmt: skip
     return dq_BTHF
 
@@ -267,34 +266,12 @@ def key_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None,
     adjoints: States, schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv, given the states of a sweep over the queries."""
+    """dk and dv, given the states of a scan over the queries."""
     launch = _Launch(q_BTHF, v_BTHV, ids_BT, schedule)
     dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
-    triton_tiles.key_gradients[launch.tiles(schedule.gradient_tokens)](
-        q_BTHF, k_BTHF, v_BTHV, g_BHTV, gz_BHT4, launch.ids, *launch.pointers(adjoints), dk_BTHF, dv_BTHV,
-        *strides(q_BTHF, k_BTHF, v_BTHV), *strides(dk_BTHF, dv_BTHV),
-        launch.ids_stride, *launch.counts(adjoints),
-        has_pairs=True, **launch.tile_options(schedule.gradient_tokens, adjoints),
-    )  # fmt: skip
-    return dk_BTHF, dv_BTHV
-
-
-def moment_gradients(
-    k_BTHF: Tensor, v_BTHV: Tensor, dmoments_BHRE: Tensor, ids_BT: Tensor | None, schedule: Schedule
-) -> tuple[Tensor, Tensor]:
-    """dk and dv of the moments of a sweep over the keys."""
-    launch = _Launch(k_BTHF, v_BTHV, ids_BT, schedule)
-    # One segment, through which nothing flows but the adjoint state from its end.
-    starts = launch.new_operand(1)
-    _combine(launch, None, dmoments_BHRE, starts, None, launch.chunks, adjoint=True)
-    adjoints = States(None, None, *starts)
-    dk_BTHF, dv_BTHV = laid_out_like(k_BTHF), laid_out_like(v_BTHV)
-    unused, no_strides = dmoments_BHRE, (0, 0, 0)
-    triton_tiles.key_gradients[launch.tiles(schedule.gradient_tokens)](
-        k_BTHF, k_BTHF, v_BTHV, v_BTHV, unused, launch.ids, *launch.pointers(adjoints), dk_BTHF, dv_BTHV,
-        *no_strides, *strides(k_BTHF, v_BTHV, dk_BTHF, dv_BTHV),
-        launch.ids_stride, *launch.counts(adjoints),
-        has_pairs=False, **launch.tile_options(schedule.gradient_tokens, adjoints),
+    triton_gradients.key_gradients_kernel[launch.tiles(schedule.gradient_tokens)](
+        *_operands(q_BTHF, k_BTHF, v_BTHV), g_BHTV, gz_BHT4, launch.ids, *launch.pointers(adjoints), *_operands(dk_BTHF, dv_BTHV),
+        *launch.counts(adjoints), **launch.tile_options(schedule.gradient_tokens, adjoints),
     )  # fmt: skip
     return dk_BTHF, dv_BTHV
 
@@ -307,7 +284,7 @@ def schedule(chunk_tokens: int | None, *inputs: Tensor) -> Schedule:
     if chunk_tokens < 16 or chunk_tokens & (chunk_tokens - 1):
         raise ValueError(f"chunk_tokens is {chunk_tokens}: the Triton kernels take powers of two from 16 on")
     tile = min(chunk_tokens, 64)
-    return Schedule(chunk_tokens=chunk_tokens, sweep_tokens=tile, output_tokens=tile, gradient_tokens=tile)
+    return Schedule(chunk_tokens=chunk_tokens, scan_tokens=tile, output_tokens=tile, gradient_tokens=tile)
 
 
 def _check_dtypes(*tensors: Tensor) -> None:

@@ -1,16 +1,16 @@
 """Rows of a Taylor state inside the kernels, and how tiles and states move.
 
-Legend: F feature dim, V value head dim, M tokens of a tile, X rows of a block.
+Legend: F feature dim, V value head dim, M tokens of a tile, X rows of a tile of the state.
 
 Packed features never reach memory. They are products of two factors, picked out of a token's vector x by products with one-hot
 columns: exact, and left in the registers where the next matrix product reads them. Rows of a state, with P = F rounded up to a
-power of two (`period`), differ from the public packed order:
+power of two (`PERIOD`), differ from the public packed order:
 
     r < P                     x_r
     P + s P + a               x_a x_{(a+s) mod P}, for s = 0 .. P/2 (the last with a < P/2): every pair once
     the next row              1, then rows of zeros
 
-so that the first factor of row r is x_{r mod P} in every block, and neither factor needs a table. States of chunks
+so that the first factor of row r is x_{r mod P} in every tile, and neither factor needs a table. States of chunks
 carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1. What belongs to the normaliser is a
 vector in fp32; `as_columns` splits it into two rounded parts, so that matrix products can take it.
 """
@@ -22,82 +22,80 @@ import triton.language as tl
 
 
 @triton.jit
-def one_hot(index_X, width: tl.constexpr, dtype: tl.constexpr):
-    """[width, X] columns that pick entry index[x]; a column of zeros where it is negative."""
-    return tl.where(tl.arange(0, width)[:, None] == index_X[None, :], 1.0, 0.0).to(dtype)
+def one_hot(index_X, PADDED_F: tl.constexpr, DTYPE: tl.constexpr):
+    """[PADDED_F, X] columns that pick entry index[x]; a column of zeros where it is negative."""
+    return tl.where(tl.arange(0, PADDED_F)[:, None] == index_X[None, :], 1.0, 0.0).to(DTYPE)
 
 
 @triton.jit
-def second_factor(rows_X, period: tl.constexpr):
+def second_factor(rows_X, PERIOD: tl.constexpr):
     """Index of the second factor of each row; -1 where the row is no pair."""
-    pairs: tl.constexpr = period * (period + 1) // 2
-    shift = rows_X // period - 1
-    is_pair = (rows_X >= period) & (rows_X < period + pairs)
-    return tl.where(is_pair, (rows_X + shift) % period, -1)
+    pairs: tl.constexpr = PERIOD * (PERIOD + 1) // 2
+    shift = rows_X // PERIOD - 1
+    is_pair = (rows_X >= PERIOD) & (rows_X < PERIOD + pairs)
+    return tl.where(is_pair, (rows_X + shift) % PERIOD, -1)
 
 
 @triton.jit
-def row_weights(rows_X, period: tl.constexpr, feature_dim: tl.constexpr):
+def row_weights(rows_X, PERIOD: tl.constexpr, F: tl.constexpr):
     """Factors that turn packed(q).packed(k) into 1 + s + s^2/2."""
-    scale: tl.constexpr = 1.0 / feature_dim**0.5
-    pairs: tl.constexpr = period * (period + 1) // 2
-    pair_weights = tl.where(rows_X < 2 * period, 0.5 * scale * scale, scale * scale)
-    return tl.where(rows_X < period, scale, tl.where(rows_X < period + pairs, pair_weights, 1.0))
+    scale: tl.constexpr = 1.0 / F**0.5
+    pairs: tl.constexpr = PERIOD * (PERIOD + 1) // 2
+    pair_weights = tl.where(rows_X < 2 * PERIOD, 0.5 * scale * scale, scale * scale)
+    return tl.where(rows_X < PERIOD, scale, tl.where(rows_X < PERIOD + pairs, pair_weights, 1.0))
 
 
 @triton.jit
-def public_rows(rows_X, period: tl.constexpr, feature_dim: tl.constexpr):
-    """Where a row lies in the public packed order [1 | x_a | x_a x_b, a <= b]; -1 for rows of zeros."""
-    pairs: tl.constexpr = period * (period + 1) // 2
-    first = rows_X % period
-    second = second_factor(rows_X, period)
+def public_rows(rows_X, PERIOD: tl.constexpr, F: tl.constexpr):
+    """Place of a row in the public packed order [1 | x_a | x_a x_b, a <= b]; -1 for rows of zeros."""
+    pairs: tl.constexpr = PERIOD * (PERIOD + 1) // 2
+    first = rows_X % PERIOD
+    second = second_factor(rows_X, PERIOD)
     low = tl.minimum(first, second)
     high = tl.maximum(first, second)
-    pair = 1 + feature_dim + low * feature_dim - low * (low - 1) // 2 + high - low
-    row = tl.where(rows_X < period, 1 + first, tl.where(rows_X < period + pairs, pair, 0))
-    return tl.where(
-        (rows_X > period + pairs) | ((rows_X < period + pairs) & (tl.maximum(first, high) >= feature_dim)), -1, row
-    )
+    pair = 1 + F + low * F - low * (low - 1) // 2 + high - low
+    row = tl.where(rows_X < PERIOD, 1 + first, tl.where(rows_X < PERIOD + pairs, pair, 0))
+    return tl.where((rows_X > PERIOD + pairs) | ((rows_X < PERIOD + pairs) & (tl.maximum(first, high) >= F)), -1, row)
 
 
 @triton.jit
-def first_factors(x_MF, block_rows: tl.constexpr, period: tl.constexpr, width: tl.constexpr, precision: tl.constexpr):
-    """First factors [M, X] fp32, the same for every block of rows."""
-    picks = one_hot(tl.arange(0, block_rows) % period, width, x_MF.dtype)
-    return tl.dot(x_MF, picks, input_precision=precision)
+def first_factors(x_MF, TILE_ROWS: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, PRECISION: tl.constexpr):
+    """First factors [M, X] fp32, the same for every tile of rows."""
+    picks = one_hot(tl.arange(0, TILE_ROWS) % PERIOD, PADDED_F, x_MF.dtype)
+    return tl.dot(x_MF, picks, input_precision=PRECISION)
 
 
 @triton.jit
-def second_factors(x_MF, rows_X, period: tl.constexpr, width: tl.constexpr, precision: tl.constexpr):
-    """Second factors [M, X] fp32 of a block of rows; zero in the constant row."""
-    picks = one_hot(second_factor(rows_X, period), width, x_MF.dtype)
-    linear = tl.where(rows_X < period, 1.0, 0.0)
-    return tl.dot(x_MF, picks, input_precision=precision) + linear[None, :]
+def second_factors(x_MF, rows_X, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, PRECISION: tl.constexpr):
+    """Second factors [M, X] fp32 of a tile of rows; zero in the constant row."""
+    picks = one_hot(second_factor(rows_X, PERIOD), PADDED_F, x_MF.dtype)
+    linear = tl.where(rows_X < PERIOD, 1.0, 0.0)
+    return tl.dot(x_MF, picks, input_precision=PRECISION) + linear[None, :]
 
 
 @triton.jit
-def features(a_MX, b_MX, rows_X, period: tl.constexpr):
-    """packed(x) of a block of rows from its factors."""
-    constant: tl.constexpr = period + period * (period + 1) // 2
+def features(a_MX, b_MX, rows_X, PERIOD: tl.constexpr):
+    """packed(x) of a tile of rows from its factors."""
+    constant: tl.constexpr = PERIOD + PERIOD * (PERIOD + 1) // 2
     return a_MX * b_MX + tl.where(rows_X == constant, 1.0, 0.0)[None, :]
 
 
 @triton.jit
-def as_columns(x_X, dtype: tl.constexpr):
+def as_columns(x_X, DTYPE: tl.constexpr):
     """[X, 16] that brings a vector of fp32 into matrix products: columns 0 and 1 add up to it, column 2 is column 0."""
     column = tl.arange(0, 16)[None, :]
-    high = x_X.to(dtype)
-    low = (x_X - high.to(tl.float32)).to(dtype)
-    return tl.where((column == 0) | (column == 2), high[:, None], tl.where(column == 1, low[:, None], 0.0).to(dtype))
+    high = x_X.to(DTYPE)
+    low = (x_X - high.to(tl.float32)).to(DTYPE)
+    return tl.where((column == 0) | (column == 2), high[:, None], tl.where(column == 1, low[:, None], 0.0).to(DTYPE))
 
 
 @triton.jit
-def as_factors(x_X, dtype: tl.constexpr):
-    """[X, 16] so that as_factors(x) @ as_columns(y)^T is the outer product of x and y, to twice the digits of dtype."""
+def as_factors(x_X, DTYPE: tl.constexpr):
+    """[X, 16] so that as_factors(x) @ as_columns(y)^T is the outer product of x and y, to twice the digits of DTYPE."""
     column = tl.arange(0, 16)[None, :]
-    high = x_X.to(dtype)
-    low = (x_X - high.to(tl.float32)).to(dtype)
-    return tl.where(column < 2, high[:, None], tl.where(column == 2, low[:, None], 0.0).to(dtype))
+    high = x_X.to(DTYPE)
+    low = (x_X - high.to(tl.float32)).to(DTYPE)
+    return tl.where(column < 2, high[:, None], tl.where(column == 2, low[:, None], 0.0).to(DTYPE))
 
 
 @triton.jit
@@ -108,45 +106,66 @@ def sum_columns(x_M16):
 
 @triton.jit
 def load_tile(
-    ptr, rows_M, stride, limit, columns_X, columns: tl.constexpr, columns_width: tl.constexpr, even: tl.constexpr
+    ptr, rows_M, stride, limit, columns_X, COLUMNS: tl.constexpr, PADDED_COLUMNS: tl.constexpr, EVEN: tl.constexpr
 ):
-    """[M, X] of a matrix with dense rows; zeros outside of it."""
+    """[M, X] of a matrix with dense rows; zeros outside of it. EVEN says that no row is outside."""
     ptrs = ptr + rows_M.to(tl.int64)[:, None] * stride + columns_X[None, :]
-    if even and columns == columns_width:
+    if EVEN and COLUMNS == PADDED_COLUMNS:
         return tl.load(ptrs)
-    return tl.load(ptrs, mask=(rows_M < limit)[:, None] & (columns_X < columns)[None, :], other=0.0)
+    return tl.load(ptrs, mask=(rows_M < limit)[:, None] & (columns_X < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
-def load_vector(ptr, rows_M, limit, even: tl.constexpr):
-    """[M] entries; zeros outside."""
-    if even:
+def load_vector(ptr, rows_M, limit, EVEN: tl.constexpr):
+    """[M] entries of a vector; zeros outside of it."""
+    if EVEN:
         return tl.load(ptr + rows_M)
     return tl.load(ptr + rows_M, mask=rows_M < limit, other=0)
 
 
 @triton.jit
-def store_tile(ptr, rows_M, stride, limit, columns_X, columns: tl.constexpr, x_MX):
+def store_tile(ptr, rows_M, stride, limit, columns_X, COLUMNS: tl.constexpr, x_MX):
     """Stores the part of [M, X] that is inside of the matrix."""
     tl.store(
         ptr + rows_M.to(tl.int64)[:, None] * stride + columns_X[None, :], x_MX.to(ptr.dtype.element_ty),
-        mask=(rows_M < limit)[:, None] & (columns_X < columns)[None, :],
+        mask=(rows_M < limit)[:, None] & (columns_X < COLUMNS)[None, :],
     )  # fmt: skip
 
 
 @triton.jit
-def load_state(ptr, packed_X, columns_V, value_dim: tl.constexpr):
+def load_state(ptr, packed_X, columns_V, V: tl.constexpr):
     """Rows of a state [R, V + 1] in the public layout: values [X, V] and the last column [X]; zeros where packed < 0."""
-    rows = ptr + packed_X * (value_dim + 1)
-    mask = (packed_X >= 0)[:, None] & (columns_V < value_dim)[None, :]
+    rows = ptr + packed_X * (V + 1)
+    mask = (packed_X >= 0)[:, None] & (columns_V < V)[None, :]
     values = tl.load(rows[:, None] + columns_V[None, :], mask=mask, other=0.0)
-    return values, tl.load(rows + value_dim, mask=packed_X >= 0, other=0.0)
+    return values, tl.load(rows + V, mask=packed_X >= 0, other=0.0)
 
 
 @triton.jit
-def store_state(ptr, packed_X, columns_V, value_dim: tl.constexpr, values_XV, total_X):
+def store_state(ptr, packed_X, columns_V, V: tl.constexpr, values_XV, total_X):
     """The reverse of `load_state`."""
-    rows = ptr + packed_X * (value_dim + 1)
-    mask = (packed_X >= 0)[:, None] & (columns_V < value_dim)[None, :]
+    rows = ptr + packed_X * (V + 1)
+    mask = (packed_X >= 0)[:, None] & (columns_V < V)[None, :]
     tl.store(rows[:, None] + columns_V[None, :], values_XV, mask=mask)
-    tl.store(rows + value_dim, total_X, mask=packed_X >= 0)
+    tl.store(rows + V, total_X, mask=packed_X >= 0)
+
+
+@triton.jit
+def load_rows(
+    states_ptr, normalisers_ptr, rows_X, limit, columns_V, V: tl.constexpr, PADDED_V: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of a stored state: values [X, V], and normalisers as columns [X, 16]; WHOLE ignores the limit."""
+    values = load_tile(states_ptr, rows_X, V, limit, columns_V, V, PADDED_V, WHOLE)
+    return values, load_tile(normalisers_ptr, rows_X, 4, limit, tl.arange(0, 16), 4, 16, WHOLE)
+
+
+@triton.jit
+def start_limit(ids_ptr, edge_token, segment_edge_token, STORED_ROWS: tl.constexpr, HAS_IDS: tl.constexpr):
+    """Number of rows that a chunk reads of its segment's start: none if another document began in between.
+
+    The tokens are those whose documents enter the chunk and the segment. What reads a chunk's state compares with the
+    former; ids do not decrease, so equal ids leave nothing else between.
+    """
+    if HAS_IDS:
+        return tl.where(tl.load(ids_ptr + edge_token) == tl.load(ids_ptr + segment_edge_token), STORED_ROWS, 0)
+    return STORED_ROWS

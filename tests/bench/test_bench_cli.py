@@ -6,28 +6,32 @@ import pytest
 import torch
 
 from based_megatron import cli
-from based_megatron.bench import kernels, neighbours
+from based_megatron.bench import kernels, norm_gate_loss
+from based_megatron.bench.keys import Operation, Quantity
 from based_megatron.bench.report import Case, Check, Row
 
 
-def bench(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
-    """Exit code and rows of a quick run."""
+def bench(tmp_path, *arguments: str) -> tuple[int, dict]:
+    """Exit code and report of a quick run."""
     code = cli.main(["bench", *arguments, "--quick", "--output", str(tmp_path)])
-    return code, json.loads((tmp_path / f"{arguments[0]}.json").read_text())["rows"]
+    return code, json.loads((tmp_path / f"{arguments[0]}.json").read_text())
 
 
 def test_every_kernel_is_checked_and_timed(tmp_path, capsys):
-    code, rows = bench(tmp_path, "kernels")
+    code, report = bench(tmp_path, "kernels")
     assert code == 0, capsys.readouterr().err
-    works = {row["work"] for row in rows}
-    for op in ("taylor", "window", "add + RMSNorm", "SwiGLU", "cross entropy"):
-        assert {f"{op} forward", f"{op} forward + backward"} <= works
-    assert {"gated conv forward", "gated conv backward"} <= works
-    checked = {name for row in rows for name in row["checks"]}
+    rows = report["rows"]
+    measured = {(row["operation"], row.get("passes")) for row in rows}
+    for operation in ("taylor_attention", "sliding_window", "add_rms_norm", "swiglu", "cross_entropy"):
+        assert {(operation, "forward"), (operation, "forward_backward")} <= measured
+    assert {("gated_conv", "forward"), ("gated_conv", "backward")} <= measured
+    checked = {name for row in rows for name in row.get("checks", {})}
     assert {"o", "dq", "dk", "dv", "du, dgate", "dweight", "dresidual", "dupdate", "dx", "dlogits"} <= checked
-    taylor = next(row for row in rows if row["work"] == "taylor forward")
-    assert isinstance(taylor["peers"]["fla parallel_based"], str | dict) and "ms" in taylor["peers"]["SDPA flash"]
-    assert all(row["target"] is None for row in rows), "tiny sizes have no targets"
+    taylor = next(row for row in rows if row["operation"] == "taylor_attention")
+    assert taylor["sizes"] == {"batch": 2, "tokens": 48, "heads": 2, "feature_dim": 8, "head_dim": 16}
+    assert taylor["baselines"]["sdpa_flash"].keys() == {"ms", "method"}
+    assert isinstance(taylor["baselines"]["fla_parallel_based"], str | dict)
+    assert not any("target" in row for row in rows), "tiny sizes have no targets"
 
 
 @pytest.mark.parametrize(
@@ -35,31 +39,35 @@ def test_every_kernel_is_checked_and_timed(tmp_path, capsys):
 )
 def test_the_triton_kernels_run_in_the_interpreter(tmp_path, case):
     """In fp32: the interpreter multiplies the bits of bf16 matrices, not their numbers."""
-    code, rows = bench(tmp_path, "kernels", "--only", case, "--backend", "triton", "--precision", "fp32")
-    assert code == 0 and rows
-    assert all(check["error"] <= 1e-5 for row in rows for check in row["checks"].values())
+    code, report = bench(tmp_path, "kernels", "--only", case, "--backend", "triton", "--precision", "fp32")
+    assert code == 0 and report["rows"]
+    assert all(check["error"] <= 1e-5 for row in report["rows"] for check in row["checks"].values())
 
 
 def test_a_wrong_kernel_fails_and_is_named(tmp_path, monkeypatch, capsys):
-    """Only in the backend under test: the reference stays what it is."""
+    """Wrong in the backend under test only: the reference stays what it is."""
 
     def doubled(x: torch.Tensor, *, backend: str = "reference") -> torch.Tensor:
         value, gate = x.chunk(2, dim=-1)
         return value * torch.nn.functional.silu(gate) * (2 if x.dtype == torch.bfloat16 else 1)
 
-    monkeypatch.setattr(neighbours, "swiglu", doubled)
-    code, rows = bench(tmp_path, "kernels", "--only", "SwiGLU")
-    assert code == 1 and not any(row["passed"] for row in rows)
-    assert "failed: SwiGLU forward N12 W24; SwiGLU forward + backward" in capsys.readouterr().err
+    monkeypatch.setattr(norm_gate_loss, "swiglu", doubled)
+    code, report = bench(tmp_path, "kernels", "--only", "SwiGLU")
+    checks = [check for row in report["rows"] for check in row["checks"].values()]
+    assert code == 1 and len(checks) == 2 and all(check["error"] > check["limit"] for check in checks)
+    assert "failed: SwiGLU, forward N12 W24; SwiGLU, forward + backward" in capsys.readouterr().err
 
 
 def test_one_case_that_raises_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    good = Row(Operation.COPY, 1.0, Quantity.GIGABYTES_PER_SECOND, checks={"o": Check(0, 1)})
+
     def cases(_) -> list[Case]:
-        return [Case("broken", lambda: 1 / 0), Case("good", lambda: Row("good", "", 1.0, checks={"o": Check(0, 1)}))]
+        return [Case("broken", lambda: 1 / 0), Case("good", lambda: good)]
 
     monkeypatch.setattr(kernels, "cases", cases)
-    code, rows = bench(tmp_path, "kernels")
-    assert code == 1 and [row["passed"] for row in rows] == [False, True]
+    code, report = bench(tmp_path, "kernels")
+    assert code == 1 and [row["operation"] for row in report["rows"]] == ["copy"]
+    assert report["failures"] == [{"case": "broken", "error": "ZeroDivisionError: division by zero"}]
     assert "failed: broken" in capsys.readouterr().err
 
 
@@ -84,6 +92,6 @@ def train_on_a_rank(folder: str) -> tuple[int, dict]:
 
 def test_a_training_step_agrees_with_the_reference_and_has_a_speed(tmp_path, worker_pool):
     ((code, row),) = worker_pool(1).run(train_on_a_rank, str(tmp_path))
-    assert code == 0 and row["value"] > 0 and row["unit"] == "tok/s"
+    assert code == 0 and row["value"] > 0 and row["quantity"] == "tokens_per_second"
     assert len(row["checks"]) == 5 and all(check["error"] < 1e-4 for check in row["checks"].values())
-    assert row["peers"]["Llama"] > 0
+    assert row["baselines"]["llama"] > 0

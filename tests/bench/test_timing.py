@@ -1,8 +1,9 @@
-"""Timing on a CPU, and what is said of peers that give no time."""
+"""Timing on a CPU, and what is said of baselines that give no time."""
 
 import pytest
 import torch
 
+from based_megatron.bench.keys import Method
 from based_megatron.bench.timing import Bench, forward_backward
 
 BENCH = Bench(torch.device("cpu"), torch.float32, "reference", quick=True)
@@ -13,7 +14,7 @@ def test_a_time_is_the_median_of_calls_taken_in_turn():
     timing = Bench(torch.device("cpu"), torch.float32, "reference").time(
         [lambda: seen.append(0), lambda: seen.append(1)]
     )
-    assert timing.ms >= 0 and timing.method == "clock"
+    assert timing.ms >= 0 and timing.method is Method.CLOCK
     assert {*seen} == {0, 1}
 
 
@@ -41,9 +42,9 @@ def raises(error: Exception):
         (ValueError("head dim\n 112"), "failed: ValueError: head dim 112"),
     ],
 )
-def test_a_peer_without_a_time_says_why(error, said):
-    assert BENCH.peer(raises(error)) == said
-    assert BENCH.peer(lambda: raises(error)) == said, "an error of the call itself"
+def test_a_baseline_without_a_time_says_why(error, said):
+    assert BENCH.baseline(raises(error)) == said
+    assert BENCH.baseline(lambda: raises(error)) == said, "an error of the call itself"
 
 
 def test_random_numbers_have_the_bench_dtype_and_are_fresh():

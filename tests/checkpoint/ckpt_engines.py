@@ -7,7 +7,6 @@ parallel layout, and padding (zeros) has none.
 import json
 import logging
 import os
-import socket
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from ckpt_fragments import SHAPES, specs
 from torch import Tensor, nn
 
 from based_megatron.parallel.sharding import ShardSpec
+from support.pool import fork_context, free_port
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,17 @@ def make_alone() -> dist.ProcessGroup:
     return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
-def make_engine(layout: Layout, alone: dist.ProcessGroup, seed: int, names: list[str] | None = None) -> Any:
-    """An engine of the toy model; `names` limits the parameters, as a pipeline stage would."""
+def make_engine(
+    layout: Layout, alone: dist.ProcessGroup, seed: int, names: list[str] | None = None, copy: str = ""
+) -> Any:
+    """An engine of the toy model; `names` limits the parameters, as a pipeline stage would, `copy` is tied to another stage's."""
     import deepspeed
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer
+
+    from based_megatron.parallel.deepspeed import ZeroEngine
+    from based_megatron.parallel.linear import shard_spec
+    from based_megatron.train.optimizer.adamw import Optimizer
 
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
@@ -88,6 +94,8 @@ def make_engine(layout: Layout, alone: dist.ProcessGroup, seed: int, names: list
     rank = dist.get_rank(groups.model)
     mine = [spec for spec in specs(rank, layout.tensor) if names is None or spec.name in names]
     model = Toy(mine, seed)
+    for parameter in model.parameters():
+        parameter.tied_copy = shard_spec(parameter).name == copy  # type: ignore[attr-defined]
     plain = [p for p in model.parameters() if p.ndim == 1]
     decayed = [p for p in model.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
@@ -112,7 +120,8 @@ def make_engine(layout: Layout, alone: dist.ProcessGroup, seed: int, names: list
     if layout.precision == "bf16":
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return deepspeed.initialize(model=model, optimizer=optimizer, mpu=groups, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=groups, config=config)[0]
+    return ZeroEngine(engine, Optimizer(optimizer))
 
 
 def train(engine: Any, first_step: int, steps: int) -> list[float]:
@@ -120,7 +129,7 @@ def train(engine: Any, first_step: int, steps: int) -> list[float]:
     losses = []
     for step in range(first_step, first_step + steps):
         inputs = torch.rand(2, generator=torch.Generator().manual_seed(step))
-        data = engine.mpu.data
+        data = engine._engine.mpu.data
         inputs = inputs[dist.get_rank(data) :: dist.get_world_size(data)]
         loss = engine(inputs)
         engine.backward(loss)
@@ -131,10 +140,9 @@ def train(engine: Any, first_step: int, steps: int) -> list[float]:
 
 def run_cases(cases: Sequence[tuple[str, Callable[..., None], tuple]], folder: Path) -> dict[str, str]:
     """Run cases (name, function, arguments) one after another on two ranks; what went wrong by name, empty if nothing."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, args=(2, port, cases, folder), nprocs=2)
+    fork_context()  # sets what the server that forks has imported
+    arguments = (2, free_port(), cases, folder)
+    torch.multiprocessing.start_processes(_worker, args=arguments, nprocs=2, start_method="forkserver")
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {name: "".join(dict.fromkeys(rank.get(name, "did not run") for rank in found)) for name, _, _ in cases}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ckpt_fragments import CONFIG, flat, full_tensors, save, shard
 
+from based_megatron import __version__
 from based_megatron.checkpoint import (
     Fragment,
     find_checkpoint,
@@ -66,7 +67,7 @@ def test_state_comes_back_with_step_versions_and_kinds(tmp_path):
     state = load_checkpoint(save(tmp_path, 12), flat(shard(None, 1, 1)))
     assert (state["step"], state["consumed_tokens"]) == (12, 120)
     assert state["kinds"] == ["exp_avg", "exp_avg_sq", "model"]
-    assert state["versions"]["torch"] == torch.__version__
+    assert (state["versions"]["based-megatron"], state["versions"]["torch"]) == (__version__, torch.__version__)
     assert from_dict(state["config"]) == CONFIG
 
 

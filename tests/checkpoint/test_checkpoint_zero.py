@@ -14,27 +14,35 @@ import torch.distributed as dist
 from ckpt_engines import Layout, make_alone, make_engine, run_cases, train
 
 from based_megatron.checkpoint import (
-    adam_step,
     after_load,
     load_checkpoint,
     newest_valid,
+    optimizer_entry,
     read_full,
     save_checkpoint,
+    saved_optimizer,
     zero_fragments,
 )
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError
+from based_megatron.parallel.deepspeed import ZeroEngine
+from based_megatron.parallel.partitions import Partition
+from based_megatron.train.optimizer.adamw import Optimizer
 
 
 def save(engine, folder: Path, step: int) -> Path:
     return save_checkpoint(
-        folder, step, zero_fragments(engine), {"adam_step": adam_step(engine), "config": to_dict(Config())}
+        folder, step, zero_fragments(engine), {"optimizer": optimizer_entry(engine), "config": to_dict(Config())}
     )
 
 
 def load(engine, path: Path, weights_only: bool = False) -> None:
     state = load_checkpoint(path, zero_fragments(engine), weights_only)
-    after_load(engine, 0 if weights_only else state["adam_step"])
+    after_load(engine, None if weights_only else saved_optimizer(state))
+
+
+def adam_steps(engine) -> int:
+    return engine.optimizer.scalars()["step"]
 
 
 def held(engine) -> list[torch.Tensor]:
@@ -48,7 +56,7 @@ def case_same_layout(folder: Path, layout: Layout) -> None:
     train(engine, 0, 3)
     train(other, 0, 1)  # so that gathered weights of before the load would be seen
     load(other, save(engine, folder, 3))
-    assert adam_step(other) == 3
+    assert adam_steps(other) == 3
     assert train(other, 3, 2) == train(engine, 3, 2)
     for a, b in zip(held(other), held(engine), strict=True):
         assert torch.equal(a, b)
@@ -58,7 +66,7 @@ def case_save_changes_nothing(folder: Path) -> None:
     alone = make_alone()
     engine, other = (make_engine(Layout(data=2), alone, seed=0) for _ in range(2))
     save(engine, folder, 0)  # before the first step: Adam's state is made by the save
-    assert adam_step(engine) == 0
+    assert adam_steps(engine) == 0
     assert train(engine, 0, 2) == train(other, 0, 2)
     for a, b in zip(held(engine), held(other), strict=True):
         assert torch.equal(a, b)
@@ -77,7 +85,7 @@ def case_reshard(folder: Path) -> None:
         engine = make_engine(layout, alone, seed=step)
         load(engine, path)
         train(engine, step, 1)
-        assert adam_step(engine) == step + 1
+        assert adam_steps(engine) == step + 1
         path = save(engine, folder / f"after {step}", step + 1)
     train(straight, 1, len(RESHARDINGS))
     last = make_engine(Layout(1, data=2), alone, seed=9)
@@ -93,7 +101,7 @@ def case_weights_only(folder: Path) -> None:
     train(engine, 0, 2)
     train(fresh, 0, 2)
     load(fresh, save(engine, folder, 2), weights_only=True)
-    assert adam_step(fresh) == 0
+    assert adam_steps(fresh) == 0
     full, _ = read_full(folder)
     for fragment in zero_fragments(fresh):
         expected = fragment.spec.cut(full[fragment.spec.name]).reshape(-1)[fragment.start :][: fragment.numel]
@@ -108,11 +116,10 @@ def case_pipeline_tied(folder: Path) -> None:
     """Two stages with a tied embedding: the copy on rank 0 is not written, and is loaded."""
     alone, rank = make_alone(), dist.get_rank()
     names = [["embedding.weight", "layers.0.mlp.fc1.weight"], ["layers.0.mlp.fc2.weight", "norm", "embedding.weight"]]
-    first = make_engine(Layout(), alone, seed=rank, names=names[rank])  # other weights in the copy than in the original
+    copy = "embedding.weight" if rank == 0 else ""
+    first = make_engine(Layout(), alone, seed=rank, names=names[rank], copy=copy)  # with other weights in the copy
     [original] = [p.detach().clone() for p in first.module.parameters() if p.shard_spec.name == "embedding.weight"]
     dist.broadcast(original, 1)
-    for parameter in first.module.parameters():
-        parameter.tied_copy = rank == 0 and parameter.shard_spec.name == "embedding.weight"
     path = save(first, folder, 1)
     assert torch.equal(read_full(path)[0]["embedding.weight"], original)
     second = make_engine(Layout(), alone, seed=7, names=names[1 - rank])
@@ -209,21 +216,23 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def test_apex_keeps_the_step_in_the_group():
-    client = GroupStepAdam(torch.zeros(3))
-    zero = SimpleNamespace(
-        optimizer=client,
-        single_partition_of_fp32_groups=client.param_groups[0]["params"],
-        update_lp_params=lambda: None,
-    )
-    engine = SimpleNamespace(optimizer=zero, zero_optimization_stage=lambda: 1, module=torch.nn.Module())
-    assert adam_step(engine) == 0
-    after_load(engine, 12)
-    assert client.param_groups[0]["step"] == adam_step(engine) == 12
-    zero_fragments(engine)
-    assert client.state[client.param_groups[0]["params"][0]].keys() == {"exp_avg", "exp_avg_sq"}
+    master = torch.zeros(3)
+    optimizer = Optimizer(GroupStepAdam(master))
+    optimizer.place([Partition(master, ())])
+    assert optimizer.scalars() == {"step": 0}
+    optimizer.load_scalars({"step": 12})
+    assert optimizer.client.param_groups[0]["step"] == optimizer.scalars()["step"] == 12
+    assert optimizer.state(master).keys() == optimizer.client.state[master].keys() == {"exp_avg", "exp_avg_sq"}
 
 
 def test_an_optimizer_without_zero_is_refused():
-    engine = SimpleNamespace(optimizer=SimpleNamespace(), module=torch.nn.Module())
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(), module=torch.nn.Module(), device="cpu", zero_optimization_stage=lambda: 0
+    )
     with pytest.raises(TypeError, match="use zero_stage 1, 2 or 3"):
-        zero_fragments(engine)
+        ZeroEngine(engine, Optimizer(GroupStepAdam(torch.zeros(3))))
+
+
+def test_a_checkpoint_of_before_optimizers_had_names_is_of_adamw():
+    assert saved_optimizer({"adam_step": 7}) == {"name": "adamw", "step": 7}
+    assert saved_optimizer({"optimizer": {"name": "muon", "step": 3}}) == {"name": "muon", "step": 3}

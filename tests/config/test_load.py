@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -20,13 +21,13 @@ from based_megatron.config import (
 from based_megatron.errors import ConfigError
 
 
-def field_keys() -> list[str]:
+def field_keys(config: Any = Config()) -> list[str]:  # noqa: B008
     """Every `section.field` of a Config, `run_dir` included."""
-    sections = {field.name: getattr(Config(), field.name) for field in dataclasses.fields(Config)}
     keys = []
-    for name, value in sections.items():
-        inner = [f".{field.name}" for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [""]
-        keys += [name + suffix for suffix in inner]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = [f".{key}" for key in field_keys(value)] if dataclasses.is_dataclass(value) else [""]
+        keys += [field.name + suffix for suffix in inner]
     return keys
 
 

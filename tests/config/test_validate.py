@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from config_changes import changed, legal
 
-from based_megatron.config import SourceConfig
+from based_megatron.config import Config, SourceConfig
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.validate import check_run_dir, data_parallel_size, validate
 from based_megatron.errors import ConfigError
+from based_megatron.model.check import check_mixers
 
 AT_LEAST_ONE = [
     "model.hidden_size",
@@ -39,6 +40,19 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "validation without sequences": ({"validation.sequences": 0}, 1, ["validation.sequences is 0"]),
     "rate zero": ({"optimizer.lr": 0.0}, 1, ["optimizer.lr is 0.0", "above 0"]),
     "rate not a number": ({"optimizer.lr": math.nan}, 1, ["optimizer.lr is nan"]),
+    "momentum of one": ({"optimizer.muon.momentum": 1.0}, 1, ["optimizer.muon.momentum is 1.0"]),
+    "no iteration": ({"optimizer.muon.newton_schulz_steps": 0}, 1, ["optimizer.muon.newton_schulz_steps is 0"]),
+    "updates of no size": ({"optimizer.muon.update_rms": 0.0}, 1, ["optimizer.muon.update_rms is 0.0"]),
+    "muon with apex": (
+        {"optimizer.name": "muon", "optimizer.implementation": "apex"},
+        1,
+        ["optimizer.implementation apex", "optimizer.name muon", "to auto"],
+    ),
+    "muon with zero 3": (
+        {"optimizer.name": "muon", "parallel.zero_stage": 3},
+        1,
+        ["optimizer.name muon", "parallel.zero_stage 3", "to 1 or 2"],
+    ),
     "beta1 of one": ({"optimizer.beta1": 1.0}, 1, ["optimizer.beta1 is 1.0"]),
     "beta2 below zero": ({"optimizer.beta2": -0.1}, 1, ["optimizer.beta2 is -0.1"]),
     "eps below zero": ({"optimizer.eps": -1e-8}, 1, ["optimizer.eps is -1e-08"]),
@@ -172,9 +186,15 @@ PRESETS = [
 ]
 
 
+def check(config: Config, world_size: int) -> None:
+    """All that is checked before ranks start to work."""
+    validate(config, world_size)
+    check_mixers(config)
+
+
 def refusal(changes: dict[str, Any], world_size: int) -> str:
     with pytest.raises(ConfigError) as error:
-        validate(changed(legal(), changes), world_size)
+        check(changed(legal(), changes), world_size)
     return str(error.value)
 
 
@@ -196,12 +216,12 @@ def test_sizes_and_counts_are_at_least_one(key, value):
 @pytest.mark.parametrize("name", LEGAL)
 def test_what_can_run_passes(name):
     changes, world_size = LEGAL[name]
-    validate(changed(legal(), changes), world_size)
+    check(changed(legal(), changes), world_size)
 
 
 @pytest.mark.parametrize(("preset", "world_size"), PRESETS)
 def test_presets_pass(preset, world_size):
-    validate(legal(preset), world_size)
+    check(legal(preset), world_size)
 
 
 def test_the_7b_preset_needs_sixteen_ranks_a_replica():
@@ -222,7 +242,9 @@ def test_layer_pattern_expands(pattern, expanded):
     assert parse_layer_pattern(pattern) == expanded
 
 
-@pytest.mark.parametrize("pattern", ["", "*3", "c*0", "c*-1", "c3", "cL*", "cL,S", "c*2*3", "l"])
+@pytest.mark.parametrize(
+    "pattern", ["", "*3", "c*0", "c*-1", "c3", "cL*", "cL,S", "c*2*3", "c*999999999", "c*99999999999", "c*10001"]
+)
 def test_layer_pattern_refuses_what_it_cannot_read(pattern):
     with pytest.raises(ConfigError, match=r"model\.layer_pattern"):
         parse_layer_pattern(pattern)

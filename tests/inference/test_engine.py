@@ -1,6 +1,7 @@
 """Prefill and decoding equal the full forward, however a sequence is split and whatever is beside it in the batch."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -65,10 +66,12 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def split_errors(dtype: torch.dtype, backend: str, prompts: list[int], pieces: list[int | None], **model: Any) -> Any:
+def split_errors(
+    dtype: torch.dtype, backend: str, prompts: list[int], pieces: list[int | None], batch: int = 3, **model: Any
+) -> Any:
     """{(prompt tokens, longest piece): largest relative error}."""
     built, topology = build(dtype, backend, **model)
-    tokens = some_tokens()
+    tokens = some_tokens(batch)
     expected = full_logits(built, topology, tokens)
     return {
         (prompt, piece): error(decoded_logits(Engine(built, piece), tokens, prompt), expected[:, prompt - 1 :])
@@ -93,8 +96,11 @@ def test_splits_in_single_precision(worker_pool):
 
 
 def test_splits_with_the_kernels(worker_pool):
-    (errors,) = worker_pool(1).run(split_errors, torch.float32, "triton", [1, 9], [None, 4], layer_pattern="cLS")
-    assert max(errors.values()) < 1e-5
+    """A prompt of one token, and longer than the window, at once and in pieces."""
+    for prompts, pieces in (([1], [None]), ([9], [None, 4])):
+        run = functools.partial(split_errors, torch.float32, "triton", batch=2, layer_pattern="cLS")
+        (errors,) = worker_pool(1).run(run, prompts, pieces)
+        assert len(errors) == len(pieces) and max(errors.values()) < 1e-5
 
 
 def batch_changes() -> dict[str, float]:

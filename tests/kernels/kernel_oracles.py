@@ -5,10 +5,13 @@ Legend: B batch, T queries, S keys, H heads, F feature dim, V value head dim, D 
 
 from collections.abc import Callable
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from based_megatron.kernels.taylor_attention import taylor_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where kernels run: conftest.py hides the GPUs unless BASED_TEST_DEVICE=cuda, and has Triton interpreted then."""
@@ -46,6 +49,22 @@ def taylor_weights(feature_dim: int) -> Tensor:
     F = feature_dim
     pairs = [1 / (2 * F) if a == b else 1 / F for a, b in combinations_with_replacement(range(F), 2)]
     return torch.tensor([1.0] + [F**-0.5] * F + pairs, dtype=torch.float64)
+
+
+def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None = None, **options: Any) -> Tensor:
+    """The moments of the tokens in the last token's document: the final state of `taylor_attention` from a zero state."""
+    _, state = taylor_attention(k_BTHF, k_BTHF, v_BTHV, document_ids_BT=ids_BT, return_final_state=True, **options)
+    assert state is not None
+    return state
+
+
+def recurrent_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRV: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and state of one more token: (k, v) is added to the state, which q then reads."""
+    v_BHE = torch.cat([v_BHV, torch.ones_like(v_BHV[..., :1])], dim=-1)
+    state_BHRV = state_BHRV + moments(k_BHF).unsqueeze(-1) * v_BHE.unsqueeze(-2)
+    read_BHR = moments(q_BHF) * taylor_weights(q_BHF.shape[-1]).to(q_BHF.dtype)
+    total_BHE = torch.einsum("bhr,bhre->bhe", read_BHR, state_BHRV)
+    return total_BHE[..., :-1] / total_BHE[..., -1:], state_BHRV
 
 
 def attention_oracle(

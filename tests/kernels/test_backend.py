@@ -30,7 +30,7 @@ def test_a_cpu_only_interprets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("requested", ["auto", "triton"])
-def test_a_gpu_without_triton_is_told_so(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
+def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"train\.backend is {requested}.*not installed"):
         resolve_backend(requested, torch.device("cuda"))

@@ -21,11 +21,12 @@ def some(tokens: int, columns: int, dtype: torch.dtype = torch.float32, scale: f
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
+    got, want = got.detach().double(), want.detach()
+    return float((got - want).norm() / want.norm())
 
 
 def errors(logits: Tensor, labels: Tensor, backend: str, columns: int | None = None) -> tuple[float, float]:
-    """Of the loss and of the gradient, against autograd in fp64 over the columns that count."""
+    """Errors of the loss and of the gradient, against autograd in fp64 over the columns that count."""
     exact = logits.detach().double().requires_grad_()
     weights = torch.linspace(-1, 2, len(labels), device=DEVICE)
     leaf = logits.detach().clone().requires_grad_()

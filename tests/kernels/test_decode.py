@@ -9,7 +9,7 @@ from kernel_oracles import attention_oracle, conv_oracle, moments, taylor_oracle
 from torch import Tensor
 
 from based_megatron.kernels.decode import (
-    WAITING_KEYS,
+    BUFFERED_KEYS,
     ConvState,
     TaylorState,
     WindowState,
@@ -79,23 +79,23 @@ def test_taylor_steps_continue_a_state(backend):
 
 
 @BACKENDS
-@pytest.mark.parametrize("T", [WAITING_KEYS, WAITING_KEYS + 1, 2 * WAITING_KEYS + 4])
-def test_keys_that_wait_count_like_absorbed_ones(backend, T):
-    """Up to a full line, the step that absorbs it, and again. Places that nobody wrote hold NaN."""
+@pytest.mark.parametrize("T", [BUFFERED_KEYS, BUFFERED_KEYS + 1, 2 * BUFFERED_KEYS + 4])
+def test_buffered_keys_count_like_absorbed_ones(backend, T):
+    """Up to a full buffer, the step that absorbs it, and again. Places that were never written hold NaN."""
     q, k, v = (torch.randn(B, T, H, width, device=DEVICE) for width in (4, 4, 24))
     state = TaylorState.zeros(B, H, 4, 24, dtype=torch.float32, device=DEVICE)
-    state.k_BHNF.fill_(float("nan"))
-    state.v_BHNV.fill_(float("nan"))
+    state.k_BHSF.fill_(float("nan"))
+    state.v_BHSV.fill_(float("nan"))
     expected_o, expected_state = taylor_oracle(*in_double(q, k, v))
     assert_close(steps(q, k, v, state, backend), expected_o)
     assert_close(state.joined(), expected_state)
-    waiting = 0 if backend == "reference" else T % (WAITING_KEYS + 1)
-    assert (state.waiting_BH == waiting).all()
+    buffered = 0 if backend == "reference" else T % (BUFFERED_KEYS + 1)
+    assert (state.buffered_BH == buffered).all()
 
 
 def test_heads_absorb_at_their_own_time():
-    """Rows and heads with different numbers of waiting keys, as merged batches have."""
-    T = WAITING_KEYS + 6
+    """Rows and heads with different numbers of buffered keys, as merged batches have."""
+    T = BUFFERED_KEYS + 6
     q, k, v = (torch.randn(B, T, H, width, device=DEVICE) for width in (4, 4, 8))
     state = TaylorState.zeros(B, H, 4, 8, dtype=torch.float32, device=DEVICE)
     for b in range(B):
@@ -107,7 +107,7 @@ def test_heads_absorb_at_their_own_time():
             for name, x in vars(one).items():
                 vars(state)[name][b, h] = x[0, 0]
     expected_o, _ = taylor_oracle(*in_double(q, k, v))
-    for t in range(WAITING_KEYS):
+    for t in range(BUFFERED_KEYS):
         at = torch.tensor([[3 * b + 2 * h + t for h in range(H)] for b in range(B)], device=DEVICE)
         now = [torch.take_along_dim(x, at[:, None, :, None], dim=1)[:, 0] for x in (q, k, v)]
         o = taylor_step(*now, state, backend="triton")
@@ -115,7 +115,7 @@ def test_heads_absorb_at_their_own_time():
 
 
 @BACKENDS
-def test_the_reference_takes_over_keys_that_wait(backend):
+def test_the_reference_takes_over_buffered_keys(backend):
     q, k, v = views(4, 4, 8)
     state = TaylorState.zeros(B, H, 4, 8, dtype=torch.float32, device=DEVICE)
     first = steps(q[:, :4], k[:, :4], v[:, :4], state, "triton")
@@ -123,15 +123,16 @@ def test_the_reference_takes_over_keys_that_wait(backend):
     assert_close(o, taylor_oracle(*in_double(q, k, v))[0])
 
 
-@pytest.mark.parametrize("tile", [dict(rows=8), dict(rows=64), dict(rows=256)])
-def test_the_tile_of_a_taylor_step_does_not_matter(tile):
-    from based_megatron.kernels.decode import triton_decode
+@pytest.mark.parametrize("rows", [8, 64, 256])
+def test_the_tile_of_a_taylor_step_does_not_matter(rows, monkeypatch):
+    from based_megatron.kernels.decode import triton_taylor_step
 
+    monkeypatch.setattr(triton_taylor_step, "TILE_ROWS", rows)
     q, k, v = views(16, 16, 24)
     state = TaylorState.zeros(B, H, 16, 24, dtype=torch.float32, device=DEVICE)
     *_, prefix = taylor_oracle(*in_double(*(x[:, : T - 2] for x in (q, k, v))))
     state.set_joined(prefix.to(DEVICE))
-    o = torch.stack([triton_decode.taylor_step(q[:, t], k[:, t], v[:, t], state, **tile) for t in (-2, -1)], dim=1)
+    o = torch.stack([taylor_step(q[:, t], k[:, t], v[:, t], state, backend="triton") for t in (-2, -1)], dim=1)
     assert_close(o, taylor_oracle(*in_double(q, k, v))[0][:, -2:])
 
 
@@ -141,9 +142,9 @@ def test_the_kernel_finds_every_pair(F):
     k = torch.rand(1, 1, F, device=DEVICE) + 0.5
     v = torch.ones(1, 1, 1, device=DEVICE)
     state = TaylorState.zeros(1, 1, F, 1, dtype=torch.float32, device=DEVICE)
-    for _ in range(WAITING_KEYS + 1):
+    for _ in range(BUFFERED_KEYS + 1):
         taylor_step(k, k, v, state, backend="triton")
-    assert_close(state.joined()[..., -1], (WAITING_KEYS + 1) * moments(k.double().cpu()), 1e-6)
+    assert_close(state.joined()[..., -1], (BUFFERED_KEYS + 1) * moments(k.double().cpu()), 1e-6)
 
 
 @BACKENDS
@@ -182,20 +183,20 @@ def run_window(backend, W, V, fraction, first_B, dtype=torch.float32, poison=flo
     # Row b's sequence is `past` with its last first_B[b] tokens, then q, k, v.
     past = 12
     k_past, v_past = (torch.randn(B, past, H, V).to(dtype) for _ in range(2))
-    k_turned = rotated(k_past.double(), first_B - past, fraction)
+    k_rotated = rotated(k_past.double(), first_B - past, fraction)
     ids = (torch.arange(past) >= past - first_B[:, None]).int() - 1
     keep = ids[:, past - min(W, past) :, None, None] < 0  # what does not exist is poisoned
-    last = (x[:, past - min(W, past) :].masked_fill(keep, poison).to(DEVICE, dtype) for x in (k_turned, v_past))
+    last = (x[:, past - min(W, past) :].masked_fill(keep, poison).to(DEVICE, dtype) for x in (k_rotated, v_past))
     state.store(*last, first_B.to(DEVICE))
     position_B, outputs = first_B.to(DEVICE).clone(), []
     for t in range(T):
-        cos_BP, sin_BP = rotary_tables(position_B, V, fraction, 100.0)
-        outputs.append(window_step(q[:, t], k[:, t], v[:, t], cos_BP, sin_BP, state, position_B, backend=backend))
+        cos_BR, sin_BR = rotary_tables(position_B, V, fraction, 100.0)
+        outputs.append(window_step(q[:, t], k[:, t], v[:, t], cos_BR, sin_BR, state, position_B, backend=backend))
         position_B += 1
     q, k, v = in_double(q, k, v)
     q, k = rotated(q, first_B, fraction), rotated(k, first_B, fraction)
     ids = torch.nn.functional.pad(ids, (0, T))
-    expected = attention_oracle(q, torch.cat([k_turned, k], 1), torch.cat([v_past.double(), v], 1), W, ids)
+    expected = attention_oracle(q, torch.cat([k_rotated, k], 1), torch.cat([v_past.double(), v], 1), W, ids)
     return torch.stack(outputs, dim=1), expected
 
 
@@ -209,12 +210,11 @@ def test_window_steps_are_the_attention(backend, W, V, fraction):
     assert_close(o, expected)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16])
-def test_the_tile_of_a_window_step_does_not_matter(rows, monkeypatch):
+@pytest.mark.parametrize("keys", [1, 2, 16])
+def test_the_tile_of_a_window_step_does_not_matter(keys, monkeypatch):
     from based_megatron.kernels.decode import triton_decode
 
-    step = triton_decode.window_step
-    monkeypatch.setattr(triton_decode, "window_step", lambda *args: step(*args, rows=rows))
+    monkeypatch.setattr(triton_decode, "WINDOW_TILE_KEYS", keys)
     o, expected = run_window("triton", 8, 16, 1.0, torch.tensor([3, 11]))
     assert_close(o, expected)
 

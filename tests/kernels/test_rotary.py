@@ -29,8 +29,8 @@ def test_pairs_are_half_split() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
     cos, sin = rotary_tables(torch.arange(5), 8, 1.0, 10000.0, dtype=torch.float64)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[None, :, None]
-    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    rotated = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[None, :, None]
+    expected = torch.cat([rotated.real, rotated.imag], dim=-1)
     torch.testing.assert_close(apply_rotary(x, cos, sin), expected)
 
 
@@ -39,11 +39,11 @@ def test_scores_depend_on_relative_positions_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
 
     def score(query_position: int, key_position: int) -> torch.Tensor:
-        turned = [
+        rotated = [
             apply_rotary(x, *rotary_tables(torch.tensor([position]), 16, 1.0, 10000.0, dtype=torch.float64))
             for x, position in ((q, query_position), (k, key_position))
         ]
-        return (turned[0] * turned[1]).sum()
+        return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score(7, 3), score(1007, 1003))
     assert not torch.isclose(score(7, 3), score(3, 7))
@@ -53,9 +53,9 @@ def test_scores_depend_on_relative_positions_alone() -> None:
 def test_a_fraction_leaves_the_rest_alone(fraction: float, rotated: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 2, 16)
-    turned = apply_rotary(x, *rotary_tables(torch.arange(1, 4), 16, fraction, 10000.0))
-    assert torch.equal(turned[..., rotated:], x[..., rotated:])
-    assert (turned[..., :rotated] != x[..., :rotated]).all()
+    y = apply_rotary(x, *rotary_tables(torch.arange(1, 4), 16, fraction, 10000.0))
+    assert torch.equal(y[..., rotated:], x[..., rotated:])
+    assert (y[..., :rotated] != x[..., :rotated]).all()
 
 
 def test_frequencies_of_a_fraction_span_the_rotated_part() -> None:
@@ -77,9 +77,9 @@ def test_bf16_is_rounded_once_at_the_end() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 50, 2, 16).to(torch.bfloat16)
     tables = rotary_tables(torch.arange(50), 16, 1.0, 10000.0)
-    turned = apply_rotary(x, *tables)
-    assert turned.dtype == torch.bfloat16
-    assert torch.equal(turned, apply_rotary(x.float(), *tables).to(torch.bfloat16))
+    rotated = apply_rotary(x, *tables)
+    assert rotated.dtype == torch.bfloat16
+    assert torch.equal(rotated, apply_rotary(x.float(), *tables).to(torch.bfloat16))
 
 
 def test_an_odd_rotated_part_turns_one_dim_more_at_its_own_frequencies() -> None:

@@ -7,7 +7,8 @@ import torch
 from kernel_oracles import LargestTensor, assert_same_gradients, attention_oracle, document_ids
 from torch import Tensor
 
-from based_megatron.kernels.sliding_window import full_attention, sliding_window_attention
+from based_megatron.kernels.full_attention import full_attention
+from based_megatron.kernels.sliding_window import sliding_window_attention
 
 FP64_TOLERANCE = 1e-11
 # Roundings of fp32, also where the terms of a gradient cancel.

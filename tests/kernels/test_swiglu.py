@@ -34,9 +34,9 @@ def test_values_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_may_be_views(backend: str) -> None:
     x = torch.randn(6, 3, 16, device=DEVICE, requires_grad=True)
-    turned = swiglu(x.transpose(0, 1), backend=backend)
-    torch.testing.assert_close(turned, oracle(x).transpose(0, 1))
-    (grad,) = torch.autograd.grad(turned[:, ::2].sum(), x)
+    transposed = swiglu(x.transpose(0, 1), backend=backend)
+    torch.testing.assert_close(transposed, oracle(x).transpose(0, 1))
+    (grad,) = torch.autograd.grad(transposed[:, ::2].sum(), x)
     (wanted,) = torch.autograd.grad(oracle(x)[::2].sum(), x)
     torch.testing.assert_close(grad, wanted)
 

@@ -1,3 +1,5 @@
+"""Ranks on this machine, with a stub in the place of training."""
+
 import os
 import signal
 import subprocess
@@ -18,6 +20,9 @@ signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 rank = os.environ["RANK"]
 found = " ".join(os.environ[name] for name in ("WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS"))
 (folder / f"rank{rank}").write_text(found)
+started = [folder / f"rank{other}" for other in (0, 1)]
+while not all(file.exists() and file.stat().st_size for file in started):  # a rank that fails ends the other
+    time.sleep(0.01)
 while status < 0:
     time.sleep(0.05)
     if stopped:
@@ -29,7 +34,7 @@ sys.exit(status)
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the launcher on two ranks of a stub, which ends with a status, or, if that is below 0, when asked to."""
+    """A function that launches two ranks of a stub, which ends with a status, or, if that is below 0, when asked to."""
     stub = tmp_path / "elsewhere" / "based_megatron"
     stub.mkdir(parents=True)
     (stub / "__init__.py").touch()
@@ -54,7 +59,7 @@ def wait_for(*files: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status, expected", [(0, 0), (3, 1)], ids=["success", "failure"])
-def test_ranks_run_and_their_failure_is_ours(start, tmp_path, status, expected):
+def test_the_exit_code_says_whether_a_rank_failed(start, tmp_path, status, expected):
     """torchrun exits 1 for any failed rank."""
     assert start(status).wait(60) == expected
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2 127.0.0.1 3"] * 2
@@ -62,7 +67,7 @@ def test_ranks_run_and_their_failure_is_ours(start, tmp_path, status, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
-def test_signal_lets_every_rank_save(start, tmp_path, number):
+def test_a_stop_signal_lets_every_rank_save(start, tmp_path, number):
     launcher = start(-1)
     wait_for(tmp_path / "rank0", tmp_path / "rank1")
     launcher.send_signal(number)
@@ -70,7 +75,7 @@ def test_signal_lets_every_rank_save(start, tmp_path, number):
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
 
 
-def test_dry_run_prints_the_command(capsys, monkeypatch):
+def test_a_dry_run_prints_the_command(capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert main(["local", "--nproc", "4", "--dry-run", "--", "train", "--config", "a b.yaml"]) == 0
     shown = capsys.readouterr().out
@@ -88,6 +93,6 @@ def test_cores_are_shared_by_the_ranks(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments", [["--nproc", "0", "--", "train"], ["--nproc", "2"], ["--nproc", "2", "--"]], ids=str
 )
-def test_refused(arguments):
+def test_impossible_options_are_refused(arguments):
     with pytest.raises(ConfigError):
         main(["local", *arguments])

@@ -1,3 +1,5 @@
+"""The batch script and its submission, with a stub in the place of sbatch."""
+
 import dataclasses
 import os
 import shutil
@@ -23,7 +25,7 @@ def directives(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
 
-def test_directives():
+def test_directives_are_those_of_the_options():
     first, *others = directives(render())
     assert first.startswith("--job-name='based-a b-")
     assert others == [
@@ -49,7 +51,7 @@ def test_directives_come_before_any_command():
     assert not [line for line in lines[first_command:] if line.startswith("#SBATCH")]
 
 
-def test_optional_directives():
+def test_optional_directives_appear_where_they_are_set():
     options = dict(partition="main", account="lab", qos="high", exclude="node[3-4]", sbatch=("--constraint=h100",))
     assert directives(render(**options, exclusive=False))[-5:] == [
         "--partition=main",
@@ -60,7 +62,7 @@ def test_optional_directives():
     ]
 
 
-def test_cpu_cluster_asks_for_no_gpus():
+def test_a_cpu_cluster_asks_for_no_gpus():
     lines = directives(render(gpus_per_node=0, tasks_per_node=2))
     assert "--ntasks-per-node=2" in lines
     assert not [line for line in lines if "gpu" in line]
@@ -71,7 +73,7 @@ def test_runs_in_two_folders_of_one_name_have_two_job_names():
     assert directives(render())[0] != directives(render_sbatch(OPTIONS, COMMAND, other))[0]
 
 
-def test_settings_of_the_body():
+def test_the_script_has_the_settings():
     script = render(hang_seconds=700, max_failures=5, setup="module load cuda\nsource env/bin/activate")
     for line in (
         "run_dir='/data/runs/a b'",
@@ -91,14 +93,14 @@ def test_srun_starts_python_itself():
     assert lines[srun + 1].endswith("-m based_megatron train --config tiny --run-dir 'runs/a b' </dev/null &")
 
 
-def test_script_is_legal_bash(tmp_path):
+def test_the_script_is_legal_bash(tmp_path):
     script = tmp_path / "script"
     script.write_text(render())
     subprocess.run(["bash", "-n", script], check=True)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_script_passes_shellcheck(tmp_path):
+def test_the_script_passes_shellcheck(tmp_path):
     script = tmp_path / "script"
     script.write_text(render())
     result = subprocess.run(["shellcheck", script], capture_output=True, text=True)
@@ -121,19 +123,19 @@ def test_script_passes_shellcheck(tmp_path):
     ],
     ids=str,
 )
-def test_refused(changes, words):
+def test_impossible_options_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         render(**changes)
 
 
 @pytest.mark.parametrize("time", ["6", "5:01", "0:05:01", "1-0", "1-0:00", "1-0:00:00"])
-def test_time_limits_above_the_stop_signal(time):
+def test_time_limits_longer_than_the_time_to_stop_are_taken(time):
     assert f"--time={time}" in directives(render(time=time))
 
 
 @pytest.fixture
 def fake_sbatch(tmp_path, monkeypatch):
-    """An sbatch that records how it was called, and fails if told to."""
+    """An sbatch that records how it was called, and fails if REFUSE is set."""
     calls = tmp_path / "calls"
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
@@ -149,14 +151,14 @@ def launch(run_dir, *options: str) -> int:
     return main(["slurm", "--nodes", "1", "--gpus-per-node", "2", *options, *train])
 
 
-def test_submits_after_a_test(tmp_path, fake_sbatch, capsys):
+def test_a_job_is_tested_before_it_is_submitted(tmp_path, fake_sbatch, capsys):
     assert launch(tmp_path / "run") == 0
     assert fake_sbatch.read_text().split() == ["--test-only", "--parsable"]
     assert "job 17, log" in capsys.readouterr().out
     assert "#SBATCH --ntasks-per-node=2" in (tmp_path / "run" / "pretrain.sbatch").read_text()
 
 
-def test_finished_run_can_be_given_more_steps(tmp_path, fake_sbatch):
+def test_a_finished_run_can_be_given_more_steps(tmp_path, fake_sbatch):
     """The script ends at once where it finds the file."""
     done = tmp_path / "run" / "done"
     done.parent.mkdir()
@@ -165,20 +167,20 @@ def test_finished_run_can_be_given_more_steps(tmp_path, fake_sbatch):
     assert not done.exists()
 
 
-def test_refusal_of_slurm_is_one_line(tmp_path, fake_sbatch, monkeypatch):
+def test_a_refusal_of_slurm_is_one_line(tmp_path, fake_sbatch, monkeypatch):
     monkeypatch.setenv("REFUSE", "1")
     with pytest.raises(ConfigError, match="no such partition"):
         launch(tmp_path / "run")
     assert fake_sbatch.read_text().split() == ["--test-only"]
 
 
-def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path, fake_sbatch, capsys):
+def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path, fake_sbatch, capsys):
     assert launch(tmp_path / "run", "--dry-run") == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH")
     assert not fake_sbatch.exists() and not (tmp_path / "run").exists()
 
 
-def test_without_slurm(tmp_path, monkeypatch):
+def test_a_machine_without_slurm_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="no sbatch"):
         launch(tmp_path / "run")

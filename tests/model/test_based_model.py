@@ -15,6 +15,7 @@ from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.model.config import based_config
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
+from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.ranks import ContextRanks
 from based_megatron.parallel.stages import split_layers
@@ -74,6 +75,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(worker_pool, dtype):
     assert found["residual"] == {wide}
 
 
+@megatron_runs()
 def poisoned_padding() -> dict[str, Any]:
     """91 rows over two ranks of 46: the last row of rank 1 is padding. What does its value do?"""
     model, topology = build(DOUBLE, ParallelConfig(tensor=2))
@@ -158,7 +160,6 @@ def stage_contents(parallel: ParallelConfig, **model: Any) -> dict[str, Any]:
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     names = [shard_spec(parameter).name for parameter in parameters]
     copies = [shard_spec(p).name for p in parameters if is_tied_copy(p)]
-    assert copies == [shard_spec(p).name for p in parameters if getattr(p, "ds_pipe_replicated", False)]
     return {
         "layers": [[int(i) for i in chunk.layers] for chunk in chunks],
         "copies": copies,

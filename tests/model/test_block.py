@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from based_megatron.model.block import Block
-from based_megatron.model.mixers import MixerInputs
+from based_megatron.model.mixers import MIXERS, MixerInputs
 from based_megatron.model.mlp import SwiGLU
 from support.cases import each
 from support.layouts import topology_of
@@ -38,7 +38,7 @@ def test_the_second_half_is_the_gate(worker_pool):
 
 def block_of(letter: str, dtype: torch.dtype, recompute: str = "none") -> tuple[Block, MixerInputs]:
     topology = topology_of()
-    block = Block(shared_config(dtype, recompute), letter, 1, topology.process_groups)
+    block = Block(shared_config(dtype, recompute), MIXERS[letter], 1, topology.process_groups)
     for parameter in block.parameters():
         parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     return here(block), MixerInputs(whole_plan(topology), None)

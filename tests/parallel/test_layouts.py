@@ -33,7 +33,6 @@ LAYOUTS = {
     "pp2-dp2-zero1": (4, ParallelConfig(pipeline=2)),
 }
 
-
 SLICES = {
     "cp2": (0, 1, 32),
     "cp4": (0, 1, 14, 15, 32),
@@ -48,7 +47,7 @@ EXCHANGES = {
 LONG = {
     "tp2-cp2": LAYOUTS["tp2-cp2"],
     "pp2-cp2": LAYOUTS["pp2-cp2"],
-    "cp4-zero1": (4, ParallelConfig(context=4, zero_stage=1)),
+    "cp4-zero1": LAYOUTS["cp4"],
     "cp4-zero3": (4, ParallelConfig(context=4, zero_stage=3)),
 }
 LONG_STEPS, LONG_LR = 200, 1e-3
@@ -158,8 +157,9 @@ def test_states_may_take_other_ways(worker_pool, oracles, layout):
     check(worker_pool, oracles, *EXCHANGES[layout], steps=3)
 
 
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(LONG_STEPS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LONG)
-def test_curves_stay_together_over_slices(worker_pool, long_oracles, layout):
+def test_curves_stay_together_over_slices(worker_pool, long_oracles, layout, steps):
     """Uneven masks, documents and clipping; norms of the first step to 1e-6."""
     world_size, parallel = LONG[layout]
     micro_batch_sequences = GLOBAL_BATCH // parallel.pipeline
@@ -168,7 +168,7 @@ def test_curves_stay_together_over_slices(worker_pool, long_oracles, layout):
         long_oracles,
         world_size,
         parallel,
-        steps=LONG_STEPS,
+        steps=steps,
         norm_error=1e-6,
         lr=LONG_LR,
         micro_batch_sequences=micro_batch_sequences,

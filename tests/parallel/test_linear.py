@@ -20,6 +20,7 @@ from based_megatron.parallel.linear import (
     shard_spec,
     vocab_embedding,
 )
+from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.sharding import ShardSpec
 from based_megatron.parallel.topology import Topology, build_topology
 from support.pool import rank_device
@@ -60,6 +61,7 @@ def seeded(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
+@megatron_runs()
 def column_then_row(sequence_parallel: bool) -> dict[str, float]:
     """[a | b] = column(x), row(a * b): errors of the output and of all gradients against unsharded matrices."""
     topology, config = setup(sequence_parallel)
@@ -99,6 +101,7 @@ def test_fused_column_and_row_layers_equal_whole_matrices(worker_pool, sequence_
         assert max(errors.values()) < 1e-12, errors
 
 
+@megatron_runs()
 def padded_embedding(sequence_parallel: bool) -> tuple[float, float, ShardSpec, list[float]]:
     """Lookup of 7 rows over two ranks of 4: (output error, gradient error, spec, rank's padding rows)."""
     topology, config = setup(sequence_parallel)

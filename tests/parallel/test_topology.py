@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from based_megatron.config import ParallelConfig
 from based_megatron.errors import ConfigError
-from based_megatron.parallel.mpu import DeepSpeedGroups
+from based_megatron.parallel.deepspeed import DeepSpeedGroups
 from based_megatron.parallel.topology import Axis, build_topology, pick_device
 from support.cases import each
 from support.pool import rank_device

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from based_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
+from based_megatron.parallel.megatron import parallel_state
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.slices import even_bounds, slice_of
 from based_megatron.parallel.topology import Topology, build_topology

@@ -15,7 +15,7 @@ import torch
 RUNS_ON_CPU, RUNS_ON_GPU = 1, 4
 """A pool is replaced after so many: groups of earlier layouts are never freed, and their threads or buffers add up.
 A fork of what is already imported costs 0.1 s, a process with CUDA many seconds."""
-PRELOAD = ["based_megatron.train.optimizer", "based_megatron.train.step", "deepspeed"]
+PRELOAD = ["based_megatron.train.optimizer.muon", "based_megatron.train.step", "deepspeed"]
 
 
 class RankFailure(AssertionError):
@@ -30,7 +30,7 @@ class WorkerPool:
 
     def __init__(self, world_size: int, timeout_seconds: float = 180.0) -> None:
         self.world_size, self.timeout_seconds, self.runs = world_size, timeout_seconds, 0
-        context = _context()
+        context = fork_context()
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
@@ -77,7 +77,8 @@ class WorkerPool:
 
 
 @functools.cache
-def _context() -> Any:
+def fork_context() -> Any:
+    """What starts processes: a server that has imported everything, and forks; a new interpreter for each on GPUs."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if on_gpu():
         return mp.get_context("spawn")
@@ -109,10 +110,13 @@ def free_port() -> int:
 
 
 def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
-    from based_megatron.launchers.environment import RankInfo
+    from based_megatron.parallel.environment import RankInfo
     from based_megatron.parallel.topology import join
+    from support.interpreter import patch_once_a_launch
 
     torch.set_num_threads(1)
+    if not on_gpu():
+        patch_once_a_launch()
     join(RankInfo(rank, world_size, rank, "127.0.0.1", port), rank_device(rank), timeout_seconds=120)
     while True:
         try:

@@ -1,23 +1,26 @@
-"""Whole `based train` jobs on a tiny corpus, in processes of their own or on the ranks of a pool."""
+"""Whole `based train` jobs on a tiny corpus, in forked processes or on the ranks of a pool."""
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from based_megatron.cli import main
 from based_megatron.config import parse_config
 from based_megatron.data.sources import Sources
 from based_megatron.monitor.events import read_events
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.stop import StopVote
 from based_megatron.train.train import train_over
-from support.pool import rank_device
+from support.pool import fork_context, rank_device
 
 TINY = [
     "--config", "tiny", "--model.layer-pattern", "cLSA", "--model.hidden-size", "32", "--model.ffn-hidden-size", "48",
@@ -35,38 +38,68 @@ def command(run_dir: Path, data: Path, *overrides: str, nproc: int = 1) -> list[
     return [sys.executable, "-m", "based_megatron", *launch, *train]
 
 
-def run_job(
-    run_dir: Path, data: Path, *overrides: str, nproc: int = 1, timeout: int = 240, **options: Any
-) -> subprocess.CompletedProcess:
-    """Run a job to its end."""
-    return subprocess.run(
-        command(run_dir, data, *overrides, nproc=nproc),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
+@dataclass
+class Job:
+    """A `based` command in a process of its own, forked from the server of the pools: that has imported everything."""
+
+    process: BaseProcess
+    errors: Path
+    """Its stderr."""
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.read_text()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, minus the signal that killed it, or None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Wait for the end, and kill a process that does not end."""
+        self.process.join(timeout_seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"the job did not end in {timeout_seconds:.0f} s: {self.stderr}")
 
 
-def start_job(run_dir: Path, corpus: Path, *overrides: str) -> subprocess.Popen:
-    """Start a job of one process, to be disturbed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(run_dir, corpus, *overrides), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def run_job(run_dir: Path, data: Path, *overrides: str, **options: Any) -> Job:
+    """Run a job of one process to its end."""
+    job = start_job(run_dir, data, *overrides, **options)
+    job.wait(timeout_seconds=240)
+    return job
 
 
-def kill_when(
-    process: subprocess.Popen, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL
-) -> None:
+def start_job(run_dir: Path, data: Path, *overrides: str, before: Callable[[], None] | None = None) -> Job:
+    """Start a job of one process, to be disturbed. The process calls `before` first."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    errors = run_dir / "stderr"
+    arguments = command(run_dir, data, *overrides)[3:]
+    process = fork_context().Process(target=_based, args=(arguments, errors, before))
+    process.start()
+    return Job(process, errors)
+
+
+def _based(arguments: list[str], errors: Path, before: Callable[[], None] | None) -> None:
+    for stream, path in ((sys.stdout, os.devnull), (sys.stderr, errors)):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    if before:
+        before()
+    sys.exit(main(arguments))
+
+
+def kill_when(job: Job, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL) -> None:
     """Send the signal as soon as the condition holds."""
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "the job ended before it could be killed"
+        assert job.process.is_alive() and time.monotonic() < deadline, "the job ended before it could be killed"
         time.sleep(0.001)
-    process.send_signal(number)
-    process.wait(timeout=60)
+    assert job.process.pid
+    os.kill(job.process.pid, number)
+    job.wait(timeout_seconds=60)
 
 
 def train_in_pool(run_dir: Path, data: Path, *overrides: str) -> bool:

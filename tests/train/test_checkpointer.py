@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from based_megatron.checkpoint.peers import ALONE
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates
@@ -23,7 +24,7 @@ class Disk:
         self.saved: list[tuple[int, dict]] = []
         self.loaded: list[tuple[str, bool]] = []
         self.carried: list[str] = []
-        self.adam_steps: list[int] = []
+        self.optimizers: list[Any] = []
         self.pruned: list[tuple[int, str]] = []
         self.newest: Path | None = None
         self.state: dict[str, Any] = {}
@@ -43,8 +44,8 @@ class Disk:
     def load_carried(self, path: Path, fragments: Any, peers: Any) -> None:
         self.carried.append(str(path))
 
-    def after_load(self, engine: Any, adam_step: int) -> None:
-        self.adam_steps.append(adam_step)
+    def after_load(self, engine: Any, optimizer: Any) -> None:
+        self.optimizers.append(optimizer)
 
     def newest_valid(self, folder: Path, warn: Any, peers: Any) -> Path | None:
         if self.warning:
@@ -76,9 +77,10 @@ def disk(monkeypatch) -> Disk:
         monkeypatch.setattr(module, name, getattr(disk, name))
     monkeypatch.setattr(module, "resolve_checkpoint", lambda path, warn, peers: path / "newest")
     monkeypatch.setattr(module, "zero_fragments", lambda engine: [])
-    monkeypatch.setattr(module, "adam_step", lambda engine: 17)
+    monkeypatch.setattr(module, "optimizer_entry", lambda engine: {"name": "adamw", "step": 17})
+    monkeypatch.setattr(module, "read_state", lambda path: disk.state)
     monkeypatch.setattr(module.dist, "new_group", lambda backend: backend)
-    monkeypatch.setattr(module, "everyone", lambda group: SimpleNamespace(rank=0))
+    monkeypatch.setattr(module, "everyone", lambda group: ALONE)
     return disk
 
 
@@ -127,7 +129,7 @@ def test_what_is_saved_beside_the_tensors(disk):
     train(make(config), 2)
     assert disk.saved[0][1] == {
         "tokens_seen": 200,
-        "adam_step": 17,
+        "optimizer": {"name": "adamw", "step": 17},
         "data_fingerprint": FINGERPRINT,
         "world_size": 8,
         "config": to_dict(config),
@@ -182,7 +184,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(disk):
     disk.newest, disk.state, disk.warning = Path("run/step-6"), saved_state(), "step-8 is damaged"
     callback = make(config_with(load="other"))
     assert callback.restore() == (6, 600)
-    assert disk.loaded == [("run/step-6", False)] and disk.adam_steps == [5]
+    assert disk.loaded == [("run/step-6", False)] and disk.optimizers == [{"name": "adamw", "step": 5}]
     trainer: Any = FakeTrainer()
     trainer.step = 6
     callback.on_start(trainer)
@@ -195,7 +197,7 @@ def test_weights_of_another_run_start_a_new_one(disk):
     """With a fresh optimizer, from step 0."""
     disk.state = saved_state()
     assert make(config_with(load="other")).restore() == (0, 0)
-    assert disk.loaded == [("other/newest", True)] and disk.adam_steps == [0]
+    assert disk.loaded == [("other/newest", True)] and disk.optimizers == [None]
 
 
 def test_resume_can_be_turned_off(disk):
@@ -210,6 +212,13 @@ def test_another_global_batch_is_refused(disk):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_sequences=32))
     with pytest.raises(ConfigError, match=r"train\.global_batch_sequences 16, now 32: step 6"):
         make(config).restore()
+
+
+def test_the_state_of_another_optimizer_is_refused(disk):
+    disk.newest, disk.state = Path("run/step-6"), saved_state(optimizer={"name": "muon", "step": 5})
+    with pytest.raises(ConfigError, match=r"optimizer\.name muon, now adamw.*checkpoint\.load"):
+        make(config_with()).restore()
+    assert disk.loaded == []
 
 
 def test_other_data_is_refused_unless_allowed(disk):

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from based_megatron.checkpoint.store import list_checkpoints
 from based_megatron.cli import main
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
-from support.runs import command, events, kill_when, losses, run_job, start_job
+from support.runs import command, events, kill_when, losses, run_job, start_job, train_in_pool
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,11 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     finished = run_job(run_dir, corpus)
     assert finished.returncode == 0, finished.stderr
     return run_dir
+
+
+def copy_checkpoint(source: Path, run_dir: Path, step: int) -> None:
+    name = f"checkpoints/step-{step:08d}"
+    shutil.copytree(source / name, run_dir / name)
 
 
 def test_the_loss_falls_and_the_run_is_marked_done(uninterrupted):
@@ -68,25 +74,38 @@ def test_sigterm_stops_with_a_checkpoint(uninterrupted, corpus, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [f"step-{stop['step']:08d}"]
 
 
-@pytest.mark.parametrize(
-    "overrides", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2"), ("--parallel.zero-stage", "3")]
-)
-def test_another_layout_resumes(uninterrupted, corpus, tmp_path, overrides):
-    """From step 4 of the single process to two ranks."""
-    (tmp_path / "checkpoints").mkdir()
-    shutil.copytree(uninterrupted / "checkpoints" / "step-00000004", tmp_path / "checkpoints" / "step-00000004")
-    resumed = run_job(tmp_path, corpus, *overrides, nproc=2)
-    assert resumed.returncode == 0, resumed.stderr
-    expected, found = losses(uninterrupted), losses(tmp_path)
+def check_resumed(uninterrupted: Path, run_dir: Path) -> None:
+    """From step 4 on, the losses of another layout."""
+    expected, found = losses(uninterrupted), losses(run_dir)
     assert sorted(found) == [5, 6, 7, 8]
     assert [found[step] for step in found] == pytest.approx([expected[step] for step in found], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "overrides", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2"), ("--parallel.zero-stage", "3")]
+)
+def test_another_layout_resumes(worker_pool, uninterrupted, corpus, tmp_path, overrides):
+    """From step 4 of the single process to two ranks."""
+    copy_checkpoint(uninterrupted, tmp_path, 4)
+    assert worker_pool(2).run(train_in_pool, tmp_path, corpus, *overrides) == [True, True]
+    check_resumed(uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+def test_launched_ranks_resume(uninterrupted, corpus, tmp_path):
+    """As a user starts them: `based launch local` and two interpreters, which import everything."""
+    copy_checkpoint(uninterrupted, tmp_path, 4)
+    done = subprocess.run(
+        command(tmp_path, corpus, "--parallel.zero-stage", "3", nproc=2), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "done").exists()
+    check_resumed(uninterrupted, tmp_path)
+
+
 def test_a_corrupt_newest_checkpoint_is_told_and_passed_over(uninterrupted, corpus, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
     for step in (2, 4):
-        name = f"step-{step:08d}"
-        shutil.copytree(uninterrupted / "checkpoints" / name, tmp_path / "checkpoints" / name)
+        copy_checkpoint(uninterrupted, tmp_path, step)
     victim = next((tmp_path / "checkpoints" / "step-00000004").glob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:-100])
     resumed = run_job(tmp_path, corpus)
@@ -96,13 +115,13 @@ def test_a_corrupt_newest_checkpoint_is_told_and_passed_over(uninterrupted, corp
     assert losses(tmp_path) == {step: loss for step, loss in losses(uninterrupted).items() if step > 2}
 
 
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
 def test_a_full_disk_costs_checkpoints_but_not_the_run(uninterrupted, corpus, tmp_path):
     """No file may grow beyond a limit that tensors reach and logs do not. Only the last save, which must work, ends the job."""
-
-    def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-    finished = run_job(tmp_path, corpus, preexec_fn=limit_file_size)
+    finished = run_job(tmp_path, corpus, before=limit_file_size)
     assert finished.returncode == 2
     assert "was not saved" in finished.stderr.splitlines()[-1]
     assert [event["step"] for event in events(tmp_path, "warning")] == [2, 4, 6, 8]
@@ -134,8 +153,7 @@ def test_bad_input_is_one_line_before_any_work(corpus, tmp_path, capsys, overrid
 
 
 def test_other_data_is_refused_on_resume(uninterrupted, corpus, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    shutil.copytree(uninterrupted / "checkpoints" / "step-00000004", tmp_path / "checkpoints" / "step-00000004")
+    copy_checkpoint(uninterrupted, tmp_path, 4)
     finished = run_job(tmp_path, corpus, "--data.seed", "7")
     assert finished.returncode == 2
     assert "data.allow_changed" in finished.stderr

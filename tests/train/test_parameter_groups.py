@@ -13,15 +13,10 @@ from torch import nn
 from based_megatron.config import OptimizerConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.build import build_model
+from based_megatron.parallel.deepspeed import deepspeed_settings, gradient
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import build_topology
-from based_megatron.train.optimizer import (
-    build_engine,
-    deepspeed_settings,
-    gradient,
-    parameter_groups,
-    set_learning_rate,
-)
+from based_megatron.train.optimizer import build_engine, parameter_groups, set_learning_rate
 from support.cases import each
 from support.layouts import small_config
 from support.pool import rank_device

@@ -19,6 +19,14 @@ def bf16_losses(parallel: ParallelConfig) -> list[float]:
     return [run.train_step(number, True, LR)[0] for number in range(STEPS)]
 
 
+@pytest.fixture(scope="module")
+def expected(worker_pool, tmp_path_factory) -> list[float]:
+    """Losses of a single process in fp32."""
+    path = tmp_path_factory.mktemp("oracle") / "oracle.pt"
+    worker_pool(1).run(write_oracle, path, True, STEPS, 1.0, LR)
+    return load_oracle(path)["losses"]
+
+
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
     [
@@ -30,9 +38,7 @@ def bf16_losses(parallel: ParallelConfig) -> list[float]:
         (2, ParallelConfig(tensor=2)),
     ],
 )
-def test_bf16_stays_near_fp32(worker_pool, tmp_path, world_size, parallel):
-    worker_pool(1).run(write_oracle, tmp_path / "oracle.pt", True, STEPS, 1.0, LR)
-    expected = load_oracle(tmp_path / "oracle.pt")["losses"]
+def test_bf16_stays_near_fp32(worker_pool, expected, world_size, parallel):
     for losses in worker_pool(world_size).run(bf16_losses, parallel):
         assert losses == pytest.approx(expected, abs=0.02)
         assert losses != pytest.approx(expected, abs=1e-6), "this ran in fp32"

@@ -35,6 +35,8 @@ class BasedConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     mixers: list[str] = field(default_factory=list)
     """Mixer of each layer: conv, linear_attention, sliding_attention or full_attention. Empty means as in the 360M."""
+    extra_mixers: dict[str, str] = field(default_factory=dict)
+    """More mixers, which bring files of their own, and the kind of layer that each has in the cache."""
     layer_types: list[str] = field(default_factory=list)
     """Layers of the cache, which follow from `mixers`. Read only where `mixers` is empty: older exports named mixers here."""
     feature_dim: int = 16
@@ -62,13 +64,14 @@ class BasedConfig(PreTrainedConfig):
             pattern = ("conv", "linear_attention", "sliding_attention", "conv", "conv")
             self.mixers = list(pattern * repeats)[: self.num_hidden_layers]
         self.tokenizer_vocab_size = self.tokenizer_vocab_size or self.vocab_size
-        unknown = sorted(set(self.mixers) - set(CACHE_LAYERS))
+        cache_layers = CACHE_LAYERS | self.extra_mixers
+        unknown = sorted(set(self.mixers) - set(cache_layers))
         if unknown or len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
-                f"mixers must name {self.num_hidden_layers} mixers out of {', '.join(CACHE_LAYERS)}; "
+                f"mixers must name {self.num_hidden_layers} mixers out of {', '.join(cache_layers)}; "
                 f"got {len(self.mixers)}{', with unknown ' + ', '.join(unknown) if unknown else ''}"
             )
-        self.layer_types = [CACHE_LAYERS[mixer] for mixer in self.mixers]
+        self.layer_types = [cache_layers[mixer] for mixer in self.mixers]
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of this call, S tokens with those of the cache, D hidd
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 
 import torch
@@ -66,10 +67,10 @@ class BasedCache(DynamicCache):
 class BasedBlock(GradientCheckpointingLayer):
     """Mixer and MLP, each after a norm and each added to a float32 residual."""
 
-    def __init__(self, config: BasedConfig, layer_idx: int):
+    def __init__(self, config: BasedConfig, layer_idx: int, mixers: Mapping[str, type[nn.Module]]):
         super().__init__()
         self.mixer_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
+        self.mixer = mixers[config.mixers[layer_idx]](config, layer_idx)
         self.mlp_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = BasedMLP(config)
 
@@ -106,10 +107,10 @@ class BasedPreTrainedModel(PreTrainedModel):
 class BasedModel(BasedPreTrainedModel):
     """The model without its output projection."""
 
-    def __init__(self, config: BasedConfig):
+    def __init__(self, config: BasedConfig, mixers: Mapping[str, type[nn.Module]] = MIXERS):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(BasedBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(BasedBlock(config, i, mixers) for i in range(config.num_hidden_layers))
         self.norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -196,9 +197,9 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: BasedConfig):
+    def __init__(self, config: BasedConfig, mixers: Mapping[str, type[nn.Module]] = MIXERS):
         super().__init__(config)
-        self.model = BasedModel(config)
+        self.model = BasedModel(config, mixers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tokenizer_vocab_size < config.vocab_size:
             self.generation_config.suppress_tokens = list(range(config.tokenizer_vocab_size, config.vocab_size))

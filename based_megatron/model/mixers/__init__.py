@@ -1,15 +1,15 @@
-"""One file per mixer, one line each in this registry of layer pattern letters."""
+"""One file per mixer, each the owner of its facts (facts.py), and the registry that finds them by letter."""
 
-from based_megatron.model.mixers.attention import FullAttention, SlidingWindowAttention
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs, MixerSubmodules
-from based_megatron.model.mixers.gated_conv import GatedConv
-from based_megatron.model.mixers.linear_attention import TaylorLinearAttention
+from based_megatron.model.mixers.registry import MIXERS, layer_mixers, mixers_of, parameter_owner
 
-MIXERS: dict[str, type[Mixer]] = {
-    "c": GatedConv,
-    "L": TaylorLinearAttention,
-    "S": SlidingWindowAttention,
-    "A": FullAttention,
-}
-
-__all__ = ["MIXERS", "Continuation", "Mixer", "MixerInputs", "MixerSubmodules"]
+__all__ = [
+    "MIXERS",
+    "Continuation",
+    "Mixer",
+    "MixerInputs",
+    "MixerSubmodules",
+    "layer_mixers",
+    "mixers_of",
+    "parameter_owner",
+]

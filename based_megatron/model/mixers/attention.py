@@ -8,11 +8,10 @@ from torch.nn import functional
 
 from based_megatron.config import ModelConfig
 from based_megatron.kernels.decode import WindowState, window_step
-from based_megatron.kernels.exchange import Halo
+from based_megatron.kernels.exchange import Halo, joined_keys
+from based_megatron.kernels.full_attention import full_attention
 from based_megatron.kernels.rotary import apply_rotary, rotary_tables
 from based_megatron.kernels.sliding_window import (
-    full_attention,
-    joined_keys,
     sliding_window_attention,
     sliding_window_over_slices,
 )
@@ -24,6 +23,7 @@ from based_megatron.model.mixers.base import (
     merge_heads,
     split_heads,
 )
+from based_megatron.model.mixers.facts import Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
@@ -35,7 +35,7 @@ WINDOW = "window"
 class SoftmaxAttention(Mixer):
     """Fused q | k | v projection, rotary on q and k, attention to keys of this slice and of a halo in front of it."""
 
-    rotates = True
+    rotates = slices = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,9 +101,23 @@ class SoftmaxAttention(Mixer):
         """The same where keys and values before the slice are a halo [B, N, 2, H, V] on its way, K = N + L."""
         raise NotImplementedError
 
+    @staticmethod
+    def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+        D = model.hidden_size
+        return {"qkv.weight": (3 * D, D), "out_proj.weight": (D, D)}
+
+    @classmethod
+    def hf_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
+        D = model.hidden_size
+        return qkv_parts("{}_proj.weight", (D, D, D), D) if name == "qkv.weight" else {"o_proj.weight": (D, D)}
+
 
 class SlidingWindowAttention(SoftmaxAttention):
     """Each query sees itself and `window_left` keys before it."""
+
+    letter, name, hf_name = "S", "sliding_window", "sliding_attention"
+    carries = True
+    released_slot, released_target = "alt_mixer_2", "based.models.mixers.slide_attention.SlidingAttention"
 
     @staticmethod
     def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
@@ -138,15 +152,26 @@ class SlidingWindowAttention(SoftmaxAttention):
             backend=self.config.backend,
         )
 
-    def zero_state(self, batch: int, device: torch.device) -> WindowState:
-        return WindowState.zeros(
-            batch,
-            self.heads,
-            self.config.model.window_left,
-            self.head_dim,
-            dtype=self.config.params_dtype,
-            device=device,
-        )
+    @staticmethod
+    def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
+        return _attention_flops(model, sequence_length_tokens, model.window_left)
+
+    @classmethod
+    def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> WindowState:
+        heads, head_dim = model.num_heads, model.hidden_size // model.num_heads
+        return WindowState.zeros(batch, heads, model.window_left, head_dim, dtype=dtype, device=device)
+
+    @classmethod
+    def released_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
+        return {"Wqkv.weight" if name == "qkv.weight" else name: cls.parameter_shapes(model)[name]}
+
+    @staticmethod
+    def released_settings(model: ModelConfig) -> dict[str, Any]:
+        return {"window_size": 2 * model.window_left, "num_heads": model.num_heads, "causal": True}
+
+    @staticmethod
+    def read_released(section: dict[str, Any]) -> dict[str, Any]:
+        return {"window_left": section["window_size"] // 2}
 
     def prefill(self, x: Tensor, state: WindowState, where: Continuation) -> Tensor:
         assert where.rotary is not None
@@ -174,6 +199,8 @@ class SlidingWindowAttention(SoftmaxAttention):
 class FullAttention(SoftmaxAttention):
     """Each query sees all keys before it. Context parallel ranks gather them: memory grows with the whole sequence."""
 
+    letter, name, hf_name = "A", "full_attention", "full_attention"
+
     def look_back(self, plan: SequencePlan) -> int:
         return plan.bounds[-1] if plan.ranks.size > 1 else 0
 
@@ -185,3 +212,16 @@ class FullAttention(SoftmaxAttention):
     ) -> Tensor:
         k_BKHV, v_BKHV = joined_keys(k_BLHV, v_BLHV, halo)
         return self.attend(q_BLHV, k_BKHV, v_BKHV, key_document_ids_BK)
+
+    @staticmethod
+    def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
+        return _attention_flops(model, sequence_length_tokens, sequence_length_tokens)
+
+
+def _attention_flops(model: ModelConfig, sequence_length_tokens: int, previous_keys: int) -> float:
+    """4 for each channel and visible key, averaged over positions t = 1..T of a sequence: mean of min(t, previous_keys + 1).
+
+    Window and causal mask are applied as if the sequence were one document.
+    """
+    full = min(previous_keys + 1, sequence_length_tokens)
+    return 4.0 * model.hidden_size * (full - full * (full - 1) / (2 * sequence_length_tokens))

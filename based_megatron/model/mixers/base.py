@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from based_megatron.config import ModelConfig
-from based_megatron.errors import ConfigError
 from based_megatron.model.config import BasedConfig
+from based_megatron.model.mixers.facts import MixerFacts
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import ColumnParallelLinear, MegatronModule, RowParallelLinear
-from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
 
 
@@ -48,11 +46,8 @@ class Continuation:
     """Nothing was absorbed yet, in any row: the states are empty and need not be read."""
 
 
-class Mixer(MegatronModule):
+class Mixer(MixerFacts, MegatronModule):
     """Project in, mix over the sequence, project out. The constructor and forward are those of Megatron's attention slot."""
-
-    rotates = False
-    """Whether `inputs.rotary` is needed."""
 
     def __init__(
         self,
@@ -84,16 +79,9 @@ class Mixer(MegatronModule):
         """x: [L, B, D] normed, cut over tensor parallel ranks under sequence parallelism -> (the mix, alike; no loose bias)."""
         raise NotImplementedError
 
-    @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
-        """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
-        return {}
-
     def zero_state(self, batch: int, device: torch.device) -> Any:
-        """Buffers of what `batch` sequences leave behind for their next token. Raises ConfigError if there is no such form."""
-        raise ConfigError(
-            f"{type(self).__name__} has no state of constant size to decode with: change model.layer_pattern"
-        )
+        """Buffers of `batch` empty sequences. Raises ConfigError if there is no state of constant size."""
+        return self.empty_state(self.config.model, batch, self.config.params_dtype, device)
 
     def prefill(self, x: Tensor, state: Any, where: Continuation) -> Tensor:
         """A piece of each prompt, [B, L, D] normed -> the mix, alike; continues from the state and updates it in place."""

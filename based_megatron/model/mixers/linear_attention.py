@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from based_megatron.config import ModelConfig
+from based_megatron.errors import CheckpointError
 from based_megatron.kernels.decode import TaylorState, taylor_step
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.taylor_attention import (
@@ -21,21 +22,28 @@ from based_megatron.model.mixers.base import (
     merge_heads,
     split_heads,
 )
+from based_megatron.model.mixers.facts import Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.states import STATE, StateExchange
 
+RELEASED_FEATURES = "based.models.mixers.linear_attention.TaylorExp"
+
 
 class TaylorLinearAttention(Mixer):
     """No positions, no biases; heads are independent, so that tensor parallel ranks need nothing of each other inside."""
 
+    letter, name, hf_name = "L", "linear_attention", "linear_attention"
+    slices = carries = True
+    released_slot, released_target = "alt_mixer", "based.models.mixers.linear_attention.LinearAttention"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model = self.config.model
-        features = model.num_heads * model.feature_dim
-        self.local_parts = [size // self.group.size() for size in (features, features, model.hidden_size)]
-        self.qkv = self.column((features, features, model.hidden_size))
+        rows = _qkv_rows(model)
+        self.local_parts = [size // self.group.size() for size in rows]
+        self.qkv = self.column(rows)
         self.out_proj = self.row(model.hidden_size)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
@@ -62,15 +70,10 @@ class TaylorLinearAttention(Mixer):
         shape = (model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1)
         return {STATE: CarriedForm(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
 
-    def zero_state(self, batch: int, device: torch.device) -> TaylorState:
-        return TaylorState.zeros(
-            batch,
-            self.heads,
-            self.config.model.feature_dim,
-            self.head_dim,
-            dtype=self.config.params_dtype,
-            device=device,
-        )
+    @classmethod
+    def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> TaylorState:
+        heads, head_dim = model.num_heads, model.hidden_size // model.num_heads
+        return TaylorState.zeros(batch, heads, model.feature_dim, head_dim, dtype=dtype, device=device)
 
     def prefill(self, x: Tensor, state: TaylorState, where: Continuation) -> Tensor:
         mixed, final = taylor_attention(
@@ -90,3 +93,55 @@ class TaylorLinearAttention(Mixer):
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
         return q, k, v
+
+    @staticmethod
+    def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+        D = model.hidden_size
+        return {"qkv.weight": (sum(_qkv_rows(model)), D), "out_proj.weight": (D, D)}
+
+    @staticmethod
+    def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
+        """In the recurrent form with the unpacked features of Based, 1 + F + F^2 a head.
+
+        Adding phi(k) v to the state and reading phi(q) from it cost 2 each for every state element, the normaliser being one
+        more column (a kernel that packs the symmetric features, or works in chunks, does less or more than this).
+        """
+        features = 1 + model.feature_dim + model.feature_dim**2
+        return 4.0 * features * (model.hidden_size + model.num_heads)
+
+    @classmethod
+    def hf_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
+        if name == "qkv.weight":
+            return qkv_parts("{}_proj.weight", _qkv_rows(model), model.hidden_size)
+        return {"o_proj.weight": cls.parameter_shapes(model)[name]}
+
+    @classmethod
+    def released_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
+        if name == "qkv.weight":
+            return qkv_parts("proj_{}.weight", _qkv_rows(model), model.hidden_size)
+        return super().released_parts(model, name)
+
+    @staticmethod
+    def released_settings(model: ModelConfig) -> dict[str, Any]:
+        feature_map = {"_target_": RELEASED_FEATURES, "input_dim": model.feature_dim}
+        return {
+            "l_max": 2048,
+            "feature_dim": model.feature_dim,
+            "num_heads": model.num_heads,
+            "feature_map": feature_map,
+        }
+
+    @staticmethod
+    def read_released(section: dict[str, Any]) -> dict[str, Any]:
+        target = section["feature_map"]["_target_"]
+        if target != RELEASED_FEATURES:
+            raise CheckpointError(
+                f"config.json has alt_mixer.feature_map._target_ {target!r}, but only {RELEASED_FEATURES} is known here"
+            )
+        return {"feature_dim": section["feature_dim"]}
+
+
+def _qkv_rows(model: ModelConfig) -> tuple[int, int, int]:
+    """Rows of the fused q | k | v weight."""
+    features = model.num_heads * model.feature_dim
+    return features, features, model.hidden_size

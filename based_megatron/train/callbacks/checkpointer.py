@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from based_megatron.checkpoint.carried import carried_fragments
-from based_megatron.checkpoint.load import load_carried, load_checkpoint
+from based_megatron.checkpoint.load import load_carried, load_checkpoint, read_state
 from based_megatron.checkpoint.peers import Peers, everyone
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint
-from based_megatron.checkpoint.zero import adam_step, after_load, zero_fragments
+from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.parallel.sequence.carried import CarriedStates
@@ -73,7 +73,7 @@ class Checkpointer(Callback):
         fragments = zero_fragments(self._engine)
         state: dict[str, Any] = {
             "tokens_seen": trainer.tokens_seen,
-            "adam_step": adam_step(self._engine),
+            "optimizer": optimizer_entry(self._engine),
             "data_fingerprint": self._data_fingerprint,
             "world_size": trainer.topology.world_size,
             "config": to_dict(self._config),
@@ -94,10 +94,20 @@ class Checkpointer(Callback):
             trainer.record("warning", message=str(error))
 
     def _load(self, path: Path, weights_only: bool) -> dict[str, Any]:
+        if not weights_only:
+            self._check_optimizer(path)
         fragments = zero_fragments(self._engine)
         state = load_checkpoint(path, fragments, weights_only=weights_only, peers=self._peers)
-        after_load(self._engine, adam_step=0 if weights_only else state["adam_step"])
+        after_load(self._engine, None if weights_only else saved_optimizer(state))
         return state
+
+    def _check_optimizer(self, path: Path) -> None:
+        saved = self._peers.together(lambda: saved_optimizer(read_state(path))["name"])[0]
+        if saved != self._config.optimizer.name:
+            raise ConfigError(
+                f"{path} was trained with optimizer.name {saved}, now {self._config.optimizer.name}: its state does not fit; restore "
+                f"the old value, or start a new run_dir from its weights with checkpoint.load"
+            )
 
     def _restore_carried(self, path: Path, state: dict[str, Any]) -> None:
         """Take carried states up where they are of this data and model; else a line says that the run begins without them."""

@@ -1,0 +1,22 @@
+"""What a config asks of its mixers and they cannot do, found before any rank starts to work; see config/validate.py for the rest."""
+
+from based_megatron.config import Config
+from based_megatron.errors import ConfigError
+from based_megatron.model.mixers import layer_mixers
+
+
+def check_mixers(config: Config) -> None:
+    """Raise ConfigError, in one line, for an unknown mixer and for the first layer that cannot run as the config wants."""
+    pattern = config.model.layer_pattern
+    for mixer in layer_mixers(config.model):
+        words = mixer.name.replace("_", " ")
+        if config.data.carry_state and not mixer.carries:
+            raise ConfigError(
+                f"data.carry_state cannot carry the whole past of {words}, letter {mixer.letter} of model.layer_pattern "
+                f"{pattern!r}; set data.carry_state=false or change model.layer_pattern"
+            )
+        if config.parallel.context > 1 and not mixer.slices:
+            raise ConfigError(
+                f"parallel.context {config.parallel.context} cuts sequences into slices, which {words}, letter {mixer.letter} of "
+                f"model.layer_pattern {pattern!r}, cannot mix; set parallel.context=1 or change model.layer_pattern"
+            )

@@ -1,0 +1,126 @@
+"""The contract of a mixer: what the rest of the house asks its class, answered from a ModelConfig alone. Nothing is built.
+
+Names of parameters are local to the mixer, such as `out_proj.weight`; shapes are those of the unsharded tensors.
+"""
+
+from abc import ABC, abstractmethod
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from based_megatron.config import ModelConfig
+from based_megatron.errors import ConfigError
+from based_megatron.model.config import residual_std
+from based_megatron.parallel.sequence.carried import CarriedForm
+
+Shape = tuple[int, ...]
+
+
+class MixerFacts(ABC):
+    """Facts that a mixer must state (letter, name, parameter_shapes, mixing_flops), and those that have a usual answer."""
+
+    letter: str
+    """Its letter in model.layer_pattern."""
+    name: str
+    """Its name in counts, model cards and messages, with underscores."""
+    rotates = False
+    """Whether it needs rotary tables."""
+    slices = False
+    """Whether it can mix a slice of a sequence whose other slices lie on other context parallel ranks."""
+    carries = False
+    """Whether what it `leaves` is all that the next sequence of the same document needs (data.carry_state)."""
+
+    @staticmethod
+    @abstractmethod
+    def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+        """Name and shape of each parameter."""
+
+    @staticmethod
+    @abstractmethod
+    def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
+        """Forward operations of a token besides those of linear layers; a multiply-add is 2."""
+
+    @classmethod
+    def linear_weights(cls, model: ModelConfig) -> int:
+        """Weights that multiply each token once, 2 operations each: those of linear layers."""
+        shapes = cls.parameter_shapes(model)
+        return sum(prod(shape) for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2)
+
+    @staticmethod
+    def initial(name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
+        """Initial values, fp32: biases 0, norms 1, `out_proj` N(0, init_std^2 / (2 layers)), all others N(0, init_std^2)."""
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        std = residual_std(model) if name == "out_proj.weight" else model.init_std
+        return torch.empty(shape).normal_(0, std, generator=generator)
+
+    @staticmethod
+    def decays(name: str) -> bool:
+        """Whether a parameter has weight decay: all but biases and norms."""
+        return not name.endswith((".bias", "norm.weight"))
+
+    @staticmethod
+    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
+        """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
+        return {}
+
+    @classmethod
+    def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """A dataclass of tensors: what `batch` empty sequences leave for their next token in a model of `dtype`.
+
+        Raises ConfigError if there is no such form of constant size.
+        """
+        raise ConfigError(f"{cls.__name__} has no state of constant size to decode with: change model.layer_pattern")
+
+    @classmethod
+    def state_bytes(cls, model: ModelConfig, dtype: torch.dtype) -> int:
+        """Bytes of the decoding state of one sequence. Raises ConfigError if it grows with the sequence."""
+        state = cls.empty_state(model, 1, dtype, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in vars(state).values())
+
+    hf_name: str | None = None
+    """Its name in the `mixers` of a Hugging Face config; None if it cannot be exported."""
+    hf_cache_layer = ""
+    """Kind of its layer in the caches of transformers, such as linear_attention; only needed with an `hf_class`."""
+
+    @staticmethod
+    def hf_class() -> type[nn.Module] | None:
+        """Its class in an export, in a file that imports nothing but torch and transformers: the file is copied into the export.
+
+        None for those of `convert/hf_files/mixers_based.py`.
+        """
+        return None
+
+    @classmethod
+    def hf_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
+        """The tensors of `hf_class` whose rows, stacked, make this parameter."""
+        return {name: cls.parameter_shapes(model)[name]}
+
+    released_slot: str | None = None
+    """Its section in config.json of the released checkpoints; None if the released code has no such mixer."""
+    released_target = ""
+    """Its class in the released code, as that section names it."""
+
+    @staticmethod
+    def released_settings(model: ModelConfig) -> dict[str, Any]:
+        """The other keys of that section."""
+        return {}
+
+    @staticmethod
+    def read_released(section: dict[str, Any]) -> dict[str, Any]:
+        """The keys of ModelConfig that such a section sets. Raises CheckpointError for what we cannot run."""
+        return {}
+
+    @classmethod
+    def released_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
+        """The released tensors whose rows, stacked, make this parameter."""
+        return {name: cls.parameter_shapes(model)[name]}
+
+
+def qkv_parts(name_format: str, rows: Shape, columns: int) -> dict[str, Shape]:
+    """Parts of a fused q | k | v weight, where `name_format` has {} for the letter."""
+    return {name_format.format(letter): (n, columns) for letter, n in zip("qkv", rows, strict=True)}

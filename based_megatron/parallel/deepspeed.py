@@ -1,0 +1,250 @@
+"""The one door to DeepSpeed: its settings, its groups, and the flat partitions in which ZeRO keeps weights and gradients.
+
+DeepSpeed reduces over data x context ranks, clips by the global norm, steps and gathers: `ZeroEngine.step` is the boundary of
+an optimizer step. Forward and backward stay outside of it for ZeRO-1. It keeps fp32 masters in flat partitions:
+
+    its optimizer                  stages                  master partitions                  place of a parameter
+    DeepSpeedZeroOptimizer         1 and 2                 single_partition_of_fp32_groups    _hp_mapping
+    BF16_Optimizer                 1 in bf16, fp32 sums    fp32_groups_flat_partition         _hp_mapping
+    DeepSpeedZeroOptimizer_Stage3  3                       fp32_partitioned_groups_flat       grad_position
+
+Checked against deepspeed 0.19.8: these names are not a public interface. Nothing else of ours knows them.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from based_megatron.config import OptimizerConfig, ParallelConfig
+from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
+from based_megatron.parallel.linear import is_tied_copy, shard_spec
+from based_megatron.parallel.megatron import megatron_runs
+from based_megatron.parallel.partitions import Partition, PartitionedOptimizer, Piece
+from based_megatron.parallel.topology import Topology
+
+Place = tuple[int, int, int, int]
+"""(partition, offset in it, start in the parameter, elements) of a parameter's range."""
+
+
+def build_zero_engine(
+    module: nn.Module, optimizer: PartitionedOptimizer, topology: Topology, settings: dict[str, Any]
+) -> "ZeroEngine":
+    """An engine over the model chunks of this rank. All ranks call it."""
+    for parameter in module.parameters():
+        # It is left out of the gradient norm.
+        parameter.ds_pipe_replicated = is_tied_copy(parameter)  # type: ignore[attr-defined]
+    with deepspeed_runs(topology.device), _initializes(topology.device):
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer.client,
+            mpu=DeepSpeedGroups(topology),
+            dist_init_required=False,
+            config=settings,
+        )
+    return ZeroEngine(engine, optimizer)
+
+
+class ZeroEngine:
+    """A module whose gradients, optimizer and, in stage 3, weights are sharded by ZeRO."""
+
+    def __init__(self, engine: Any, optimizer: PartitionedOptimizer) -> None:
+        """engine: what deepspeed.initialize returned for the client of `optimizer`."""
+        self._engine, self.optimizer = engine, optimizer
+        self.module: nn.Module = engine.module
+        self.stage: int = engine.zero_optimization_stage()
+        self._device: torch.device = engine.device
+        optimizer.place(self._partitions())
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward, for ZeRO-2 and 3: stage 3 gathers weights here."""
+        with deepspeed_runs(self._device), megatron_runs():
+            return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward, for ZeRO-2 and 3: gradients are reduced as they are made."""
+        with deepspeed_runs(self._device), megatron_runs():
+            self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Reduce, clip, update; leaves the weights alone if a gradient is not finite."""
+        with deepspeed_runs(self._device):
+            self._engine.step()
+
+    def get_global_grad_norm(self) -> Any:
+        """Norm of the whole gradient of the last step, before clipping: a number or a tensor, infinite if it was skipped."""
+        return self._engine.get_global_grad_norm()
+
+    @torch.no_grad()
+    def masters_to_weights(self) -> None:
+        """Copy changed masters to the weights of the model, on every rank (collective)."""
+        zero = self._engine.optimizer
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        # Gathered weights are released; the next forward gathers them again.
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _partitions(self) -> list[Partition]:
+        masters = self._masters()
+        pieces: list[list[Piece]] = [[] for _ in masters]
+        for parameter in self.module.parameters():
+            place = self._stage3_place(parameter) if self.stage == 3 else _place(parameter)
+            if place is None:
+                continue
+            partition, offset, start, numel = place
+            spec = shard_spec(parameter)
+            copied = is_tied_copy(parameter) or (spec.partition_dim is None and spec.rank > 0)
+            pieces[partition].append(Piece(spec, start, numel, offset, owned=not copied))
+        return [Partition(master, tuple(found)) for master, found in zip(masters, pieces, strict=True)]
+
+    def _masters(self) -> list[Tensor]:
+        zero = self._engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(zero, name):
+                return getattr(zero, name)
+        raise TypeError(f"{type(zero).__name__} is not a ZeRO optimizer: use zero_stage 1, 2 or 3")
+
+    def _stage3_place(self, parameter: Any) -> Place | None:
+        """Under stage 3 every parameter is cut into equal ranges, the last ones padded."""
+        assert tuple(parameter.ds_shape) == shard_spec(parameter).local_shape, shard_spec(parameter)
+        zero = self._engine.optimizer
+        partition, offset, range_numel = zero.grad_position[zero.get_param_id(parameter)]
+        start = range_numel * zero._get_param_partition_rank(parameter)
+        numel = min(range_numel, parameter.ds_numel - start)
+        return (partition, offset, start, numel) if numel > 0 else None
+
+
+def _place(parameter: Any) -> Place | None:
+    """Under stages 1 and 2; None if another rank holds all of the parameter."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    assert tuple(parameter.shape) == shard_spec(parameter).local_shape, shard_spec(parameter)
+    lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return mapping.param_group_index, hp.start, lp.start, lp.numel
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """Where ZeRO-1 keeps the summed gradient: an fp32 buffer for bf16 parameters, `.grad` for fp32 ones."""
+    high_precision = getattr(parameter, "_hp_grad", None)
+    return parameter.grad if high_precision is None else high_precision
+
+
+def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's config. Accumulation is ours: its step count is always one "micro batch" to DeepSpeed."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optimizer.clip_grad_norm,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        # Otherwise bf16 gradients are summed over ranks in bf16.
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            # Refused by DeepSpeed for stage 1 with unmanaged accumulation.
+            "overlap_comm": False,
+            "reduce_bucket_size": parallel.zero_bucket_elements,
+            "allgather_bucket_size": parallel.zero_bucket_elements,
+            "stage3_prefetch_bucket_size": parallel.zero_bucket_elements,
+        },
+    }
+    if bf16:
+        # immediate_grad_update adds each micro batch's gradient into an fp32 buffer as it is made.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+@contextmanager
+def deepspeed_runs(device: torch.device) -> Iterator[None]:
+    """Surroundings for DeepSpeed's code, for as long as the block lasts.
+
+    It asks the environment for its rank even where the ranks are joined already. Neither its warnings nor its log lines below
+    errors are wanted.
+    """
+    ranks = dict(RANK=dist.get_rank(), WORLD_SIZE=dist.get_world_size(), LOCAL_RANK=device.index or 0)
+    variables = {name: str(value) for name, value in ranks.items()}
+    with environment(**variables), without_warnings("deepspeed"), log_level("DeepSpeed", logging.ERROR):
+        yield
+
+
+@contextmanager
+def _initializes(device: torch.device) -> Iterator[None]:
+    """Surroundings for deepspeed.initialize."""
+    on_cpu = device.type == "cpu"
+    with ExitStack() as changes:
+        if on_cpu:
+            changes.enter_context(environment(DS_ACCELERATOR="cpu"))
+        import deepspeed.ops
+        from deepspeed.runtime import bf16_optimizer
+
+        changes.enter_context(replaced(bf16_optimizer, see_memory_usage=lambda *args, **kwargs: None))
+        if on_cpu:
+            # Otherwise it compiles a shared memory all-reduce for inference, for minutes, and fails without a compiler.
+            changes.enter_context(replaced(deepspeed.ops, __compatible_ops__={}))
+        yield
+
+
+@dataclass(frozen=True)
+class DeepSpeedGroups:
+    """The `mpu` argument of deepspeed.initialize.
+
+    Data parallel means data x context here: both hold the same parameters, and ZeRO shards over both. The methods of
+    Ulysses sequence parallelism must not exist, or DeepSpeed sums where it should average.
+    """
+
+    topology: Topology
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.topology.model.group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.topology.model.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self.topology.model.rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.topology.tensor.group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.topology.tensor.size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.topology.tensor.rank
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return dist.get_process_group_ranks(self.topology.tensor.group)[0]
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.topology.pipeline.group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.topology.pipeline.size
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.topology.pipeline.rank
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.topology.data_context.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.topology.data_context.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.topology.data_context.rank
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.topology.data_context.group)

@@ -1,0 +1,1 @@
+"""Measurements of this repository that are not installed: scripts, the simulator of sequence parallelism, and raw results."""
