@@ -1,7 +1,7 @@
 """Carried states: what a step leaves for the next one where a document goes on, without gradients.
 
-A step sees them as one more slice, number -1, before the slices of its P ranks, and leaves another, number P, after them, which
-is number -1 of the next step. The first rank holds both, since the next sequence begins there; with one rank nothing moves.
+A step sees the step before as one more slice, number -1, in front of the slices of its P ranks, and the next step as another,
+number P, behind them. The first rank holds both, since a sequence begins there; with one rank nothing moves.
 """
 
 from dataclasses import dataclass, field
@@ -12,10 +12,13 @@ from torch import Tensor
 from based_megatron.parallel.sequence.channel import Pending
 from based_megatron.parallel.sharding import ShardSpec
 
+STEP_BEFORE = -1
+"""Number of the slice of the step before."""
+
 
 @dataclass(frozen=True)
 class CarriedForm:
-    """The form of what one sequence leaves in one layer, in the whole model."""
+    """Shape and dtype of one carried state of one sequence in one layer, not sharded."""
 
     shape: tuple[int, ...]
     cut_dim: int
@@ -25,21 +28,21 @@ class CarriedForm:
 
 @dataclass
 class CarriedState:
-    """States and last rows of the sequences of one micro batch, by kind and layer."""
+    """The carried state of one micro batch: states of linear attention and last rows of its sequences, by kind and layer."""
 
     before: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """What the step before left, on the first rank alone; nothing, or zeros, at the start of a run."""
+    """What this step begins with, on the first rank alone; nothing, or zeros, at the start of a run."""
     past_tokens: int = 0
     """Tokens of each sequence's row that `before` knows of. Equal on all ranks."""
     after: dict[tuple[str, int], Pending[Tensor | None]] = field(default_factory=dict)
-    """What this step leaves, on its way; None on ranks that only send."""
+    """What the next step will begin with, on its way; None on ranks that only send."""
 
     def slices(self, size: int) -> range:
         """Numbers of the slices that rows and states flow between, where `size` ranks share a sequence."""
-        return range(-1, size + 1)
+        return range(STEP_BEFORE, size + 1)
 
     def next(self, length_tokens: int) -> "CarriedState":
-        """The carried state of the step after one of so many tokens. All that was sent has arrived when it is returned."""
+        """The carried state of the next step, after this one of so many tokens. Waits until all that was sent has arrived."""
         arrived = {key: pending.wait() for key, pending in self.after.items()}
         before = {key: value for key, value in arrived.items() if value is not None}
         return CarriedState(before, self.past_tokens + length_tokens)
@@ -57,7 +60,7 @@ class CarriedStates:
     """The carried states of all micro batches of this rank."""
 
     by_row: dict[int, CarriedState]
-    """What the next step begins with, by the row of the global batch that a micro batch begins with."""
+    """Those that the next step begins with, by the row of the global batch that a micro batch begins with."""
     specs: dict[tuple[str, int], ShardSpec]
     """Where tensors of this rank lie in those of all rows and heads, by kind and layer; empty on ranks that begin no sequence."""
 

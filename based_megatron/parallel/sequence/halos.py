@@ -1,16 +1,17 @@
-"""Boundary rows, sent to the slices that look back at them, and the gradients of these rows, sent back.
+"""Halos: the last rows of earlier slices, sent to the slices that look back at them, and the gradients of these rows, sent back.
 
 Legend: B sequences, L tokens of this slice, N rows of the halo, t boundary rows: the last of this slice, which others may need.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from based_megatron.parallel.sequence.carried import STEP_BEFORE
 from based_megatron.parallel.sequence.channel import Pending
-from based_megatron.parallel.sequence.messages import Message, Parcel, deliver
+from based_megatron.parallel.sequence.messages import Arrived, Message, Parcel, deliver, sum_of_rows
 from based_megatron.parallel.sequence.plan import SequencePlan
 
 
@@ -54,64 +55,54 @@ class HaloExchange:
     def start_return(self, dhalo: Tensor) -> Pending[Tensor]:
         """Begin to send the gradient of the halo [B, N, ...] to its owners; what comes is for the boundary rows, [B, t, ...].
 
-        The step before is over: rows that it left get none.
+        Gradients stop at the start of a step: rows that the step before left get none.
         """
-        plan, t = self.plan, self.boundary_rows
-        halo_start, boundary_start = plan.start - dhalo.shape[1], plan.end - t
-        parcels = [Parcel(m.reader, m.owner, m) for m in plan.halo_messages(self.wanted) if m.owner >= 0]
-        pending = deliver(
-            plan.ranks, "halo", parcels, lambda m: dhalo[:, m.within(halo_start)], lambda m: _empty(dhalo, m.rows)
+        plan = self.plan
+        halo_start = plan.start - dhalo.shape[1]
+        parcels = [Parcel(m.reader, m.owner, m) for m in plan.halo_messages(self.wanted) if m.owner != STEP_BEFORE]
+        arriving = deliver(
+            plan.ranks, "halo", parcels, lambda m: dhalo[:, m.within(halo_start)], lambda m: _empty_rows(m, dhalo)
         )
-
-        def add_up(returned: list[tuple[Message, Tensor]]) -> Tensor:
-            total = dhalo.new_zeros(dhalo.shape[0], t, *dhalo.shape[2:])
-            for m, drows in returned:
-                total[:, m.within(boundary_start)] += drows
-            return total
-
-        return pending.then(add_up)
+        return arriving.then(lambda arrived: sum_of_rows(arrived, plan.end - self.boundary_rows, plan.end, dhalo))
 
     def _start(self, boundary: Tensor) -> Pending[Tensor]:
-        plan = self.plan
-        now, later = plan.halo_messages(self.wanted), plan.carried_messages(self.wanted)
-        sources = {m.owner: self._last_rows(m.owner, boundary) for m in (*now, *later) if plan.holds(m.owner)}
-
-        def rows_of(m: Message) -> Tensor:
-            rows = sources[m.owner]
-            return rows[:, m.within(plan.bounds[m.owner + 1] - rows.shape[1])]
-
-        def begin(kind: str, messages: tuple[Message, ...]) -> Pending[list[tuple[Message, Tensor]]]:
-            parcels = [plan.parcel(m) for m in messages]
-            return deliver(plan.ranks, kind, parcels, rows_of, lambda m: _empty(boundary, m.rows))
-
-        def put(arrived: list[tuple[Message, Tensor]], count: int, end: int) -> Tensor:
-            """`count` rows before the position `end`."""
-            found = boundary.new_zeros(boundary.shape[0], count, *boundary.shape[2:])
-            for m, rows in arrived:
-                found[:, m.within(end - count)] = rows
-            return found
-
-        arriving = begin("halo", now)
-        if later:
-            plan.carried.after[self.kind, self.layer] = begin("carried", later).then(
-                lambda arrived: put(arrived, self.wanted, plan.bounds[-1]) if arrived else None
+        plan, size = self.plan, self.plan.bounds[-1]
+        owners = {m.owner for m in plan.messages(self.wanted) if plan.holds(m.owner)}
+        sources = {owner: self._last_rows(owner, boundary) for owner in owners}
+        arriving = self._deliver("halo", plan.halo_messages(self.wanted), sources, boundary)
+        if carried := plan.carried_messages(self.wanted):
+            plan.carried.after[self.kind, self.layer] = self._deliver("carried", carried, sources, boundary).then(
+                lambda arrived: sum_of_rows(arrived, size - self.wanted, size, boundary) if arrived else None
             )
-        return arriving.then(lambda arrived: put(arrived, self.rows, plan.start))
+        return arriving.then(lambda arrived: sum_of_rows(arrived, plan.start - self.rows, plan.start, boundary))
 
-    def _last_rows(self, number: int, boundary: Tensor) -> Tensor:
+    def _last_rows(self, owner: int, boundary: Tensor) -> Tensor:
         """The last rows of a slice that this rank holds: its own, or that of the step before."""
-        if number == self.plan.ranks.rank:
+        if owner != STEP_BEFORE:
             return boundary
-        left = self.plan.carried.before.get((self.kind, self.layer))
-        if left is None:
+        before = self.plan.carried.before.get((self.kind, self.layer))
+        if before is None:
             return boundary.new_zeros(boundary.shape[0], self.wanted, *boundary.shape[2:])
-        rows, ids = self.renew(left), self.plan.document_ids(self.wanted)
+        rows, ids = self.renew(before), self.plan.document_ids(self.wanted)
         if ids is None:
             return rows
-        # Selected, not multiplied: what a document that has ended left may be infinite or not a number.
+        # Selected, not multiplied: rows of a document that has ended may be infinite or not a number.
         seen = (ids[:, : self.wanted] >= 0).view(*rows.shape[:2], *([1] * (rows.ndim - 2)))
         return torch.where(seen, rows, 0.0)
 
+    def _deliver(
+        self, kind: str, messages: Sequence[Message], sources: dict[int, Tensor], like: Tensor
+    ) -> Pending[Arrived]:
+        """sources: the last rows of the slices that this rank holds, by number."""
+        plan = self.plan
 
-def _empty(like: Tensor, rows: int) -> Tensor:
-    return like.new_empty(like.shape[0], rows, *like.shape[2:])
+        def content(message: Message) -> Tensor:
+            rows = sources[message.owner]
+            return rows[:, message.within(plan.bounds[message.owner + 1] - rows.shape[1])]
+
+        parcels = [plan.parcel(message) for message in messages]
+        return deliver(plan.ranks, kind, parcels, content, lambda message: _empty_rows(message, like))
+
+
+def _empty_rows(message: Message, like: Tensor) -> Tensor:
+    return like.new_empty(like.shape[0], message.rows, *like.shape[2:])

@@ -1,4 +1,4 @@
-"""What a mixer must know of the whole sequence when it sees one contiguous slice of it.
+"""The plan of a sequence: what a mixer must know of the whole when it sees one contiguous slice of it.
 
 Legend: B sequences, S tokens of the whole sequence, L tokens of this slice, P context parallel ranks, N rows of a halo.
 """
@@ -17,7 +17,7 @@ from based_megatron.parallel.sequence.ranks import ONE_RANK, ContextRanks
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """The slices of the sequences of one micro batch, and what flows between them: known on every host before anything is sent.
+    """The slices of the sequences of one micro batch and what flows between them, known on every host before anything is sent.
 
     Slices are contiguous and may be of any lengths, one token included. Those of the ranks are numbered 0 .. P - 1. Where states
     are carried from step to step, -1 is the slice of the step before and P that of the next; the first rank holds both.
@@ -30,7 +30,7 @@ class SequencePlan:
     """None if each sequence is one document."""
     device: torch.device
     carried: CarriedState = field(default_factory=NothingCarried)
-    """What the step before left of each sequence and the next one will need."""
+    """What the step before left for this one, and what this one leaves for the next."""
     kept: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
     """Received states and halos by kind and layer, for layers whose activations are recomputed: they do not ask for them again."""
 
@@ -64,20 +64,20 @@ class SequencePlan:
 
     @property
     def is_whole(self) -> bool:
-        """True if nothing comes from outside of this slice, and nothing leaves it."""
+        """Whether this slice is all there is: nothing comes into it from outside, and nothing leaves it."""
         return len(self.slices) == 1
 
     @cached_property
     def gates(self) -> Tensor:
-        """[b, r, p] is 1 where one document covers the end of slice p through the start of slice r, p < r; on the host.
+        """Entry [b, r, p] is 1 where one document covers the end of slice p through the start of slice r, p < r; on the host.
 
-        The state of slice p, of the tokens of its last document, then flows into slice r. r and p count from the first of
-        `slices`. The next step counts as one that goes on with the last document. B is 1 without documents.
+        The state of slice p, of the tokens of its last document, then flows into slice r. r and p are places in `slices`. The
+        next step counts as one that goes on with the last document. B is 1 without documents.
         """
         earlier = torch.ones(len(self.slices), len(self.slices)).tril(-1)
         if self.documents is None:
             return earlier[None]
-        # Slice -1 reads from nobody and slice P has nothing that others read: their own positions here do not matter.
+        # Slice -1 reads nothing and slice P is read by none: where -1 starts and P ends is not needed, any position will do.
         first = torch.tensor([self.bounds[max(number, 0)] for number in self.slices])
         last = torch.tensor([self.bounds[min(number + 1, self.ranks.size)] - 1 for number in self.slices])
         first_Br, last_Bp = self.documents.numbers(first), self.documents.numbers(last)
@@ -90,7 +90,7 @@ class SequencePlan:
 
     @cached_property
     def rank_gates(self) -> Tensor:
-        """[B, P, P], the gates between slices of ranks, on the host."""
+        """The gates [B, P, P] between slices of ranks, on the host."""
         return self._of_ranks(self.gates)
 
     @cached_property
@@ -103,12 +103,12 @@ class SequencePlan:
         return self.device_gates > 0
 
     def flows(self, owner: int, reader: int) -> Tensor:
-        """bool [B] on the device: where the state of one slice flows into a later one."""
-        return self._device_flows[:, reader - self.slices.start, owner - self.slices.start]
+        """Sequences in which the state of one slice flows into a later one: bool [B], on the device."""
+        return self._device_flows[:, self.slices.index(reader), self.slices.index(owner)]
 
     def flows_anywhere(self, owner: int, reader: int) -> bool:
-        """Whether it does so in any sequence; the host knows."""
-        return bool(self.gates[:, reader - self.slices.start, owner - self.slices.start].any())
+        """Whether the state of one slice flows into a later one in any sequence; the host knows."""
+        return bool(self.gates[:, self.slices.index(reader), self.slices.index(owner)].any())
 
     @cached_property
     def crosses(self) -> bool:
@@ -116,14 +116,14 @@ class SequencePlan:
         return bool(self.rank_gates.any())
 
     def messages(self, rows: int) -> tuple[Message, ...]:
-        """What slices held by this rank send or receive so that every slice has the `rows` before it. Both ends find the same.
+        """Messages from or to slices of this rank that bring every slice the `rows` before it, by reader, then by owner.
 
-        Rows of documents that have ended are not sent. Rows that need not be sent, since one rank holds both slices, are there.
+        Both ends find the same ones. Rows of documents that have ended are in none. Messages between two slices of one rank are
+        among them, though nothing is sent.
         """
         if rows not in self._messages:
-            held = [n for n in (-1, self.ranks.rank, self.ranks.size) if n in self.slices and self.holds(n)]
-            pairs = {(n, reader) for n in held for reader in self.slices if reader > n}
-            pairs |= {(owner, n) for n in held for owner in self.slices if owner < n}
+            held = [number for number in self.slices if self.holds(number)]
+            pairs = {(min(own, other), max(own, other)) for own in held for other in self.slices if other != own}
             found = [self._message(*pair, rows) for pair in sorted(pairs, key=lambda pair: pair[::-1])]
             self._messages[rows] = tuple(message for message in found if message is not None)
         return self._messages[rows]
@@ -137,14 +137,14 @@ class SequencePlan:
         first, last = wanted if owner < 0 else max(self.bounds[owner], wanted), self.bounds[owner + 1]
         if first >= last:
             return None
-        # Rows of slice -1 go where those of slice 0 go: the length of a halo, and so the order in which its rows are added up,
+        # Rows of slice -1 go where those of slice 0 go: the length of a halo, and so the order in which kernels add its rows up,
         # does not depend on whether any document goes on from the step before.
         source = self.holder(owner)
         needed = source == self.holder(reader) or self.flows_anywhere(source, reader)
         return Message(owner, reader, first, last) if needed else None
 
     def halo_messages(self, rows: int) -> tuple[Message, ...]:
-        """Those of `messages` that the ranks' own slices read, in this step."""
+        """Those of `messages` that slices of this step read."""
         return tuple(m for m in self.messages(rows) if m.reader < self.ranks.size)
 
     def carried_messages(self, rows: int) -> tuple[Message, ...]:
@@ -152,7 +152,7 @@ class SequencePlan:
         return tuple(m for m in self.messages(rows) if m.reader == self.ranks.size)
 
     def parcel(self, message: Message) -> Parcel:
-        """A message on its way from the rank that holds its owner to the one that holds its reader."""
+        """A message with the ranks that hold its owner and its reader."""
         return Parcel(self.holder(message.owner), self.holder(message.reader), message)
 
     def halo_rows(self, rows: int) -> int:
@@ -161,7 +161,8 @@ class SequencePlan:
         return self.start - min(begins, default=self.start)
 
     def _of_ranks(self, gates: Tensor) -> Tensor:
-        ranks = slice(-self.slices.start, -self.slices.start + self.ranks.size)
+        first = self.slices.index(0)
+        ranks = slice(first, first + self.ranks.size)
         return gates[:, ranks, ranks]
 
     def document_ids(self, halo: int = 0) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""States of linear attention on their way between slices, as the kernels' fused attention asks for them (kernels/exchange.py)."""
+"""States of linear attention on their way between slices, as the kernels' fused attention asks for them (kernels/exchange.py).
+
+Legend: B sequences, H heads, R rows of a state, V value head dim, P ranks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from based_megatron.parallel.sequence.carried import STEP_BEFORE
 from based_megatron.parallel.sequence.channel import Pending
-from based_megatron.parallel.sequence.messages import Message, deliver
+from based_megatron.parallel.sequence.messages import deliver
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.scan import start_gated_sum
 
@@ -57,18 +61,18 @@ class StateExchange:
         own, carried = moments(), self._carried()
         found: Pending[Tensor | None] = Pending.done(carried)
         if plan.crosses:
-            # Only the first rank has a carried state, and no other state flows into its slice.
+            # A carried state is on the first rank alone, and no other state flows into that rank's slice.
             needed = carried is None and bool(plan.rank_gates[:, rank].any())
             summed = start_gated_sum(self._after(own, carried), plan)
             found = summed.then(lambda state: state if needed else carried)
-        return found.then(lambda state: self._leave(own, state))
+        return found.then(lambda before: self._hand_on(own, before))
 
     def _carried(self) -> Tensor | None:
-        """What the step before left of the documents that go on in this slice."""
-        left = self.plan.carried.before.get((STATE, self.layer))
-        if left is None or not self.plan.flows_anywhere(-1, 0):
+        """The carried state of the sequences whose document goes on in this slice, zeros for others; None if there is none."""
+        before = self.plan.carried.before.get((STATE, self.layer))
+        if before is None or not self.plan.flows_anywhere(STEP_BEFORE, 0):
             return None
-        return _select(self.plan.flows(-1, 0), left)
+        return _select(self.plan.flows(STEP_BEFORE, 0), before)
 
     def _after(self, own: Tensor, before: Tensor | None) -> Tensor:
         """The state after this slice, of its last document, from the slice's moments and the state before it."""
@@ -77,26 +81,18 @@ class StateExchange:
         rank = self.plan.ranks.rank
         return own + _select(self.plan.flows(rank - 1, rank + 1), before)
 
-    def _leave(self, own: Tensor, before: Tensor | None) -> Tensor | None:
-        """Send the state at the end of the sequence to the next step. Returns the state before this slice."""
+    def _hand_on(self, own: Tensor, before: Tensor | None) -> Tensor | None:
+        """Begin to send the state after the sequence to the next step. Returns the state before this slice, as it is."""
         plan = self.plan
-        parcels = [plan.parcel(m) for m in plan.carried_messages(1)]
-        if parcels:
+        # The slice that has the last row of the sequence also has the state after it.
+        if parcels := [plan.parcel(message) for message in plan.carried_messages(rows=1)]:
             arriving = deliver(
-                plan.ranks,
-                "carried",
-                parcels,
-                lambda _: self._after(own, before),
-                lambda _: torch.empty_like(own),
+                plan.ranks, "carried", parcels, lambda _: self._after(own, before), lambda _: torch.empty_like(own)
             )
-            plan.carried.after[STATE, self.layer] = arriving.then(_only)
+            plan.carried.after[STATE, self.layer] = arriving.then(lambda arrived: arrived[0][1] if arrived else None)
         return before
 
 
 def _select(chosen_B: Tensor, state: Tensor) -> Tensor:
     """The state of chosen sequences, zeros for others. Not a product: a state that is not a number must not come through."""
     return torch.where(chosen_B.view(-1, *([1] * (state.ndim - 1))), state, 0.0)
-
-
-def _only(arrived: list[tuple[Message, Tensor]]) -> Tensor | None:
-    return arrived[0][1] if arrived else None
