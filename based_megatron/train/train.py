@@ -63,9 +63,9 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     engine = build_engine(chunks, config, topology)
 
     loader = build_loader(config, topology)
-    carries = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carries)
-    checkpointer = Checkpointer(engine, config, loader.fingerprint, carries)
+    carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried)
+    checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
     start = checkpointer.restore()
 
     callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config)]

@@ -30,7 +30,7 @@ class MixerFacts(ABC):
     slices = False
     """Whether it can mix a slice of a sequence whose other slices lie on other context parallel ranks."""
     carries = False
-    """Whether what it `leaves` is all that the next sequence of the same document needs (data.carry_state)."""
+    """Whether its carried state is all that the next sequence of the same document needs (data.carry_state)."""
 
     @staticmethod
     @abstractmethod
@@ -64,8 +64,11 @@ class MixerFacts(ABC):
         return not name.endswith((".bias", "norm.weight"))
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
-        """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
+        """Shape and dtype of each carried state, what a training sequence leaves for the next one of its row, by kind.
+
+        dtype: that of activations.
+        """
         return {}
 
     @classmethod

@@ -1,6 +1,5 @@
 """The short gated convolution: (silu(conv(u)) * gate) W_out, [u | gate] = x W_in (based.models.mixers.convolution.BaseConv)."""
 
-import functools
 import math
 from typing import Any
 
@@ -53,8 +52,7 @@ class GatedConv(Mixer):
         """The last rows are projected first, and are under way while the others are."""
         channels, taps = self.conv_weight.shape
         exchange = HaloExchange(plan, CONV, self.layer_number, taps - 1, keep=self.keeps_received)
-        tail = functools.partial(project.tail, exchange.boundary_rows, slice(channels))
-        arriving = exchange.start(lambda: tail().transpose(0, 1))
+        arriving = exchange.start(lambda: project.last_tokens(exchange.boundary_rows, slice(channels)).transpose(0, 1))
         return gated_conv_over_slices(
             project().transpose(0, 1),
             self.conv_weight,
@@ -64,7 +62,7 @@ class GatedConv(Mixer):
         )
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         rows = model.conv_kernel - 1
         return {CONV: CarriedForm((rows, _channels(model)), cut_dim=1, dtype=dtype)} if rows else {}
 

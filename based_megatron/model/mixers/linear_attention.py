@@ -66,7 +66,7 @@ class TaylorLinearAttention(Mixer):
         return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started)
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         shape = (model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1)
         return {STATE: CarriedForm(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from based_megatron.parallel.sequence.carried import CarriedState, NothingCarried
+from based_megatron.parallel.sequence.carried import STEP_BEFORE, CarriedState, NothingCarried
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.messages import Message, Parcel
 from based_megatron.parallel.sequence.ranks import ONE_RANK, ContextRanks
@@ -134,7 +134,7 @@ class SequencePlan:
 
     def _message(self, owner: int, reader: int, rows: int) -> Message | None:
         wanted = self.bounds[reader] - rows
-        first, last = wanted if owner < 0 else max(self.bounds[owner], wanted), self.bounds[owner + 1]
+        first, last = wanted if owner == STEP_BEFORE else max(self.bounds[owner], wanted), self.bounds[owner + 1]
         if first >= last:
             return None
         # Rows of slice -1 go where those of slice 0 go: the length of a halo, and so the order in which kernels add its rows up,
