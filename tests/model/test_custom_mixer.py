@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from based_megatron.checkpoint.full import read_full
 from based_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig
 from based_megatron.convert.cli import read_export
 from based_megatron.convert.huggingface import export_huggingface, hf_model
+from based_megatron.convert.layout import our_shapes
 from based_megatron.convert.released import to_released
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
@@ -155,6 +157,19 @@ def test_an_export_is_proven_and_comes_back(run_dir, tmp_path):
     assert model == config.model and all(torch.equal(back[name], weights[name]) for name in weights)
     with pytest.raises(CheckpointError, match=r"unknown mixers: moving_average.*--mixers"):
         read_export(tmp_path / "export")
+
+
+def test_exports_of_one_name_and_different_mixers_load_in_one_process(tmp_path):
+    kinds, patterns = {}, {"first": "cc", "second": "mc"}
+    for parent, pattern in patterns.items():
+        model, folder = dataclasses.replace(MODEL, layer_pattern=pattern), tmp_path / parent / "export"
+        export_huggingface({name: torch.randn(shape) for name, shape in our_shapes(model).items()}, model, folder)
+        layers = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).model.layers
+        kinds[parent] = [type(layer.mixer).__name__ for layer in layers]
+    assert kinds == {
+        "first": ["BasedGatedConv", "BasedGatedConv"],
+        "second": ["MovingAverageForExport", "BasedGatedConv"],
+    }
 
 
 def state_logits(weights: dict[str, torch.Tensor], config: Config, tokens: torch.Tensor) -> torch.Tensor:
