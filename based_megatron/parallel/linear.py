@@ -44,8 +44,8 @@ class Projection:
         return [Projection(self.x_LBD, w, b) for w, b in zip(self.weight.split(rows), biases, strict=True)]
 
     @torch.no_grad()
-    def tail(self, tokens: int, rows: slice) -> Tensor:
-        """Some rows of the last tokens, ahead of all others and without gradients."""
+    def last_tokens(self, tokens: int, rows: slice) -> Tensor:
+        """Some rows of the output at the last tokens, ahead of all others and without gradients."""
         bias = None if self.bias is None else self.bias[rows]
         return functional.linear(self.x_LBD[self.x_LBD.shape[0] - tokens :], self.weight[rows], bias)
 

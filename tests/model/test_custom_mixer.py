@@ -179,7 +179,8 @@ def state_logits(weights: dict[str, torch.Tensor], config: Config, tokens: torch
     for parameter in chunk.parameters():
         parameter.data.copy_(weights[shard_spec(parameter).name])
     with torch.no_grad():
-        return chunk(tokens, whole_sequence(None, tokens.shape[1], topology.device)).transpose(0, 1)
+        plan = whole_sequence(None, tokens.shape[1], topology.device)
+        return chunk(tokens.to(topology.device), plan).transpose(0, 1).cpu()
 
 
 def test_the_exported_model_is_the_trained_one(worker_pool, run_dir):

@@ -29,7 +29,7 @@ from based_megatron.model.mixers.base import (
 )
 from based_megatron.model.mixers.facts import Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
 
@@ -69,7 +69,7 @@ class SoftmaxAttention(Mixer):
             keep=self.keeps_received,
             renew=lambda kv: self._moved_back(kv, plan),
         )
-        arriving = exchange.start(lambda: self._tail(project, rotary, exchange.tail_rows))
+        arriving = exchange.start(lambda: self._boundary_rows(project, rotary, exchange.boundary_rows))
         q, k, v = self._rotated(project(), rotary)
         return self.attend_slice(q, k, v, Halo(arriving, exchange), plan.document_ids(rows))
 
@@ -78,10 +78,10 @@ class SoftmaxAttention(Mixer):
         q, k = (apply_rotary(x, *rotary, backend=self.config.backend) for x in (q, k))
         return q, k, v
 
-    def _tail(self, project: Projection, rotary: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+    def _boundary_rows(self, project: Projection, rotary: tuple[Tensor, Tensor], tokens: int) -> Tensor:
         """Keys and values of the last tokens, [B, t, 2, H, V]."""
         width = self.heads * self.head_dim
-        kv = project.tail(tokens, slice(width, 3 * width))
+        kv = project.last_tokens(tokens, slice(width, 3 * width))
         k, v = (heads_first_batch(part, self.heads) for part in kv.chunk(2, dim=-1))
         k = apply_rotary(k, *(table[table.shape[0] - tokens :] for table in rotary), backend=self.config.backend)
         return torch.stack([k, v], dim=2)
@@ -127,11 +127,11 @@ class SlidingWindowAttention(SoftmaxAttention):
     released_slot, released_target = "alt_mixer_2", "based.models.mixers.slide_attention.SlidingAttention"
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         if not model.window_left:
             return {}
         shape = (model.window_left, 2, model.num_heads, model.hidden_size // model.num_heads)
-        return {WINDOW: Left(shape, cut_dim=2, dtype=dtype)}
+        return {WINDOW: CarriedForm(shape, cut_dim=2, dtype=dtype)}
 
     def look_back(self, plan: SequencePlan) -> int:
         return self.config.model.window_left

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from based_megatron.config import ModelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.config import residual_std
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 
 Shape = tuple[int, ...]
 
@@ -30,7 +30,7 @@ class MixerFacts(ABC):
     slices = False
     """True if the mixer can work on one slice of a sequence while context parallel ranks hold the others."""
     carries = False
-    """Whether what it `leaves` is all that the next sequence of the same document needs (data.carry_state)."""
+    """Whether its carried state is all that the next sequence of the same document needs (data.carry_state)."""
 
     @staticmethod
     @abstractmethod
@@ -64,8 +64,11 @@ class MixerFacts(ABC):
         return not name.endswith((".bias", "norm.weight"))
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
-        """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
+        """Shape and dtype of each carried state, what a training sequence leaves for the next one of its row, by kind.
+
+        dtype: that of activations.
+        """
         return {}
 
     @classmethod

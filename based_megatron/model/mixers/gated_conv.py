@@ -3,7 +3,6 @@
 Legend: B sequences, L tokens of this rank's slice, D hidden size, C channels, K taps, h = K - 1 halo inputs.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.facts import Shape
 from based_megatron.parallel.linear import Projection, shard_parameter
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
 
@@ -59,8 +58,7 @@ class GatedConv(Mixer):
         """
         channels, taps = self.conv_weight.shape
         exchange = HaloExchange(plan, CONV, self.layer_number, taps - 1, keep=self.keeps_received)
-        tail = functools.partial(project.tail, exchange.tail_rows, slice(channels))
-        arriving = exchange.start(lambda: tail().transpose(0, 1))
+        arriving = exchange.start(lambda: project.last_tokens(exchange.boundary_rows, slice(channels)).transpose(0, 1))
         return gated_conv_over_slices(
             project().transpose(0, 1),
             self.conv_weight,
@@ -70,9 +68,9 @@ class GatedConv(Mixer):
         )
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         rows = model.conv_kernel - 1
-        return {CONV: Left((rows, _channels(model)), cut_dim=1, dtype=dtype)} if rows else {}
+        return {CONV: CarriedForm((rows, _channels(model)), cut_dim=1, dtype=dtype)} if rows else {}
 
     @classmethod
     def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> ConvState:

@@ -27,7 +27,7 @@ from based_megatron.model.mixers.base import (
 )
 from based_megatron.model.mixers.facts import Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.states import STATE, StateExchange
 
@@ -72,9 +72,9 @@ class TaylorLinearAttention(Mixer):
         return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started)
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         shape = (model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1)
-        return {STATE: Left(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
+        return {STATE: CarriedForm(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
 
     @classmethod
     def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> TaylorState:

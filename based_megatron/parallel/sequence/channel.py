@@ -43,7 +43,7 @@ class Pending(Generic[Value]):
 
 @dataclass
 class Traffic:
-    """Calls and bytes of one rank, by kind of exchange (`state`, `halo`, `carry`)."""
+    """Calls and bytes of one rank, by kind of exchange (`state`, `halo`, `carried`)."""
 
     calls: Counter[str] = field(default_factory=Counter)
     sent_bytes: Counter[str] = field(default_factory=Counter)
