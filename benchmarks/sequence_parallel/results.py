@@ -47,7 +47,7 @@ class Part(Key):
 
 
 class Way(Key):
-    """Ways of ranks to share what a layer needs. From `TWO_LEVEL_DOUBLING` on they are modelled for comparison; we have no code for them."""
+    """Ways of ranks to share what a layer needs. From `TWO_LEVEL_DOUBLING` on they are modelled for comparison; we have none of them."""
 
     HALO = "halo", "halo"
     AUTO = "auto", "auto"

@@ -27,7 +27,7 @@ class MixerSubmodules:
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """Inputs of a mixer besides the activations, made once per micro batch."""
+    """What a mixer needs besides the activations, made once per micro batch."""
 
     plan: SequencePlan
     rotary: tuple[Tensor, Tensor] | None
