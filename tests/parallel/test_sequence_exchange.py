@@ -67,7 +67,7 @@ def test_sums_over_processes(worker_pool, size):
 
 
 def errors_of_algorithms() -> list[float]:
-    """Of the algorithms over four processes, two to a node."""
+    """Errors of the algorithms over four processes, two to a node."""
     bounds, errors = (0, 1, 7, 9, 17), []
     ids = telling_documents(bounds)
     states = seeded(4, len(ids), 5, seed=1)
@@ -244,7 +244,7 @@ def test_the_kernels_over_slices_are_the_kernels_over_the_whole(worker_pool, let
     [("c", "auto"), ("S", "auto"), ("L", "all_gather"), ("L", "two_level"), ("L", "chain")],
 )
 def test_two_ranks_with_kernels(worker_pool, letter, state_exchange):
-    """As above, for the two GPUs that a machine may have: over NCCL, with exchanges on a stream of their own."""
+    """The two GPUs that a machine may have exchange over NCCL, on streams of their own."""
     run = functools.partial(mixer_errors, state_exchange=state_exchange)
     for errors in worker_pool(2).run(run, letter, [(0, 5, 21)], torch.float32, "triton"):
         assert {case: error for case, error in errors.items() if not error < 1e-5} == {}

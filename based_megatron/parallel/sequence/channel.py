@@ -26,7 +26,7 @@ class Pending(Generic[Value]):
 
     @classmethod
     def done(cls, value: Value) -> "Pending[Value]":
-        """What needs no waiting."""
+        """A value that is there already."""
         return cls(lambda: value)
 
     def wait(self) -> Value:
@@ -37,7 +37,7 @@ class Pending(Generic[Value]):
         return self._value[0]
 
     def then(self, work: Callable[[Value], Other]) -> "Pending[Other]":
-        """What `work` makes of the value, once it is waited for."""
+        """The result of `work` on the value, which runs when it is waited for."""
         return Pending(lambda: work(self.wait()))
 
 

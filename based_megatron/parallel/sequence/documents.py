@@ -1,4 +1,4 @@
-"""Which document each token of a packed sequence belongs to, known on the host of every rank.
+"""The documents of packed sequences, known on the host of every rank.
 
 Legend: B sequences, S tokens of the whole sequence, n positions asked about.
 """

@@ -27,7 +27,7 @@ class HaloExchange:
     keep: bool = False
     """Keep what came, for a second forward pass that recomputes activations."""
     renew: Callable[[Tensor], Tensor] = lambda rows: rows
-    """Turns rows as the step before left them into those of this step, whose positions begin anew."""
+    """Makes rows of this step, whose positions begin anew, out of those that the step before left."""
 
     @property
     def rows(self) -> int:

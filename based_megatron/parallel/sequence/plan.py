@@ -27,7 +27,7 @@ class SequencePlan:
     bounds: tuple[int, ...]
     """First position of each slice, and S: P + 1 ascending numbers."""
     documents: Documents | None
-    """None if each sequence is one document."""
+    """Starts of documents; None if each sequence is one document."""
     device: torch.device
     carried: CarriedState = field(default_factory=NothingCarried)
     """What the step before left for this one, and what this one leaves for the next."""

@@ -119,7 +119,7 @@ def _flows(plan: SequencePlan, source: int, target: int) -> bool:
 
 
 def _beside(ranks: ContextRanks, work: Callable[[Tensor], Tensor], x: Tensor) -> Pending[Tensor]:
-    """Run `work`, which waits for others several times, beside the computation: on a GPU on a stream of its own."""
+    """Run `work`, which waits for other ranks several times, while the computation goes on: on a GPU on a stream of its own."""
     side = ranks.side_stream
     if side is None:
         return Pending.done(work(x))
