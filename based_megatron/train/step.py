@@ -15,6 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.based_model import BasedModel
+from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.parallel.deepspeed import gradient
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import pipeline_schedule
@@ -25,23 +26,29 @@ from based_megatron.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class LossSum:
-    """Summed loss in nats and the tokens it is over, of the whole global batch. Equal on every rank."""
+    """Summed loss in nats and the tokens it is over, of the whole global batch: fp64 scalars on the device, equal on every rank."""
 
-    total: float
-    tokens: int
+    total: Tensor
+    tokens: Tensor
 
     @property
-    def mean(self) -> float:
-        return self.total / max(1, self.tokens)
+    def mean(self) -> Tensor:
+        return self.total / self.tokens.clamp(min=1)
 
 
 class Step:
     """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
 
     def __init__(
-        self, chunks: list[BasedModel], engine: Any, topology: Topology, carries: Carries | None = None
+        self,
+        chunks: list[BasedModel],
+        engine: Any,
+        topology: Topology,
+        carries: Carries | None = None,
+        recorder: Recorder = SILENT,
     ) -> None:
         self.chunks, self.engine, self.topology, self._carries = chunks, engine, topology, carries
+        self.recorder = recorder
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`.
@@ -64,10 +71,14 @@ class Step:
         """This rank's logits [L, B, V] of one micro batch on the last stage, None on others."""
         raise NotImplementedError
 
-    def update(self) -> float:
-        """Reduce, clip, step; leaves the weights alone if the gradient is not finite. Returns the global norm before clipping."""
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+    def update(self, on_gradients: Callable[[], None] | None = None) -> Tensor:
+        """Reduce, call `on_gradients`, clip, step; leaves the weights alone if the gradient is not finite.
+
+        Returns: the global norm before clipping, an fp64 scalar on the device.
+        """
+        self.engine.step(on_gradients)
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float64, device=self.topology.device)
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
         """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""
@@ -89,7 +100,7 @@ class Step:
         )
         dist.all_reduce(pair, group=self.topology.data_context.group)
         dist.broadcast(pair, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
-        return LossSum(float(pair[0]), int(pair[1]))
+        return LossSum(pair[0], pair[1])
 
 
 class ScheduledStep(Step):
@@ -136,7 +147,8 @@ class ScheduledStep(Step):
         batch = next(data)
         if loss is None:
             return chunk(self.to_device(batch.tokens_BL), self.plan(batch)), lambda output, **_: output
-        output = chunk(self.to_device(batch.tokens_BL), self.plan(batch), self.to_device(batch.labels_BL))
+        labels_BL = self.to_device(batch.labels_BL)
+        output = chunk(self.to_device(batch.tokens_BL), self.plan(batch), labels_BL, self.recorder)
         return output, lambda output: loss(output, self.to_device(batch.loss_mask_BL))
 
     def _finalize(self, chunks: list[BasedModel], num_tokens: Tensor | None, *_: Any, **__: Any) -> None:
@@ -183,7 +195,8 @@ class EngineStep(Step):
         return self.engine(self.to_device(batch.tokens_BL), self.plan(batch))
 
     def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        output = self.engine(self.to_device(batch.tokens_BL), self.plan(batch), self.to_device(batch.labels_BL))
+        labels_BL = self.to_device(batch.labels_BL)
+        output = self.engine(self.to_device(batch.tokens_BL), self.plan(batch), labels_BL, self.recorder)
         return _loss_sum(output, self.to_device(batch.loss_mask_BL))
 
     def _sum_over_tensor(self, grad: Tensor) -> Tensor:
@@ -193,10 +206,15 @@ class EngineStep(Step):
 
 
 def build_step(
-    chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int, carries: Carries | None = None
+    chunks: list[BasedModel],
+    engine: Any,
+    topology: Topology,
+    zero_stage: int,
+    carries: Carries | None = None,
+    recorder: Recorder = SILENT,
 ) -> Step:
     """The step of a layout."""
-    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries)
+    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries, recorder)
 
 
 def _loss_sum(loss_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from based_megatron.data.sources import Sources
 from based_megatron.model.build import build_model
 from based_megatron.model.check import check_mixers
 from based_megatron.monitor.flops import parameter_count
+from based_megatron.monitor.hub import build_metrics
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.build import loggers, side_jobs
@@ -64,13 +65,14 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
 
     loader = build_loader(config, topology)
     carries = build_carries(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carries)
+    metrics = build_metrics(topology)
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carries, metrics)
     checkpointer = Checkpointer(engine, config, loader.fingerprint, carries)
     start = checkpointer.restore()
 
-    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config)]
+    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config, topology, start)]
     try:
-        return Trainer(config, topology, step, loader, callbacks, stop, start).fit()
+        return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()
     finally:
         loader.close()
 

@@ -4,14 +4,16 @@ Legend: L tokens of this rank's slice, N tokens of a halo in front of it, B sequ
 parallel rank, F feature dim, V value head dim. Decoding keeps sequences apart: [B, L, D], and [B, D] for one token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from based_megatron.model.config import BasedConfig
 from based_megatron.model.mixers.facts import MixerFacts
+from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import ColumnParallelLinear, MegatronModule, RowParallelLinear
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -27,11 +29,24 @@ class MixerSubmodules:
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """What a mixer needs beside the activations, made once per micro batch."""
+    """What a mixer needs besides the activations, made once per micro batch."""
 
     plan: SequencePlan
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin of this slice's positions, [L, R] each; None where no layer of the model chunk rotates."""
+    recorder: Recorder = SILENT
+    """Takes what layers record of themselves."""
+
+    def watch(
+        self, name: str, value: Callable[[], Tensor], reduce: Literal["mean", "rms", "max", "min"] = "mean"
+    ) -> None:
+        """Record a metric of this pass: `value` gives a scalar on the device, and is called in steps that are logged only.
+
+        Under recomputation the pass with gradients counts, and evaluations never do.
+        """
+        if self.recorder.wanted and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.recorder.record(name, value(), reduce)
 
 
 @dataclass(frozen=True)

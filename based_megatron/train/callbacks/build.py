@@ -1,4 +1,6 @@
-"""The jobs beside the training loop that a config asks for."""
+"""The jobs besides the training loop that a config asks for."""
+
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -6,13 +8,13 @@ from based_megatron.config import Config
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.data.sources import Sources
+from based_megatron.monitor.sinks.base import RunFacts
+from based_megatron.monitor.sinks.build import start_sinks
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.callbacks.base import Callback
-from based_megatron.train.callbacks.console import ConsoleLogger
-from based_megatron.train.callbacks.events import EventLog
 from based_megatron.train.callbacks.heartbeat import Heartbeat
+from based_megatron.train.callbacks.logger import Logger
 from based_megatron.train.callbacks.sampler import Sampler
-from based_megatron.train.callbacks.tensorboard import TensorBoardLogger
 from based_megatron.train.callbacks.validator import Validator
 
 
@@ -26,6 +28,7 @@ def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sourc
     return jobs
 
 
-def loggers(config: Config) -> list[Callback]:
-    """What is written while training."""
-    return [ConsoleLogger(), EventLog(), Heartbeat(), *([TensorBoardLogger()] if config.monitor.tensorboard else [])]
+def loggers(config: Config, topology: Topology, start: tuple[int, int]) -> list[Callback]:
+    """What is written while training. start: (steps done, tokens seen)."""
+    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start)
+    return [Logger(start_sinks(facts) if topology.is_logger else []), Heartbeat()]
