@@ -87,6 +87,12 @@ class ZeroEngine:
         with deepspeed_runs(self._device), replaced(zero, step=step):
             self._engine.step()
 
+    def weights(self) -> Iterator[tuple[Piece, Tensor]]:
+        """The fp32 master weights of each piece of this rank's partitions, flat."""
+        for partition in self.optimizer.partitions:
+            for piece in partition.pieces:
+                yield piece, piece.of(partition.master.detach())
+
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
         """The reduced gradient of each piece of this rank's partitions, flat, before clipping; in `on_gradients` only."""
         for parameter, piece in self._pieces:

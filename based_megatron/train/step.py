@@ -22,6 +22,7 @@ from based_megatron.parallel.megatron import pipeline_schedule
 from based_megatron.parallel.sequence.carry import Carries
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
+from based_megatron.train.batch_metrics import record_batches, record_sources
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Step:
 
         With carried states, steps must come in order: each begins with what the one before left.
         """
+        record_batches(self.recorder, micro_batches)
         loss = self._accumulate(micro_batches)
         if self._carries is not None:
             self._carries.advance(micro_batches[0].bounds[-1])
@@ -93,6 +95,14 @@ class Step:
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.topology.device, non_blocking=True)
 
+    def loss_sum(self, loss_BL: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(summed loss, tokens, both as one fp64 pair), the form that Megatron's schedules take."""
+        mask_BL = self.to_device(batch.loss_mask_BL)
+        if torch.is_grad_enabled():
+            record_sources(self.recorder, batch, loss_BL, mask_BL)
+        total, tokens = (loss_BL * mask_BL).sum(), mask_BL.sum()
+        return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
+
     def global_sum(self, losses: list[Tensor]) -> LossSum:
         """Sum [loss, tokens] pairs of this rank's micro batches over data and context ranks; the last stage knows them."""
         pair = (
@@ -112,11 +122,11 @@ class ScheduledStep(Step):
         self.chunks[0].config.finalize_model_grads_func = self._finalize
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        return self.global_sum(self._run(micro_batches, _loss_sum, forward_only=False))
+        return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=False))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        return self.global_sum(self._run(micro_batches, _loss_sum, forward_only=True))
+        return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=True))
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor | None:
@@ -149,7 +159,7 @@ class ScheduledStep(Step):
             return chunk(self.to_device(batch.tokens_BL), self.plan(batch)), lambda output, **_: output
         labels_BL = self.to_device(batch.labels_BL)
         output = chunk(self.to_device(batch.tokens_BL), self.plan(batch), labels_BL, self.recorder)
-        return output, lambda output: loss(output, self.to_device(batch.loss_mask_BL))
+        return output, lambda output: loss(output, batch)
 
     def _finalize(self, chunks: list[BasedModel], num_tokens: Tensor | None, *_: Any, **__: Any) -> None:
         """Megatron's hook after the last backward: what must be summed before DeepSpeed averages over data x context ranks."""
@@ -197,7 +207,7 @@ class EngineStep(Step):
     def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         labels_BL = self.to_device(batch.labels_BL)
         output = self.engine(self.to_device(batch.tokens_BL), self.plan(batch), labels_BL, self.recorder)
-        return _loss_sum(output, self.to_device(batch.loss_mask_BL))
+        return self.loss_sum(output, batch)
 
     def _sum_over_tensor(self, grad: Tensor) -> Tensor:
         grad = grad.clone()
@@ -215,12 +225,6 @@ def build_step(
 ) -> Step:
     """The step of a layout."""
     return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries, recorder)
-
-
-def _loss_sum(loss_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed loss, tokens, both as one fp64 pair), the form that Megatron's schedules take."""
-    total, tokens = (loss_BL * mask_BL).sum(), mask_BL.sum()
-    return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
 
 
 def _sum_sequence_parallel(parameters: list[Any], topology: Topology) -> None:

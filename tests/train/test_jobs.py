@@ -1,6 +1,5 @@
 """Whole jobs: resume, crashes, stops, changed layouts and bad input, as a user meets them."""
 
-import json
 import resource
 import shutil
 import signal
@@ -11,22 +10,7 @@ import pytest
 
 from based_megatron.checkpoint.store import list_checkpoints, verify
 from based_megatron.cli import main
-from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.prepare import prepare
 from support.runs import command, events, kill_when, losses, run_job, start_job, train_in_pool
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A prepared corpus of a few hundred short documents."""
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = [json.dumps({"text": f"document {i}: " + " ".join(f"{j * i % 97}" for j in range(40))}) for i in range(300)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    output = folder / "data"
-    prepare(
-        PrepConfig(inputs=(str(folder / "text.jsonl"),), output=str(output), vocab_size=300, validation_fraction=0.1)
-    )
-    return output
 
 
 @pytest.fixture(scope="module")

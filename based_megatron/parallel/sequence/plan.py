@@ -61,6 +61,11 @@ class SequencePlan:
         """Nothing comes from outside of this slice."""
         return self.ranks.size == 1 and self.carry is None
 
+    @property
+    def is_last(self) -> bool:
+        """The sequences end with this slice."""
+        return self.ranks.rank == self.ranks.size - 1
+
     @cached_property
     def gates(self) -> Tensor:
         """[b, r, p] is 1 where one document covers the end of slice p through the start of slice r, p < r; on the host.
