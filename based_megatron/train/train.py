@@ -12,6 +12,7 @@ from based_megatron.model.build import build_model
 from based_megatron.model.check import check_mixers
 from based_megatron.monitor.flops import parameter_count
 from based_megatron.monitor.hub import build_metrics
+from based_megatron.monitor.sinks.build import check_trackers
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.build import loggers, side_jobs
@@ -40,6 +41,7 @@ def train(config: Config) -> None:
     rank = rank_from_environment()
     validate(config, rank.world_size)
     check_mixers(config)
+    check_trackers(config.monitor)
     sources = Sources(config.data, config.train.global_batch_sequences)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)

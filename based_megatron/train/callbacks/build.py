@@ -13,6 +13,7 @@ from based_megatron.monitor.sinks.base import RunFacts
 from based_megatron.monitor.sinks.build import start_sinks
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.callbacks.base import Callback
+from based_megatron.train.callbacks.debug_gradients import DebugGradients
 from based_megatron.train.callbacks.heartbeat import Heartbeat
 from based_megatron.train.callbacks.logger import Logger
 from based_megatron.train.callbacks.norms import Norms
@@ -23,6 +24,8 @@ from based_megatron.train.callbacks.validator import Validator
 def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
     """What is measured of the model, and validation and samples where the config asks for them."""
     jobs: list[Callback] = [Norms([mixer.name for mixer in layer_mixers(config.model)])]
+    if config.monitor.debug_gradients:
+        jobs.append(DebugGradients())
     if config.validation.interval_steps:
         jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
     if config.monitor.sample_interval_steps:

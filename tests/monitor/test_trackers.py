@@ -1,0 +1,62 @@
+"""Weights & Biases and MLflow, offline: what is written can be read back."""
+
+import json
+import math
+
+import pytest
+
+from based_megatron.config import MonitorConfig
+from based_megatron.errors import ConfigError
+from based_megatron.monitor.sinks import build
+from based_megatron.monitor.sinks.mlflow import MlflowSink
+from based_megatron.monitor.sinks.wandb import WandbSink
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def write(sink, run, values) -> None:
+    sink.start(run)
+    sink.log(1, values(1))
+    sink.log(2, values(2))
+    sink.event(2, "validation", {"loss": 2.0, "perplexity": math.exp(2.0)})
+    sink.event(2, "checkpoint", {"path": "x"})
+    sink.text(2, "sample/a", "a|b")
+    sink.close()
+
+
+def test_mlflow(make_run, values, tmp_path, monkeypatch):
+    tracking = pytest.importorskip("mlflow.tracking", reason="needs the extra `trackers`")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    run = make_run(project="mine")
+    write(MlflowSink(), run, values)
+    client = tracking.MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert found.info.run_name == run.run_dir.name and found.info.status == "FINISHED"
+    assert found.data.params["model.layer_pattern"] == "cLS"
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
+    assert found.data.metrics["validation/loss"] == 2.0
+
+
+def test_wandb(make_run, values, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs the extra `trackers`")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = make_run(project="mine")
+    sink = WandbSink()
+    sink.start(run)
+    sink.log(2, values(2))
+    sink.event(2, "validation", {"loss": 2.0})
+    summary = dict(sink._run.summary)
+    assert sink._run.project == "mine" and sink._run.config["model"]["layer_pattern"] == "cLS"
+    sink.close()
+    assert summary["train/loss"] == 0.5 and summary["validation/loss"] == 2.0 and json.dumps(summary["train/lr"])
+    assert list((tmp_path / "wandb").glob("offline-run-*")) and wandb.run is None
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"monitor\.trackers has wandb.*pip install"):
+        build.check_trackers(MonitorConfig(trackers=("wandb",)))
+    build.check_trackers(MonitorConfig())
