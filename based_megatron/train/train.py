@@ -11,6 +11,8 @@ from based_megatron.data.sources import Sources
 from based_megatron.model.build import build_model
 from based_megatron.model.check import check_mixers
 from based_megatron.monitor.flops import parameter_count
+from based_megatron.monitor.hub import build_metrics
+from based_megatron.monitor.sinks.build import check_trackers
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.build import loggers, side_jobs
@@ -39,6 +41,7 @@ def train(config: Config) -> None:
     rank = rank_from_environment()
     validate(config, rank.world_size)
     check_mixers(config)
+    check_trackers(config.monitor)
     sources = Sources(config.data, config.train.global_batch_sequences)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)
@@ -64,13 +67,14 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
 
     loader = build_loader(config, topology)
     carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried)
+    metrics = build_metrics(topology)
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
     checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
     start = checkpointer.restore()
 
-    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config)]
+    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config, topology, start)]
     try:
-        return Trainer(config, topology, step, loader, callbacks, stop, start).fit()
+        return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()
     finally:
         loader.close()
 
