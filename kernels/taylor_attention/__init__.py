@@ -21,7 +21,6 @@ from based_megatron.kernels.taylor_attention import attention, reference
 from based_megatron.kernels.taylor_attention.attention import Watch
 
 __all__ = [
-    "Watch",
     "finish_sliced_attention",
     "start_sliced_attention",
     "taylor_attention",

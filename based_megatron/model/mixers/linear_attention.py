@@ -13,11 +13,11 @@ from based_megatron.errors import CheckpointError
 from based_megatron.kernels.decode import TaylorState, taylor_step
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.taylor_attention import (
-    Watch,
     finish_sliced_attention,
     start_sliced_attention,
     taylor_attention,
 )
+from based_megatron.kernels.taylor_attention.attention import Watch
 from based_megatron.model.mixers.base import (
     Continuation,
     Mixer,
