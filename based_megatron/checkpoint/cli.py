@@ -10,7 +10,7 @@ import tyro
 
 from based_megatron.checkpoint.load import MODEL, read_state, stored_shapes
 from based_megatron.checkpoint.manifest import read_manifest
-from based_megatron.checkpoint.peers import ALONE
+from based_megatron.checkpoint.ranks import ALONE
 from based_megatron.checkpoint.store import FOLDER, list_checkpoints, step_of, verify
 from based_megatron.errors import CheckpointError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, read_state, stored_shapes
-from based_megatron.checkpoint.peers import ALONE
+from based_megatron.checkpoint.ranks import ALONE
 from based_megatron.checkpoint.rectangles import stored_name
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, resolve_checkpoint
@@ -25,7 +25,7 @@ def read_full(path: Path) -> tuple[dict[str, Tensor], Config]:
     `path` is one checkpoint, or a run folder or its checkpoints folder: the newest valid one is then read, and damaged
     ones are named on stderr. Raises CheckpointError if there is none.
     """
-    path = resolve_checkpoint(path, on_skip=lambda line: print(line, file=sys.stderr), peers=ALONE)
+    path = resolve_checkpoint(path, on_skip=lambda line: print(line, file=sys.stderr), ranks=ALONE)
     weights = {
         name.removeprefix(stored_name(MODEL, "")): torch.empty(shape)
         for name, shape in stored_shapes(path).items()
@@ -56,4 +56,4 @@ def write_full(path: Path, state_dict: Mapping[str, Tensor], config: Config) -> 
         )
         for name, tensor in state_dict.items()
     ]
-    return save_checkpoint(path / FOLDER, 0, fragments, {"config": to_dict(config)}, peers=ALONE)
+    return save_checkpoint(path / FOLDER, 0, fragments, {"config": to_dict(config)}, ranks=ALONE)

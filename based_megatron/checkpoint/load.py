@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from based_megatron.checkpoint.carried import CARRIED
 from based_megatron.checkpoint.fragments import Fragment
-from based_megatron.checkpoint.peers import Peers, everyone
+from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.checkpoint.rectangles import FragmentLoadPlanner, stored_name
 from based_megatron.checkpoint.save import FORMAT
 from based_megatron.checkpoint.store import STATE
@@ -24,7 +24,7 @@ def load_checkpoint(
     path: Path,
     fragments: Sequence[Fragment],
     weights_only: bool = False,
-    peers: Peers | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Fill the fragments of all ranks from the checkpoint `path` (collective); returns the state it was saved with.
 
@@ -33,28 +33,28 @@ def load_checkpoint(
 
     Raises CheckpointError on every rank, before anything is changed, if names or shapes differ from the checkpoint's.
     """
-    peers = peers or everyone()
+    ranks = ranks or all_ranks()
     kinds = [MODEL] if weights_only else sorted({kind for fragment in fragments for kind in fragment.tensors})
     try:
-        wanted = set().union(*peers.together(lambda: _check_fragments(path, fragments, kinds)))
-        peers.together(lambda: _check_nothing_left(path, wanted))
+        wanted = set().union(*ranks.together(lambda: _check_fragments(path, fragments, kinds)))
+        ranks.together(lambda: _check_nothing_left(path, wanted))
         for fragment in fragments:
             for tensor in fragment.tensors.values():
                 tensor.zero_()
-        _read_tensors(path, fragments, kinds, peers)
-        return peers.together(lambda: read_state(path))[peers.rank]
+        _read_tensors(path, fragments, kinds, ranks)
+        return ranks.together(lambda: read_state(path))[ranks.rank]
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {path}: {error}") from None
 
 
-def load_carried(path: Path, fragments: Sequence[Fragment], peers: Peers | None = None) -> None:
+def load_carried(path: Path, fragments: Sequence[Fragment], ranks: Ranks | None = None) -> None:
     """Fill the fragments of all ranks with the carried states of the checkpoint `path` (collective).
 
     Raises CheckpointError on every rank, before anything is changed, if it has none of them or in other shapes.
     """
-    peers = peers or everyone()
-    peers.together(lambda: _check_carried(path, fragments))
-    _read_tensors(path, fragments, [CARRIED], peers)
+    ranks = ranks or all_ranks()
+    ranks.together(lambda: _check_carried(path, fragments))
+    _read_tensors(path, fragments, [CARRIED], ranks)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _check_carried(path: Path, fragments: Sequence[Fragment]) -> None:
             raise CheckpointError(f"cannot load {path}: {name} is {found} there and {shape} in this run")
 
 
-def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str], peers: Peers) -> None:
+def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str], ranks: Ranks) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -122,8 +122,8 @@ def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str
                 {},
                 storage_reader=dcp.FileSystemReader(path),
                 planner=FragmentLoadPlanner(fragments, kinds),
-                process_group=peers.group,
-                no_dist=peers.group is None,
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
             )
     except dcp.CheckpointException as error:
-        raise CheckpointError(peers.first_failure(error)) from error
+        raise CheckpointError(ranks.first_failure(error)) from error

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from based_megatron import __version__
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.manifest import FileEntry, seal_file, sync_folder, write_durably, write_manifest
-from based_megatron.checkpoint.peers import Peers, everyone
+from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.checkpoint.rectangles import FragmentSavePlanner
 from based_megatron.checkpoint.store import STATE, step_name
 from based_megatron.errors import CheckpointError
@@ -29,7 +29,7 @@ def save_checkpoint(
     step: int,
     fragments: Sequence[Fragment],
     state: Mapping[str, Any],
-    peers: Peers | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `folder`/step-XXXXXXXX from the fragments of all ranks (collective); returns it.
 
@@ -39,13 +39,13 @@ def save_checkpoint(
     Raises CheckpointError on every rank if any of them fails (full disk, quota, ...): earlier checkpoints are then
     untouched, and so are the tensors, so that training may go on.
     """
-    peers = peers or everyone()
+    ranks = ranks or all_ranks()
     final = folder / step_name(step)
     unfinished = final.with_name(final.name + ".tmp")
     try:
-        peers.on_first(lambda: _make_empty(unfinished))
-        _write_tensors(unfinished, fragments, peers)
-        sealed = peers.together(lambda: [seal_file(path) for path in unfinished.glob(f"__{peers.rank}_*")])
+        ranks.on_first(lambda: _make_empty(unfinished))
+        _write_tensors(unfinished, fragments, ranks)
+        sealed = ranks.together(lambda: [seal_file(path) for path in unfinished.glob(f"__{ranks.rank}_*")])
         kinds = sorted({kind for fragment in fragments for kind in fragment.tensors})
         document = {
             "format": FORMAT,
@@ -55,9 +55,9 @@ def save_checkpoint(
             "versions": _versions(),
             **state,
         }
-        peers.on_first(lambda: _commit(unfinished, final, [entry for share in sealed for entry in share], document))
+        ranks.on_first(lambda: _commit(unfinished, final, [entry for share in sealed for entry in share], document))
     except CheckpointError as error:
-        if peers.rank == 0:
+        if ranks.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)  # what is left is removed by the next save or prune
         raise CheckpointError(
             f"step {step} was not saved to {folder}, earlier checkpoints are untouched: {error}"
@@ -71,7 +71,7 @@ def _make_empty(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _write_tensors(path: Path, fragments: Sequence[Fragment], peers: Peers) -> None:
+def _write_tensors(path: Path, fragments: Sequence[Fragment], ranks: Ranks) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -79,11 +79,11 @@ def _write_tensors(path: Path, fragments: Sequence[Fragment], peers: Peers) -> N
                 {},
                 storage_writer=dcp.FileSystemWriter(path, sync_files=False),
                 planner=FragmentSavePlanner(fragments),
-                process_group=peers.group,
-                no_dist=peers.group is None,
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
             )
     except dcp.CheckpointException as error:
-        raise CheckpointError(peers.first_failure(error)) from error
+        raise CheckpointError(ranks.first_failure(error)) from error
 
 
 def _commit(unfinished: Path, final: Path, sealed: list[FileEntry], document: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from based_megatron.checkpoint.manifest import MANIFEST, problems
-from based_megatron.checkpoint.peers import Peers, everyone
+from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -50,26 +50,26 @@ def find_checkpoint(folder: Path) -> Path | None:
     return next(iter(list_checkpoints(folder)), None)
 
 
-def verify(path: Path, peers: Peers | None = None) -> list[str]:
+def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
     """Faults of a checkpoint's files, none if it is whole; the ranks share the hashing (collective)."""
-    peers = peers or everyone()
-    shares = peers.together(lambda: problems(path, peers.rank, peers.size))
+    ranks = ranks or all_ranks()
+    shares = ranks.together(lambda: problems(path, ranks.rank, ranks.size))
     return list(dict.fromkeys(problem for share in shares for problem in share))
 
 
-def newest_valid(folder: Path, on_skip: Callable[[str], None], peers: Peers | None = None) -> Path | None:
+def newest_valid(folder: Path, on_skip: Callable[[str], None], ranks: Ranks | None = None) -> Path | None:
     """The newest checkpoint whose files are as written, or None if there is no checkpoint at all (collective).
 
     Damaged ones are skipped and reported to `on_skip` on rank 0, one line each. Raises CheckpointError if all are
     damaged: whether to start over in their place is for the user to decide.
     """
-    peers = peers or everyone()
-    candidates = peers.on_first(lambda: list_checkpoints(folder))
+    ranks = ranks or all_ranks()
+    candidates = ranks.on_first(lambda: list_checkpoints(folder))
     for path in candidates:
-        wrong = verify(path, peers)
+        wrong = verify(path, ranks)
         if not wrong:
             return path
-        if peers.rank == 0:
+        if ranks.rank == 0:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             on_skip(f"checkpoint {path} is damaged and was skipped: {wrong[0]}{more}")
     if candidates:
@@ -79,18 +79,18 @@ def newest_valid(folder: Path, on_skip: Callable[[str], None], peers: Peers | No
     return None
 
 
-def resolve_checkpoint(path: Path, on_skip: Callable[[str], None], peers: Peers | None = None) -> Path:
+def resolve_checkpoint(path: Path, on_skip: Callable[[str], None], ranks: Ranks | None = None) -> Path:
     """The checkpoint that a path names: itself, or the newest valid one of a run or checkpoints folder (collective).
 
     Raises CheckpointError if there is none, or if the checkpoint named is damaged.
     """
-    peers = peers or everyone()
-    if peers.on_first(lambda: (path / MANIFEST).is_file()):
-        if wrong := verify(path, peers):
+    ranks = ranks or all_ranks()
+    if ranks.on_first(lambda: (path / MANIFEST).is_file()):
+        if wrong := verify(path, ranks):
             raise CheckpointError(f"checkpoint {path} is damaged: {wrong[0]}")
         return path
-    folder = peers.on_first(lambda: path / FOLDER if (path / FOLDER).is_dir() else path)
-    found = newest_valid(folder, on_skip, peers)
+    folder = ranks.on_first(lambda: path / FOLDER if (path / FOLDER).is_dir() else path)
+    found = newest_valid(folder, on_skip, ranks)
     if found is None:
         raise CheckpointError(f"no checkpoint in {path}: give a run folder or a {step_name(1000)} folder of one")
     return found

@@ -70,7 +70,7 @@ class Step:
         raise NotImplementedError
 
     def logits(self, batch: MicroBatch) -> Tensor | None:
-        """This rank's logits [L, B, V] of one micro batch on the last stage, None on others."""
+        """This rank's logits [L, B, U] of one micro batch on the last stage, None on others."""
         raise NotImplementedError
 
     def update(self, on_gradients: Callable[[], None] | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from based_megatron.checkpoint.peers import ALONE
+from based_megatron.checkpoint.ranks import ALONE
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.hub import Metrics
@@ -35,23 +35,23 @@ class Disk:
         self.full = self.locked = False
         self.warning = ""
 
-    def save_checkpoint(self, folder: Path, step: int, fragments: Any, state: dict, peers: Any) -> Path:
+    def save_checkpoint(self, folder: Path, step: int, fragments: Any, state: dict, ranks: Any) -> Path:
         if self.full:
             raise CheckpointError(f"no room for step {step}")
         self.saved.append((step, state))
         return folder / f"step-{step}"
 
-    def load_checkpoint(self, path: Path, fragments: Any, *, weights_only: bool, peers: Any) -> dict:
+    def load_checkpoint(self, path: Path, fragments: Any, *, weights_only: bool, ranks: Any) -> dict:
         self.loaded.append((str(path), weights_only))
         return self.state
 
-    def load_carried(self, path: Path, fragments: Any, peers: Any) -> None:
+    def load_carried(self, path: Path, fragments: Any, ranks: Any) -> None:
         self.carried.append(str(path))
 
     def after_load(self, engine: Any, optimizer: Any) -> None:
         self.optimizers.append(optimizer)
 
-    def newest_valid(self, folder: Path, warn: Any, peers: Any) -> Path | None:
+    def newest_valid(self, folder: Path, warn: Any, ranks: Any) -> Path | None:
         if self.warning:
             warn(self.warning)
         return self.newest
@@ -88,12 +88,12 @@ def disk(monkeypatch) -> Disk:
     disk = Disk()
     for name in ("save_checkpoint", "load_checkpoint", "load_carried", "after_load", "newest_valid", "prune"):
         monkeypatch.setattr(module, name, getattr(disk, name))
-    monkeypatch.setattr(module, "resolve_checkpoint", lambda path, warn, peers: path / "newest")
+    monkeypatch.setattr(module, "resolve_checkpoint", lambda path, warn, ranks: path / "newest")
     monkeypatch.setattr(module, "zero_fragments", lambda engine: [])
     monkeypatch.setattr(module, "optimizer_entry", lambda engine: {"name": "adamw", "step": 17})
     monkeypatch.setattr(module, "read_state", lambda path: disk.state)
     monkeypatch.setattr(module.dist, "new_group", lambda backend: backend)
-    monkeypatch.setattr(module, "everyone", lambda group: ALONE)
+    monkeypatch.setattr(module, "all_ranks", lambda group: ALONE)
     return disk
 
 
@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite_are_not_saved(disk, monkeypatch, bad, other
     fragments = [named("good", torch.ones(3)), named("empty", torch.ones(0)), named("bad", here), named("worse", here)]
     monkeypatch.setattr(module, "zero_fragments", lambda engine: fragments)
     ranks = SimpleNamespace(rank=0, together=lambda action: [action(), others])
-    monkeypatch.setattr(module, "everyone", lambda group: ranks)
+    monkeypatch.setattr(module, "all_ranks", lambda group: ranks)
     first = others[0] if others else "bad"
     with pytest.raises(
         TrainingError, match=rf"weights of step 2 are not finite \({first} is the first.*look at step 2"
@@ -222,7 +222,7 @@ def test_older_ones_are_pruned_after_each_save(disk):
 
 
 def test_one_rank_prunes(disk, monkeypatch):
-    monkeypatch.setattr(module, "everyone", lambda group: SimpleNamespace(rank=1, together=lambda action: [action()]))
+    monkeypatch.setattr(module, "all_ranks", lambda group: SimpleNamespace(rank=1, together=lambda action: [action()]))
     train(make(config_with(interval_steps=2)), 4)
     assert steps_of(disk) == [2, 4] and disk.pruned == []
 

@@ -51,9 +51,9 @@ def build_context_ranks(
     if size == 1:
         return ContextRanks(rank, size, algorithm=algorithm)
     mine = dist.get_process_group_ranks(group)
-    everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, mine)
-    families = sorted({tuple(ranks) for ranks in everyones})
+    lists: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, mine)
+    families = sorted({tuple(ranks) for ranks in lists})
     traffic = Traffic()
     halos = _new_channel(families, traffic, device, timeout)
     node = rail = None

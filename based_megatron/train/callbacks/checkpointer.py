@@ -11,7 +11,7 @@ import torch.distributed as dist
 from based_megatron.checkpoint.carried import carried_fragments
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, load_carried, load_checkpoint, read_state
-from based_megatron.checkpoint.peers import Peers, everyone
+from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
@@ -42,14 +42,14 @@ class Checkpointer(Callback):
         self._engine, self._config, self._data_fingerprint, self._carried = engine, config, data_fingerprint, carried
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
-        self._peers: Peers = everyone(dist.new_group(backend="gloo"))
+        self._ranks: Ranks = all_ranks(dist.new_group(backend="gloo"))
         self._saved_step = -1
         self._warnings: list[str] = []
 
     def restore(self) -> tuple[int, int]:
         """(steps done, tokens seen) of the newest valid checkpoint, now loaded; (0, 0) for a new run. Collective."""
         settings = self._config.checkpoint
-        found = newest_valid(self._folder, self._warnings.append, self._peers) if settings.resume else None
+        found = newest_valid(self._folder, self._warnings.append, self._ranks) if settings.resume else None
         if found is not None:
             state = self._load(found, weights_only=False)
             self._check_data(found, state)
@@ -57,7 +57,7 @@ class Checkpointer(Callback):
             self._saved_step = state["step"]
             return state["step"], state["tokens_seen"]
         if settings.load:
-            self._load(resolve_checkpoint(Path(settings.load), self._warnings.append, self._peers), weights_only=True)
+            self._load(resolve_checkpoint(Path(settings.load), self._warnings.append, self._ranks), weights_only=True)
         return 0, 0
 
     def on_start(self, trainer: Trainer) -> None:
@@ -94,9 +94,9 @@ class Checkpointer(Callback):
         if self._carried is not None:
             fragments += carried_fragments(self._carried)
             state[PAST_TOKENS] = self._carried.past_tokens
-        path = save_checkpoint(self._folder, trainer.step, fragments, state, self._peers)
+        path = save_checkpoint(self._folder, trainer.step, fragments, state, self._ranks)
         self._saved_step = trainer.step
-        if self._peers.rank == 0 and not trainer.skips.in_a_row:
+        if self._ranks.rank == 0 and not trainer.skips.in_a_row:
             self._prune(trainer, path)
         seconds = time.perf_counter() - started
         trainer.metrics.record("time/save_seconds", seconds, "max")
@@ -105,7 +105,7 @@ class Checkpointer(Callback):
     def _check_finite(self, trainer: Trainer, fragments: list[Fragment]) -> None:
         """Raises TrainingError if a weight is an infinity or a nan on any rank (collective)."""
         weights = [(fragment.spec.name, fragment.tensors[MODEL]) for fragment in fragments]
-        found = [name for names in self._peers.together(lambda: not_finite(weights)) for name in names]
+        found = [name for names in self._ranks.together(lambda: not_finite(weights)) for name in names]
         if found:
             raise TrainingError(
                 f"the weights of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
@@ -122,12 +122,12 @@ class Checkpointer(Callback):
         if not weights_only:
             self._check_optimizer(path)
         fragments = zero_fragments(self._engine)
-        state = load_checkpoint(path, fragments, weights_only=weights_only, peers=self._peers)
+        state = load_checkpoint(path, fragments, weights_only=weights_only, ranks=self._ranks)
         after_load(self._engine, None if weights_only else saved_optimizer(state))
         return state
 
     def _check_optimizer(self, path: Path) -> None:
-        saved = self._peers.together(lambda: saved_optimizer(read_state(path))["name"])[0]
+        saved = self._ranks.together(lambda: saved_optimizer(read_state(path))["name"])[0]
         if saved != self._config.optimizer.name:
             raise ConfigError(
                 f"{path} was trained with optimizer.name {saved}, now {self._config.optimizer.name}: its state does not fit; restore "
@@ -141,7 +141,7 @@ class Checkpointer(Callback):
         if reason := self._carried_do_not_fit(state):
             self._warnings.append(f"the first step starts without carried states: {path} {reason}")
             return
-        load_carried(path, carried_fragments(self._carried), self._peers)
+        load_carried(path, carried_fragments(self._carried), self._ranks)
         self._carried.past_tokens = state[PAST_TOKENS]
 
     def _carried_do_not_fit(self, state: dict[str, Any]) -> str | None:

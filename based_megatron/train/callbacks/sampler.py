@@ -45,15 +45,15 @@ def next_token(trainer: Trainer, ids: list[int]) -> int:
     """The likeliest token after `ids`; equal on every rank (collective)."""
     config, topology = trainer.config, trainer.topology
     batch = _batch(ids, trainer)
-    logits_LBV = trainer.step_runner.logits(batch)
+    logits_LBU = trainer.step_runner.logits(batch)
     found = torch.zeros(1, dtype=torch.int64, device=topology.device)
-    if logits_LBV is not None:
+    if logits_LBU is not None:
         begin, end = batch.bounds[topology.context.rank : topology.context.rank + 2]
         owner = begin < len(ids) <= end
         position = len(ids) - 1 - begin if owner else 0
-        logits_V: Tensor = gather_from_tensor_model_parallel_region(logits_LBV[position, :1].contiguous())[0]
+        logits_U: Tensor = gather_from_tensor_model_parallel_region(logits_LBU[position, :1].contiguous())[0]
         if owner and topology.data.rank == 0 and topology.tensor.rank == 0:
-            found += logits_V[: config.model.vocab_size].argmax()
+            found += logits_U[: config.model.vocab_size].argmax()
     dist.all_reduce(found)
     return int(found)
 

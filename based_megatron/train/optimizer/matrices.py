@@ -25,10 +25,10 @@ class DealtMatrices:
     def __init__(self, pieces: Sequence[Piece], group: dist.ProcessGroup) -> None:
         """pieces: of this rank's partition. All ranks of the group call it."""
         self._group, self._rank, size = group, dist.get_rank(group), dist.get_world_size(group)
-        everyone: list[Sequence[Piece]] = [()] * size
-        dist.all_gather_object(everyone, tuple(pieces), group=group)
-        self._pieces = [{piece.spec.name: piece for piece in theirs} for theirs in everyone]
-        specs = {piece.spec.name: piece.spec for theirs in everyone for piece in theirs}
+        of_ranks: list[Sequence[Piece]] = [()] * size
+        dist.all_gather_object(of_ranks, tuple(pieces), group=group)
+        self._pieces = [{piece.spec.name: piece for piece in theirs} for theirs in of_ranks]
+        specs = {piece.spec.name: piece.spec for theirs in of_ranks for piece in theirs}
         names = sorted(specs, key=lambda name: (specs[name].shape, name))
         self._rounds = [names[first : first + size] for first in range(0, len(names), size)]
 

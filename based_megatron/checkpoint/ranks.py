@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Peers:
+class Ranks:
     """This process among those that act together; alone by default, even where torch.distributed runs."""
 
     rank: int = 0
@@ -63,12 +63,12 @@ class Peers:
         return self.describe(cause, rank)
 
 
-ALONE = Peers()
+ALONE = Ranks()
 
 
-def everyone(group: dist.ProcessGroup | None = None) -> Peers:
+def all_ranks(group: dist.ProcessGroup | None = None) -> Ranks:
     """All ranks of a group (default: the world), or this process alone where torch.distributed is not running."""
     if not dist.is_initialized():
         return ALONE
     group = group or dist.group.WORLD
-    return Peers(dist.get_rank(group), dist.get_world_size(group), group)
+    return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
