@@ -1,4 +1,4 @@
-"""From a preset or a YAML file, and command line overrides, to a Config."""
+"""Reads a Config from a preset or a YAML file and command line overrides."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.parallel.deepspeed import gradient
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import pipeline_schedule
-from based_megatron.parallel.sequence.carry import Carries
+from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.batch_metrics import record_batches, record_sources
@@ -45,10 +45,10 @@ class Step:
         chunks: list[BasedModel],
         engine: Any,
         topology: Topology,
-        carries: Carries | None = None,
+        carried: CarriedStates | None = None,
         recorder: Recorder = SILENT,
     ) -> None:
-        self.chunks, self.engine, self.topology, self._carries = chunks, engine, topology, carries
+        self.chunks, self.engine, self.topology, self._carried = chunks, engine, topology, carried
         self.recorder = recorder
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
@@ -58,8 +58,8 @@ class Step:
         """
         record_batches(self.recorder, micro_batches)
         loss = self._accumulate(micro_batches)
-        if self._carries is not None:
-            self._carries.advance(micro_batches[0].bounds[-1])
+        if self._carried is not None:
+            self._carried.advance(micro_batches[0].bounds[-1])
         return loss
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
@@ -84,13 +84,14 @@ class Step:
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
         """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""
-        documents, carry = batch.documents, None
-        if self._carries is not None and torch.is_grad_enabled():
-            carry = self._carries.by_row[batch.row]
+        documents = batch.documents
+        carried: CarriedState = NothingCarried()
+        if self._carried is not None and torch.is_grad_enabled():
+            carried = self._carried.by_row[batch.row]
         if documents is not None:
             # A run that begins here, or resumes without carried states, has no past.
-            documents = documents.with_past(carry.past_tokens if carry is not None else 0)
-        return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carry)
+            documents = documents.with_past(carried.past_tokens)
+        return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carried)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.topology.device, non_blocking=True)
@@ -220,11 +221,11 @@ def build_step(
     engine: Any,
     topology: Topology,
     zero_stage: int,
-    carries: Carries | None = None,
+    carried: CarriedStates | None = None,
     recorder: Recorder = SILENT,
 ) -> Step:
     """The step of a layout."""
-    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries, recorder)
+    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carried, recorder)
 
 
 def _sum_sequence_parallel(parameters: list[Any], topology: Topology) -> None:

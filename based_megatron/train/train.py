@@ -17,7 +17,7 @@ from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
-from based_megatron.train.carried import build_carries, carried_bytes
+from based_megatron.train.carried import build_carried_states, carried_bytes
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
@@ -66,10 +66,10 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     engine = build_engine(chunks, config, topology)
 
     loader = build_loader(config, topology)
-    carries = build_carries(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
+    carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
     metrics = build_metrics(topology)
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carries, metrics)
-    checkpointer = Checkpointer(engine, config, loader.fingerprint, carries)
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
+    checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
     start = checkpointer.restore()
 
     callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config, topology, start)]
