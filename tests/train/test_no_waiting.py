@@ -75,7 +75,7 @@ def test_only_log_points_read(worker_pool, corpus, tmp_path, world_size, overrid
 
 
 def test_a_read_is_noticed():
-    """Of ours, through torch or not; but not one of a library."""
+    """A read counts if our code asks for it, directly or through torch, but not if a library does."""
     calls: dict[str, Any] = {}
     exec(compile("def ours(f): return f()", f"{PACKAGE}/train/step.py", "exec"), calls)
     exec(compile("def library(f): return f()", "/site-packages/deepspeed/engine.py", "exec"), calls)

@@ -1,6 +1,7 @@
 """Linear attention with the second order Taylor feature map: weights 1 + s + s^2 / 2, s = q.k / sqrt(F), normalised.
 
-Legend: B sequences, L tokens of this rank's slice, H heads of this tensor parallel rank, F feature dim, V value head dim.
+Legend: B sequences, L tokens of this rank's slice, H heads of this tensor parallel rank, F feature dim, V value head dim,
+R rows of a packed state, E = V + 1.
 """
 
 from typing import Any

@@ -25,7 +25,7 @@ class RunFacts:
 
 
 class Sink:
-    """Writes what it is told. Calls come in order, from the logging rank; a subclass overrides those that it has a use for."""
+    """Writes what it is given. Calls come in order, from the logging rank; a subclass overrides those that it has a use for."""
 
     def start(self, run: RunFacts) -> None:
         """Open what is written to."""
