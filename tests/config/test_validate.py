@@ -62,8 +62,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "pattern empty": ({"model.layer_pattern": " "}, 1, ["empty", "model.layer_pattern"]),
     "heads": ({"model.hidden_size": 130}, 1, ["model.hidden_size 130", "model.num_heads 4"]),
     "expand odd": ({"model.conv_expand": 3}, 1, ["model.conv_expand is 3"]),
-    "window below zero": ({"model.window_left": -1}, 1, ["model.window_left -1"]),
-    "no taps": ({"model.conv_kernel": 0}, 1, ["model.conv_kernel 0"]),
+    "window below zero": ({"model.window_left": -1}, 1, ["model.window_left is -1"]),
+    "no taps": ({"model.conv_kernel": 0}, 1, ["model.conv_kernel is 0"]),
     "rotary none": ({"model.rotary_fraction": 0.0}, 1, ["model.rotary_fraction is 0.0"]),
     "rotary too much": ({"model.rotary_fraction": 1.01}, 1, ["model.rotary_fraction is 1.01"]),
     "tensor and heads": ({"parallel.tensor": 8}, 8, ["model.num_heads 4", "parallel.tensor 8"]),
@@ -250,9 +250,9 @@ def test_layer_pattern_refuses_what_it_cannot_read(pattern):
         parse_layer_pattern(pattern)
 
 
-def test_the_run_folder_is_made(tmp_path):
+def test_a_run_folder_that_can_be_made_passes_and_is_not_made(tmp_path):
     check_run_dir(tmp_path / "a" / "b", needed_bytes=1)
-    assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_run_folder_under_a_file_is_refused(tmp_path):
