@@ -12,10 +12,11 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+import tyro
+
 from based_megatron.config import Config, parse_config
 from based_megatron.config.validate import check_run_dir, validate
 from based_megatron.errors import ConfigError
-from based_megatron.model.check import check_mixers
 
 SCRIPT_NAME = "pretrain.sbatch"
 
@@ -50,8 +51,8 @@ class SlurmOptions:
     """Nodes not to use, as a SLURM host list."""
     exclusive: bool = True
     """Take whole nodes, with all of their memory."""
-    sbatch: tuple[str, ...] = ()
-    """More options of sbatch, each as one word such as --sbatch=--constraint=h100."""
+    sbatch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """One more option of sbatch, as one word such as --sbatch=--constraint=h100; repeat the flag for others."""
     setup: str = ""
     """Shell commands to run first, such as `module load cuda`. Your environment is passed on anyway."""
     dry_run: bool = False
@@ -80,6 +81,7 @@ def launch_slurm(options: SlurmOptions, command: Sequence[str]) -> int:
         raise ConfigError("there is no sbatch here; submit from a login node, or look at the script with --dry-run")
     run_dir = Path(config.run_dir).absolute()
     check_run_dir(run_dir, needed_bytes=0)
+    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / SCRIPT_NAME
     path.write_text(script)
     _sbatch("--test-only", str(path))
@@ -117,6 +119,9 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
             f"at once; change either"
         )
     validate(config, options.nodes * tasks_per_node)
+    # Mixers take seconds to load: what is wrong with the options shows before.
+    from based_megatron.model.check import check_mixers
+
     check_mixers(config)
     run_dir = Path(config.run_dir).absolute()
     template = resources.files("based_megatron.launchers").joinpath(SCRIPT_NAME).read_text()
@@ -135,8 +140,9 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
 def _directives(options: SlurmOptions, tasks_per_node: int, run_dir: Path) -> list[str]:
     """Lines that SLURM reads. The job's name belongs to one run folder, so that `singleton` keeps a second job out of it."""
     digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
+    name = run_dir.name if run_dir.name.startswith("based") else f"based-{run_dir.name}"
     lines = [
-        f"--job-name={shlex.quote(f'based-{run_dir.name}-{digest}')}",
+        f"--job-name={shlex.quote(f'{name}-{digest}')}",
         "--dependency=singleton",
         f"--nodes={options.nodes}",
         f"--ntasks-per-node={tasks_per_node}",

@@ -57,7 +57,9 @@ def describe(argv: Sequence[str]) -> str:
     return "".join(_described(to_dict(command.settings), (), layers, flags))
 
 
-def _described(values: dict[str, Any], above: tuple[str, ...], layers: Sequence[Layer], flags: set[str]) -> Iterator[str]:
+def _described(
+    values: dict[str, Any], above: tuple[str, ...], layers: Sequence[Layer], flags: set[str]
+) -> Iterator[str]:
     """Lines of the settings below the sections `above`."""
     indent = "  " * len(above)
     for name, value in values.items():

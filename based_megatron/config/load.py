@@ -99,9 +99,7 @@ def _read(name_or_path: str) -> Layer:
     if name_or_path in preset_names():
         text = resources.files("based_megatron.configs").joinpath(f"{name_or_path}.yaml").read_text()
         return Layer(f"preset {name_or_path}", parse_yaml(text, name_or_path))
-    raise ConfigError(
-        f"unknown config {name_or_path!r:.200}: give a YAML file or one of {', '.join(preset_names())}"
-    )
+    raise ConfigError(f"unknown config {name_or_path!r:.200}: give a YAML file or one of {', '.join(preset_names())}")
 
 
 def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,17 @@ from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 
-RUN_FILES = (
-    "checkpoints config.yaml done events.jsonl failures heartbeat hung pretrain.sbatch tensorboard"
-).split()
+RUN_FILES = [
+    "checkpoints",
+    "config.yaml",
+    "done",
+    "events.jsonl",
+    "failures",
+    "heartbeat",
+    "hung",
+    "pretrain.sbatch",
+    "tensorboard",
+]
 """What the run and its launchers keep in the run folder."""
 
 
@@ -186,7 +194,7 @@ def check_run_dir(path: Path, needed_bytes: int) -> None:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         free = shutil.disk_usage(there).free
     except OSError as error:
-        raise ConfigError(f"cannot make the run folder {str(path):.200}: {error.strerror}; change run_dir") from error
+        raise ConfigError(f"cannot make the run folder {path!s:.200}: {error.strerror}; change run_dir") from error
     if not there.is_dir():
         raise ConfigError(f"cannot make the run folder {path}: {there} is a file; change run_dir")
     if not os.access(there, os.W_OK | os.X_OK):

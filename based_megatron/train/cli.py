@@ -31,4 +31,6 @@ def main(argv: Sequence[str]) -> None:
 
     accept(config, rank.world_size)
     if rank.rank == 0:
-        print("this run can start: settings, data, run folder and the least memory have been checked, nothing was written")
+        print(
+            "this run can start: settings, data, run folder and the least memory have been checked, nothing was written"
+        )

@@ -19,6 +19,7 @@ from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
 from based_megatron.train.trainer import Trainer
 
+
 def train(config: Config) -> None:
     """Train on this rank, in step with all others, from the newest checkpoint of the run folder to the end or a stop.
 
