@@ -15,6 +15,8 @@ from string import Template
 import tyro
 
 from based_megatron.config import Config, parse_config
+from based_megatron.config.limits import check_limits, flag
+from based_megatron.config.schema import Count
 from based_megatron.config.validate import check_run_dir, validate
 from based_megatron.errors import ConfigError
 
@@ -25,21 +27,21 @@ SCRIPT_NAME = "pretrain.sbatch"
 class SlurmOptions:
     """Start the ranks as a SLURM job. The script and the log go to the run folder, which all nodes must see."""
 
-    nodes: int
+    nodes: Count
     """Number of nodes."""
     gpus_per_node: int = 8
     """GPUs of each node, and ranks unless tasks_per_node says otherwise; 0 for a CPU cluster."""
     tasks_per_node: int = 0
     """Ranks on each node; 0 means one for each GPU."""
-    cpus_per_task: int = 8
+    cpus_per_task: Count = 8
     """CPU cores of each rank."""
     time: str = "24:00:00"
     """Time limit of one job, in a form that sbatch takes. The run goes on in the next."""
-    stop_seconds: int = 600
+    stop_seconds: Count = 600
     """Seconds before the time limit at which the run is asked to save: more than a step, a validation and a checkpoint take."""
-    hang_seconds: int = 1800
+    hang_seconds: Count = 1800
     """Start again if no step ends for so many seconds: more than start-up, compilation, a validation and a checkpoint take."""
-    max_failures: int = 3
+    max_failures: Count = 3
     """Give up after this number of failures in a row without a newer checkpoint."""
     partition: str = ""
     """Partition to use, if not the cluster's default."""
@@ -98,16 +100,9 @@ def launch_slurm(options: SlurmOptions, command: Sequence[str]) -> int:
 def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config) -> str:
     """Text of the batch script. `config` is what the train command resolves to."""
     tasks_per_node = options.tasks_per_node or options.gpus_per_node
-    for key, value in {
-        "--nodes": options.nodes,
-        "--gpus-per-node or --tasks-per-node": tasks_per_node,
-        "--cpus-per-task": options.cpus_per_task,
-        "--stop-seconds": options.stop_seconds,
-        "--hang-seconds": options.hang_seconds,
-        "--max-failures": options.max_failures,
-    }.items():
-        if value < 1:
-            raise ConfigError(f"{key} is {value} but must be at least 1")
+    check_limits(options, flag)
+    if not tasks_per_node:
+        raise ConfigError("--gpus-per-node and --tasks-per-node are 0, but a node needs a rank; set --tasks-per-node")
     if options.hang_seconds <= config.parallel.timeout_seconds:
         raise ConfigError(
             f"--hang-seconds {options.hang_seconds} must be above parallel.timeout_seconds "

@@ -95,6 +95,11 @@ def check_limits(config: Any, name: Callable[[str], str] = str) -> None:
                 _check_text(key, text, setting.limits)
 
 
+def flag(key: str) -> str:
+    """The command line's name of a key that has no sections: `hang_seconds` is --hang-seconds."""
+    return f"--{key.replace('_', '-')}"
+
+
 def absolute_paths(config: T) -> T:
     """The same settings with every path absolute, so that they mean the same files from any working directory."""
     hints = get_type_hints(type(config), include_extras=True)
@@ -125,7 +130,7 @@ def _check_number(key: str, value: float, limits: tuple[Any, ...]) -> None:
     if fits and legal.holds(value):
         return
     kind = "whole number" if whole else "finite number"
-    if not fits and math.isfinite(value):
+    if not fits and (whole or math.isfinite(value)):
         kind += " of 64 bits" if whole else " of 32 bits"
     # An absurd integer may have more digits than Python prints.
     shown = value if fits or not isinstance(value, int) else f"an integer of {value.bit_length()} bits"
