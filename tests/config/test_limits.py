@@ -41,7 +41,9 @@ def accepts(key: str, value: Any) -> bool:
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_no_number_is_negative_absurd_or_not_finite(key):
-    wrong = [-1, -(10**30), 10**30, 1 << 40_000] if isinstance(NUMBERS[key], int) else [-1e-9, -math.inf, math.inf, 1e39]
+    wrong = (
+        [-1, -(10**30), 10**30, 1 << 40_000] if isinstance(NUMBERS[key], int) else [-1e-9, -math.inf, math.inf, 1e39]
+    )
     for value in wrong if isinstance(NUMBERS[key], int) else [*wrong, math.nan]:
         assert not accepts(key, value), value
 
@@ -128,7 +130,12 @@ def test_sources_are_checked_too():
 
 def test_every_path_becomes_absolute_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    changes = {"run_dir": "run", "checkpoint.load": "../old", "data.sources": (SourceConfig("a/./b", 2.0),), "data.path": ""}
+    changes = {
+        "run_dir": "run",
+        "checkpoint.load": "../old",
+        "data.sources": (SourceConfig("a/./b", 2.0),),
+        "data.path": "",
+    }
     config = changed(load_config("tiny"), changes)
     expected = {
         "run_dir": f"{tmp_path}/run",

@@ -43,6 +43,16 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "momentum of one": ({"optimizer.muon.momentum": 1.0}, 1, ["optimizer.muon.momentum is 1.0"]),
     "no iteration": ({"optimizer.muon.newton_schulz_steps": 0}, 1, ["optimizer.muon.newton_schulz_steps is 0"]),
     "updates of no size": ({"optimizer.muon.update_rms": 0.0}, 1, ["optimizer.muon.update_rms is 0.0"]),
+    "rate below its end": ({"optimizer.lr": 1e-5}, 1, ["schedule.min_lr 0.0003", "optimizer.lr 1e-05"]),
+    "decay of all": ({"optimizer.weight_decay": 1e9}, 1, ["optimizer.lr 0.003 x optimizer.weight_decay 1000000000.0"]),
+    "adam without eps": ({"optimizer.eps": 0.0}, 1, ["optimizer.eps is 0.0"]),
+    "stop file elsewhere": (
+        {"train.stop_file": "/etc/passwd"},
+        1,
+        ["train.stop_file is '/etc/passwd'", "plain file name"],
+    ),
+    "stop file of ours": ({"train.stop_file": "events.jsonl"}, 1, ["train.stop_file is 'events.jsonl'"]),
+    "no stop file": ({"train.stop_file": ""}, 1, ["train.stop_file is ''"]),
     "muon with apex": (
         {"optimizer.name": "muon", "optimizer.implementation": "apex"},
         1,
