@@ -125,7 +125,7 @@ def _merge(cls: type[T], values: dict[str, Any], where: str) -> T:
         return OmegaConf.to_object(OmegaConf.merge(schema, values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]:.300} (key {key})") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]:.300} (key {key!r:.100})") from error
 
 
 def _unlock(node: DictConfig) -> None:
