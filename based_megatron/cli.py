@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What `based --help` prints."""
+    """The text that `based --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
     return "usage: based COMMAND ...\n\ncommands (each has --help):\n" + "\n".join(lines)

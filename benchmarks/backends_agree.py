@@ -89,7 +89,7 @@ def changes(name: str, options: dict[str, str]) -> dict[str, str]:
 
 
 def run_dir(output: Path, name: str) -> Path:
-    """Where a run writes."""
+    """The folder that a run writes to."""
     return output / name.replace(", ", "-")
 
 

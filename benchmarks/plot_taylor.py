@@ -53,7 +53,7 @@ def main(source: Path, target: Path) -> None:
 
 
 def is_drawn(row: Row) -> bool:
-    """Whether a row is a time of both passes of Taylor attention at the head dim of the plot."""
+    """True if a row is a time of both passes of Taylor attention at the head dim of the plot."""
     measured = (row.operation, row.passes, row.quantity, row.sizes.head_dim)
     return measured == (Operation.TAYLOR_ATTENTION, Passes.BOTH, Quantity.MILLISECONDS, HEAD_DIM)
 

@@ -27,7 +27,7 @@ def rendered(path: Path) -> str:
 
 
 def read_report(path: Path) -> Report:
-    """What `based bench` has written."""
+    """A report that `based bench` has written."""
     return TypeAdapter(Report).validate_python(json.loads(path.read_text()))
 
 

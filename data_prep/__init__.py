@@ -1,1 +1,1 @@
-"""From text to tokenized webdataset shards with a manifest: `based prep`."""
+"""`based prep`: makes tokenized webdataset shards with a manifest out of text."""

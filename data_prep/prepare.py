@@ -53,7 +53,7 @@ def prepare(config: PrepConfig) -> Manifest:
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: the first `fraction` of the range of its hash."""
+    """True if a document belongs to the validation split: its hash lies in the first `fraction` of the range."""
     return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2.0**64
 
 

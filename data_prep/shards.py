@@ -27,7 +27,7 @@ class TokenizedDocument(NamedTuple):
 
 
 class ShuffleBuffer:
-    """Holds about `limit_tokens` of documents and lets a random one out whenever it is full."""
+    """A buffer of about `limit_tokens` of documents, which gives out a random one whenever it is full."""
 
     def __init__(self, limit_tokens: int, seed: int):
         self._limit_tokens = limit_tokens
@@ -36,7 +36,7 @@ class ShuffleBuffer:
         self._tokens = 0
 
     def add(self, document: TokenizedDocument) -> Iterator[TokenizedDocument]:
-        """Take a document in and yield those that have to leave for it."""
+        """Take a document in and yield those that must go out for it."""
         self._documents.append(document)
         self._tokens += len(document.tokens)
         while self._tokens > self._limit_tokens:

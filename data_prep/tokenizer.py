@@ -1,4 +1,4 @@
-"""Tokenizers: trained here, or read from Hugging Face and GPT-2 files; and text to ids."""
+"""Tokenizers, trained here or read from Hugging Face and GPT-2 files, and the encoding of text."""
 
 import json
 import re
@@ -17,7 +17,7 @@ GPT2_PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt
 BYTE_ALPHABET = 256
 PIECE_CHARACTERS = 1 << 17
 PIECES_AT_A_TIME = 512
-# Before a single space with a letter behind it: the usual pre-tokenizers cut here. CUT_PROBE tells the unusual ones.
+# Before a single space that a letter follows: the usual pre-tokenizers cut here. CUT_PROBE finds those that do not.
 SAFE_CUT = re.compile(r"(?<=\S)(?= [^\W\d_])")
 CUT_PROBE = "It is one of the best, in the end; and it has to be (as of 1999) at the top."
 

@@ -1,7 +1,7 @@
 """Memory layouts of the tensors that Triton kernels take and return.
 
-Legend: B batch, T tokens, H heads, S keys (a halo included), X any last dimension. The model's tensors are views [B, T, ...] of
-projections laid out [T, B, ...].
+Legend: B batch, T tokens, H heads, S keys (a halo included), V value head dim, X any last dimension.
+The model's tensors are views [B, T, ...] of projections laid out [T, B, ...].
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
     if options.hang_seconds <= config.parallel.timeout_seconds:
         raise ConfigError(
             f"--hang-seconds {options.hang_seconds} must be above parallel.timeout_seconds "
-            f"{config.parallel.timeout_seconds}: a collective that fails by itself tells more; raise --hang-seconds"
+            f"{config.parallel.timeout_seconds}: a collective that times out names its cause; raise --hang-seconds"
         )
     if options.stop_seconds >= _seconds(options.time):
         raise ConfigError(

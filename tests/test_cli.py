@@ -39,7 +39,7 @@ def test_an_unknown_command_fails_and_shows_the_commands(capsys):
     assert "unknown command 'trian'" in captured.err and "train" in captured.err and not captured.out
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
 

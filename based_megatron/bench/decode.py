@@ -1,6 +1,7 @@
 """`based bench decode`: one step of each mixer's state, and 1024 generated tokens, against a transformer of that size.
 
-Legend: B sequences, L prompt tokens, N new tokens, H heads, F feature dim, V value head dim, W window_left, D channels, K taps.
+Legend: B sequences, L prompt tokens, N new tokens, H heads, F feature dim, V value head dim, S keys of a buffer,
+R rows of a packed state, W window_left, D channels, K taps, U vocabulary columns.
 """
 
 from __future__ import annotations
@@ -213,20 +214,20 @@ def agreement(bench: Bench, model: BasedModel, topology: Topology, prompts: Sequ
         {name: x.float() for name, x in model.state_dict().items() if torch.is_tensor(x)}, strict=False
     )
     tokens_BL = torch.randint(0, model.config.model.vocab_size, (2, L), device=bench.device)
-    expected_BV, _ = Engine(exact).prefill(tokens_BL)
+    expected_BU, _ = Engine(exact).prefill(tokens_BL)
     del exact
     limit = 1e-4
     if bench.dtype == torch.bfloat16:
         model.config.backend = "reference"
-        rounded_BV, _ = Engine(model).prefill(tokens_BL)
+        rounded_BU, _ = Engine(model).prefill(tokens_BL)
         model.config.backend = bench.backend
-        limit = 1.5 * relative_error(rounded_BV, expected_BV)
+        limit = 1.5 * relative_error(rounded_BU, expected_BU)
     engine, checks = Engine(model), {}
     for prompt in prompts:
-        logits_BV, states = engine.prefill(tokens_BL[:, :prompt])
+        logits_BU, states = engine.prefill(tokens_BL[:, :prompt])
         for t in range(prompt, L):
-            logits_BV = engine.decode_step(tokens_BL[:, t], states)
-        checks[f"logits, {prompt} + {L - prompt} tokens (fp32)"] = Check(relative_error(logits_BV, expected_BV), limit)
+            logits_BU = engine.decode_step(tokens_BL[:, t], states)
+        checks[f"logits, {prompt} + {L - prompt} tokens (fp32)"] = Check(relative_error(logits_BU, expected_BU), limit)
     return checks
 
 

@@ -1,6 +1,6 @@
 """`based bench kernels`: the training kernels against fp64 and against baselines.
 
-Legend: B batch, T sequence, H heads, F feature dim, V value head dim, W window_left, D channels, K taps.
+Legend: B batch, T sequence, H heads, F feature dim, V value head dim, W window_left, D channels, E = 2D, K taps.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Passes(Key):
 
 
 class Method(Key):
-    """How a time was taken."""
+    """The way in which a time was taken."""
 
     GRAPH = "graph", "replays of a CUDA graph"
     EVENTS = "events", "CUDA events around calls"

@@ -1,6 +1,6 @@
 """Rows of the kernels between mixers: norm, gate and loss.
 
-Legend: N tokens, D hidden size, C vocabulary columns.
+Legend: T tokens, D hidden size or width of the gate, U vocabulary columns.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from based_megatron.kernels.swiglu import swiglu
 
 def norm_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
     """Addition and norm of based-1b's residual stream: fp32 residual, update and output in the weights' dtype."""
-    N, D = bench.size(16384, 12), bench.size(1792, 32)
+    T, D = bench.size(16384, 12), bench.size(1792, 32)
     narrow = torch.finfo(bench.dtype).bits // 8
-    forward = N * D * (4 + narrow + 4 + narrow)
-    backward = N * D * (narrow + 4 + 4 + 4 + narrow)
+    forward = T * D * (4 + narrow + 4 + narrow)
+    backward = T * D * (narrow + 4 + 4 + 4 + narrow)
 
     def inputs() -> list[Tensor]:
-        return [bench.random(N, D, dtype=torch.float32), bench.random(N, D), 1 + bench.random(D, scale=0.1)]
+        return [bench.random(T, D, dtype=torch.float32), bench.random(T, D), 1 + bench.random(D, scale=0.1)]
 
     work = Work(
         Operation.ADD_RMS_NORM,
-        Sizes(rows=N, hidden=D),
+        Sizes(rows=T, hidden=D),
         lambda residual, update, weight, backend: add_rms_norm(residual, update, weight, 1e-5, backend=backend),
         inputs,
         cut=lambda x, i: x,
@@ -52,13 +52,13 @@ def norm_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
 
 def swiglu_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
     """The gate of based-1b's MLP."""
-    N, W = bench.size(16384, 12), bench.size(3584, 24)
-    element = N * W * torch.finfo(bench.dtype).bits // 8
+    T, D = bench.size(16384, 12), bench.size(3584, 24)
+    element = T * D * torch.finfo(bench.dtype).bits // 8
     work = Work(
         Operation.SWIGLU,
-        Sizes(rows=N, width=W),
+        Sizes(rows=T, width=D),
         lambda x, backend: swiglu(x, backend=backend),
-        lambda: [bench.random(N, 2 * W)],
+        lambda: [bench.random(T, 2 * D)],
         cut=lambda x, i: x,
         gradients=("dx",),
         limits={"o": 4e-3, "dx": 4e-3},
@@ -74,12 +74,12 @@ def swiglu_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
 
 def cross_entropy_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
     """Cross entropy over the vocabulary of based-1b on one rank; the gradient is written over the logits, so each call works on a copy."""
-    N, C = bench.size(16384, 12), bench.size(50264, 91)
-    element = N * C * torch.finfo(bench.dtype).bits // 8
-    tokens = min(N, 256)
+    T, U = bench.size(16384, 12), bench.size(50264, 91)
+    element = T * U * torch.finfo(bench.dtype).bits // 8
+    tokens = min(T, 256)
 
     def inputs() -> list[Tensor]:
-        return [bench.random(N, C), torch.randint(0, C, (N,), device=bench.device)]
+        return [bench.random(T, U), torch.randint(0, U, (T,), device=bench.device)]
 
     def run(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
         # A copy as in a model, where the logits are an intermediate value.
@@ -87,7 +87,7 @@ def cross_entropy_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[R
 
     work = Work(
         Operation.CROSS_ENTROPY,
-        Sizes(rows=N, columns=C),
+        Sizes(rows=T, columns=U),
         run,
         inputs,
         cut=lambda x, i: x[:tokens],

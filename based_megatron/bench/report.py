@@ -60,16 +60,16 @@ class Row:
     operation: Operation
     value: float
     quantity: Quantity = Quantity.MILLISECONDS
-    """What `value`, `floor`, `target` and the baselines are."""
+    """The quantity that `value`, `floor`, `target` and the baselines are."""
     passes: Passes | None = None
     sizes: Sizes = field(default_factory=Sizes)
     model: str = ""
     """Preset, where a whole model is measured."""
     method: Method | None = None
-    """How the time was taken, where the value is one call's."""
+    """The way in which the time was taken, where the value is one call's."""
     target: Target | None = None
     floor: float | None = None
-    """What the device cannot beat."""
+    """The value that the device cannot beat."""
     baselines: Mapping[Baseline, Timing | float | str] = field(default_factory=dict)
     """The baseline's value, or why there is none."""
     checks: Mapping[str, Check] = field(default_factory=dict)
@@ -100,9 +100,9 @@ class Report:
     """Everything that a run has measured."""
 
     name: str
-    """What ran, such as `kernels`."""
+    """The benchmark that ran, such as `kernels`."""
     facts: Mapping[str, str]
-    """What a reader must know to repeat the numbers."""
+    """Facts that a reader needs to repeat the numbers."""
     rows: Sequence[Row] = ()
     failures: Sequence[Failure] = ()
 

@@ -30,7 +30,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how a benchmark runs; passed to every case."""
+    """Settings of a benchmark: device, sizes, dtype; passed to every case."""
 
     device: torch.device
     dtype: torch.dtype
@@ -108,7 +108,7 @@ def forward_backward(run: Callable[..., Any], inputs: Sequence[Tensor], grads: A
 
 
 def _waits(call: Call) -> bool:
-    """Whether a call waits for the GPU (`.item()`), so that it cannot be captured. The first call may compile: it does not count."""
+    """True if a call waits for the GPU (`.item()`), so that it cannot be captured. The first call may compile: it does not count."""
     call()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -19,12 +19,12 @@ from based_megatron.bench.timing import Bench, Timing, forward_backward
 
 Run = Callable[..., Any]
 Prepare = Callable[..., tuple[Run, Sequence[Tensor]]]
-"""From our inputs to a baseline's function and its inputs."""
+"""A function from our inputs to a baseline's function and its inputs."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device does at best, measured in the same run."""
+    """The best that the device does, measured in the same run."""
 
     bytes_per_ms: float
     flops_per_ms: float

@@ -53,7 +53,7 @@ class Fragment:
     """False for a copy that is loaded but that another rank writes."""
 
     def rectangles(self) -> list[Rectangle]:
-        """What this fragment holds of the unsharded tensor, padding left out; of a matrix at most three per part."""
+        """Rectangles of the unsharded tensor that this fragment holds, padding left out: at most three per part of a matrix."""
         return rectangles(self.spec, self.start, self.numel)
 
 

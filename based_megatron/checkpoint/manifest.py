@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with their sizes and hashes: what tells a whole checkpoint from a damaged one."""
+"""The list of a checkpoint's files with their sizes and hashes, by which a damaged checkpoint is found."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> list[FileEntry]:
 
 
 def problems(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, one short phrase each; rank r of `size` looks at each size-th file only."""
+    """Faults of a checkpoint, one short phrase each; rank r of `size` looks at every size-th file only."""
     try:
         entries = read_manifest(folder)
     except (OSError, ValueError) as error:

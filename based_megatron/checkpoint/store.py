@@ -51,7 +51,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def verify(path: Path, peers: Peers | None = None) -> list[str]:
-    """What is wrong with the files of a checkpoint, empty if nothing is; the ranks share the hashing (collective)."""
+    """Faults of a checkpoint's files, none if it is whole; the ranks share the hashing (collective)."""
     peers = peers or everyone()
     shares = peers.together(lambda: problems(path, peers.rank, peers.size))
     return list(dict.fromkeys(problem for share in shares for problem in share))
@@ -60,8 +60,8 @@ def verify(path: Path, peers: Peers | None = None) -> list[str]:
 def newest_valid(folder: Path, on_skip: Callable[[str], None], peers: Peers | None = None) -> Path | None:
     """The newest checkpoint whose files are as written, or None if there is no checkpoint at all (collective).
 
-    Damaged ones are passed over, and told to `on_skip` on rank 0, one line each. Raises CheckpointError if all are
-    damaged: starting over in their place is not ours to decide.
+    Damaged ones are skipped and reported to `on_skip` on rank 0, one line each. Raises CheckpointError if all are
+    damaged: whether to start over in their place is for the user to decide.
     """
     peers = peers or everyone()
     candidates = peers.on_first(lambda: list_checkpoints(folder))

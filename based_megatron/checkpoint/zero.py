@@ -1,4 +1,4 @@
-"""What a ZeRO engine holds on this rank, as fragments, and back."""
+"""Conversion between the partitions of a ZeRO engine on this rank and the fragments of a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def optimizer_entry(engine: ZeroEngine) -> dict[str, Any]:
 
 
 def saved_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
-    """That entry of a checkpoint. Before there was one, the optimizer was AdamW and its step count had an entry of its own."""
+    """The entry `optimizer` of a saved state. Checkpoints without one are of AdamW, whose step count has an entry of its own."""
     return state["optimizer"] if "optimizer" in state else {"name": "adamw", "step": state["adam_step"]}
 
 

@@ -1,4 +1,4 @@
-"""From a preset or a YAML file to a Config, and back."""
+"""Reads a Config from a preset or a YAML file, and writes it back."""
 
 import dataclasses
 import os

@@ -34,7 +34,7 @@ class ModelConfig:
     feature_dim: Annotated[int, Range(at_least=1, at_most=1024)] = 16
     """Query and key dim of a linear attention head, before the Taylor feature map."""
     window_left: int = 128
-    """Previous keys that a sliding window query sees beside itself (half of the released `window_size`)."""
+    """Previous keys that a sliding window query sees besides itself (half of the released `window_size`)."""
     conv_kernel: Count = 3
     """Taps of the causal short convolution."""
     conv_expand: Annotated[int, Range(at_least=2, multiple_of=2)] = 4
@@ -67,7 +67,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from and how they are cut into sequences."""
+    """The source of tokens, and how they are cut into sequences."""
 
     path: MaybePath = ""
     """Folder written by `based prep`, with a manifest.json. Give either this or `sources`."""
@@ -90,7 +90,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model and the batch are spread over ranks. Data parallel takes what is left of the world size."""
+    """The layout of the model and the batch over ranks. Data parallel takes what is left of the world size."""
 
     tensor: Count = 1
     """Tensor parallel ranks."""
@@ -101,7 +101,7 @@ class ParallelConfig:
     context: Count = 1
     """Ranks that share one sequence, in contiguous slices."""
     state_exchange: Literal["auto", "all_gather", "two_level", "chain"] = "auto"
-    """How linear attention states cross slices: one all-gather (few ranks), two levels (nodes, then between nodes), or a
+    """The way that linear attention states cross slices: one all-gather (few ranks), two levels (nodes, then between nodes), or a
     chain from neighbour to neighbour (debugging); auto looks at ranks, nodes and the size of a state."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tensor parallel ranks; no effect with tensor=1."""
@@ -183,7 +183,7 @@ class TrainConfig:
     backend: Literal["auto", "reference", "triton"] = "auto"
     """Kernels of the mixers: auto takes triton on a GPU where it is built, else the PyTorch references."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run: auto takes a GPU if there is one."""
+    """Device to run on: auto takes a GPU if there is one."""
     seed: int = 1111
     """Seed of the initial weights."""
     max_skipped_steps: Count = 10
@@ -218,7 +218,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What is written while training."""
+    """Logs and samples that are written while training."""
 
     log_interval_steps: Count = 10
     """Steps between console lines and TensorBoard points."""

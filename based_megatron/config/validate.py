@@ -1,4 +1,4 @@
-"""Every way in which a config and a world size cannot run together, found before any rank starts to work.
+"""Checks that a config can run on a number of ranks, before any of them starts to work.
 
 What mixers know of themselves is checked in `model/check.py`.
 """
@@ -160,7 +160,7 @@ def _check_sequence(config: Config) -> None:
 
 
 def slice_multiple(parallel: ParallelConfig) -> int:
-    """What the tokens of every context rank are a multiple of: tensor ranks share them under sequence parallelism."""
+    """The number of tokens that every slice is a multiple of: tensor parallel ranks share a slice under sequence parallelism."""
     return parallel.tensor if parallel.sequence_parallel else 1
 
 

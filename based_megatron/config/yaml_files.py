@@ -8,12 +8,19 @@ import yaml
 
 from based_megatron.errors import ConfigError
 
-MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 16
+MOST_BRACKETS = 20
 SAVED_HEADER = "# Every setting of a run. The file is complete if its last line is three dots.\n"
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Plain YAML: no aliases, which can make a small file fill the memory, and no key twice, of which one would be lost."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        # The time that PyYAML takes grows with the square of the open brackets.
+        if self.flow_level == MOST_BRACKETS:
+            raise yaml.MarkedYAMLError(problem="is nested too deeply for a config", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -15,7 +15,7 @@ from based_megatron.errors import CheckpointError
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face export of ours."""
+    """True if a folder is a Hugging Face export of ours."""
     try:
         return json.loads((folder / "config.json").read_text()).get("model_type") == BasedConfig.model_type
     except (OSError, ValueError, AttributeError):
@@ -35,6 +35,6 @@ def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], Mode
 
 
 def data_folder(config: Config) -> Path | None:
-    """Where the tokenizer of a run lies, if it is still there: all sources of a mixture have the same one."""
+    """The data folder that holds the tokenizer of a run, if it is still there: all sources of a mixture have the same one."""
     paths = [config.data.path, *(source.path for source in config.data.sources)]
     return next((Path(path) for path in paths if path and (Path(path) / "tokenizer.json").is_file()), None)

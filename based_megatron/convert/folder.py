@@ -12,7 +12,7 @@ from based_megatron.errors import CheckpointError
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name when the block ends well, and goes when it does not.
+    """A temporary folder next to `output`, which takes that name when the block succeeds and is removed when it fails.
 
     Raises CheckpointError if `output` exists or cannot be written.
     """

@@ -1,5 +1,6 @@
-"""Between our unsharded state dict and the Hugging Face model of `hf_files`, in memory and as an export folder."""
+"""Conversion between our unsharded state dict and the Hugging Face model of `hf_files`, in memory and as an export folder."""
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -27,7 +28,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_based.BasedForCausalLM",
 }
 MIXERS_FILE = "mixers_based.py"
-HF_FILES = ("configuration_based.py", MIXERS_FILE, "modeling_based.py")
+CONFIGURATION_FILE = "configuration_based.py"
+HF_FILES = (CONFIGURATION_FILE, MIXERS_FILE, "modeling_based.py")
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], BasedConfig]:
@@ -90,6 +92,7 @@ def export_huggingface(
             source = resources.files("based_megatron.convert.hf_files") / name
             (folder / name).write_bytes(source.read_bytes())
         _add_mixers(extra_classes(config), folder)
+        _tell_apart(folder)
         for weights in folder.glob(
             "*.safetensors"
         ):  # written for the owner only, while the other files follow the umask
@@ -116,6 +119,17 @@ def _add_mixers(classes: dict[str, type[nn.Module]], folder: Path) -> None:
         lines += [f"from .{file.stem} import {cls.__name__}", "", f'MIXERS["{name}"] = {cls.__name__}']
     with (folder / MIXERS_FILE).open("a") as mixers:
         mixers.writelines(f"{line}\n" for line in lines)
+
+
+def _tell_apart(folder: Path) -> None:
+    """Give exports with different model code different config code.
+
+    A process that has loaded one export takes its model for every config of the same class, and transformers makes one class of
+    equal config files: https://github.com/huggingface/transformers, `_BaseAutoModelClass.from_pretrained`.
+    """
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
+    with (folder / CONFIGURATION_FILE).open("a") as configuration:
+        configuration.write(f"\n# sha256 of this export's code: {digest}\n")
 
 
 def _hf_name(mixer: type[Mixer], config: ModelConfig) -> str:

@@ -2,7 +2,7 @@
 
 Our names and shapes are those of the unsharded state dict that a checkpoint stores. Fused projections are stacks of
 rows, so that every conversion is a split, a concatenation and a reshape: bit-exact.
-D hidden size, F MLP width, V embedding rows.
+Legend: D hidden size, F width of the MLP, U rows of the embedding.
 """
 
 from collections.abc import Iterable
@@ -37,10 +37,10 @@ def embedding_rows(config: ModelConfig) -> int:
 def our_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor of the unsharded state dict."""
     D, F = config.hidden_size, config.ffn_hidden_size
-    V = embedding_rows(config)
-    shapes: dict[str, Shape] = {"embedding.weight": (V, D), "final_norm.weight": (D,)}
+    U = embedding_rows(config)
+    shapes: dict[str, Shape] = {"embedding.weight": (U, D), "final_norm.weight": (D,)}
     if not config.tie_embeddings:
-        shapes["output.weight"] = (V, D)
+        shapes["output.weight"] = (U, D)
     for i, mixer in enumerate(layer_mixers(config)):
         layer = f"layers.{i}"
         shapes |= {f"{layer}.{norm}.weight": (D,) for norm in ("mixer_norm", "mlp_norm")}

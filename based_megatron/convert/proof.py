@@ -1,4 +1,7 @@
-"""Does an export give the model that went into it? Everything is measured on the export as a user would load it."""
+"""The proof that an export gives the model that went into it, measured on the export as a user would load it.
+
+Legend: B sequences, T tokens, U vocabulary columns.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ PADDING_TOKENS = 5
 
 @dataclass(frozen=True)
 class Proof:
-    """What was measured. Differences are the largest absolute ones over all logits."""
+    """Measurements of an export. Differences are the largest absolute ones over all logits."""
 
     tensors: int
     """Tensors that are bit-equal."""
@@ -122,6 +125,6 @@ def _compare_generation(model: Any, ids_BT: Tensor, tolerance: float) -> None:
         differing = (with_cache != without).nonzero()
         if len(differing):
             first = int(differing[0])
-            logits_V = model(without[None, :first], use_cache=False).logits[0, -1]
-            if (logits_V[with_cache[first]] - logits_V[without[first]]).abs() > 2 * tolerance:
+            logits_U = model(without[None, :first], use_cache=False).logits[0, -1]
+            if (logits_U[with_cache[first]] - logits_U[without[first]]).abs() > 2 * tolerance:
                 raise CheckpointError(f"the export is wrong: greedy generation with the cache differs at token {first}")

@@ -1,4 +1,7 @@
-"""What the loader hands to the training step."""
+"""The micro batch that the loader hands to the training step.
+
+Legend: B sequences, S tokens of a whole sequence, L tokens of this context parallel slice.
+"""
 
 from dataclasses import dataclass
 
@@ -9,10 +12,7 @@ from based_megatron.parallel.sequence.documents import Documents
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro batch on one rank.
-
-    B sequences, S tokens of a whole sequence, L tokens of this context parallel slice.
-    """
+    """One micro batch on one rank."""
 
     tokens_BL: Tensor
     """int64 inputs."""
@@ -21,7 +21,7 @@ class MicroBatch:
     loss_mask_BL: Tensor
     """float32, 1 where the label counts in the loss."""
     documents: Documents | None
-    """Where documents begin in the whole sequences; None if documents are not isolated."""
+    """Starts of documents in the whole sequences; None if documents are not isolated."""
     bounds: tuple[int, ...]
     """First position of each context parallel slice, and S."""
     row: int = 0

@@ -24,7 +24,7 @@ class DataCommand:
     """
 
     action: tyro.conf.Positional[Literal["at", "show", "verify"]] = "at"
-    """What to do."""
+    """`at`, `show` or `verify`."""
     run: str = ""
     """Run folder; its config.yaml names the corpora, the batch, the sequence length and the seed."""
     config: str = ""

@@ -1,4 +1,4 @@
-"""Which documents a training step was made of: the first question after a loss spike."""
+"""Lists the documents that a training step was made of: the first question after a loss spike."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class DocumentPart:
     origin: str
     """Input file and record that the document was read from."""
     tokens: int
-    """Its tokens in this sequence."""
+    """Tokens of the document in this sequence."""
     preview: str
     """The first of these tokens, decoded."""
 

@@ -1,11 +1,11 @@
-"""From a step to the micro batches of one rank.
+"""The loader: makes the micro batches of one rank from the number of a step.
 
     step --global batch--> numbers --mixture, permutation--> (source, sequence) --memory map--> tokens, labels, masks
 
 Every arrow is a pure function, so there is no state to save: a run resumes exactly at any step, with any number of data
 parallel ranks, context parallel ranks and reader threads.
 
-B sequences, S tokens of a whole sequence, L tokens of this context parallel slice.
+Legend: B sequences, S tokens of a whole sequence, L tokens of this context parallel slice.
 """
 
 import dataclasses

@@ -172,7 +172,7 @@ def check_tokenizer(manifest: Manifest, vocab_size: int) -> None:
 
 
 def check_tokenizer_file(manifest: Manifest) -> None:
-    """Raise DataError unless the tokenizer.json beside the manifest has the recorded hash."""
+    """Raise DataError unless the tokenizer.json next to the manifest has the recorded hash."""
     path = manifest.folder / TOKENIZER_NAME
     try:
         found = xxhash.xxh3_128_hexdigest(path.read_bytes())

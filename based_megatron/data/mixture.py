@@ -1,4 +1,4 @@
-"""Which source each sequence of a mixture comes from: a pure function of its number."""
+"""The source that each sequence of a mixture comes from, as a pure function of the sequence's number."""
 
 from collections.abc import Sequence
 

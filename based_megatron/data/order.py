@@ -40,7 +40,7 @@ def shuffled(numbers: np.ndarray, size: int, seed: int, source: str) -> np.ndarr
         numbers: int64 places in the stream of this source.
         size: sequences of the source, at least 1.
         seed: data.seed.
-        source: what tells this source from others (the fingerprint of its manifest).
+        source: identifies the source (the fingerprint of its manifest).
     """
     epochs = numbers // size
     sequences = np.empty_like(numbers)

@@ -48,7 +48,7 @@ class SequenceReader:
         return int(self._first_sequence[-1])
 
     def pieces(self, sequence: int, begin: int = 0, end: int | None = None) -> list[Piece]:
-        """Where a window of S + 1 tokens lies, or the part of it from `begin` to `end`."""
+        """The pieces of members that make up a window of S + 1 tokens, or the part of it from `begin` to `end`."""
         end = self._length_tokens + 1 if end is None else end
         if not self._joined:
             member = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
@@ -109,7 +109,7 @@ class SequenceReader:
         return tokens
 
     def _begins(self, piece: Piece) -> bool:
-        """Whether a document begins with the first token of a piece."""
+        """True if a document begins with the first token of a piece."""
         number, start, _ = piece
         if start:
             return bool((self.ends(number) == start).any())

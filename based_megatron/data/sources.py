@@ -52,7 +52,7 @@ class Sources:
 
     @property
     def fingerprint(self) -> str:
-        """Everything that the meaning of a training sequence's number depends on."""
+        """A string of everything that decides which sequence a number means: corpora, weights, order and length."""
         parts = [
             f"{manifest.fingerprint}*{source.weight:g}"
             for manifest, source in zip(self.manifests, self._sources, strict=True)
@@ -62,7 +62,7 @@ class Sources:
 
     @property
     def sequence_length_tokens(self) -> int:
-        """S."""
+        """Tokens of one sequence, S."""
         return self._data.sequence_length_tokens
 
     def locate(self, numbers: np.ndarray) -> list[tuple[int, int]]:

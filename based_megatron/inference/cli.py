@@ -23,11 +23,11 @@ class GenerateConfig:
     """Tokenizer folder or file. Default: that of the export, or of the data folder of the run."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     device: str = ""
-    """Where to run, such as cpu or cuda. Default: a GPU if there is one."""
+    """Device to run on, such as cpu or cuda. Default: a GPU if there is one."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the command line, generate and print. Raises BasedError for what a user can mend."""
+    """Parse the command line, generate and print. Raises BasedError for what a user can fix."""
     config = tyro.cli(GenerateConfig, args=list(argv), prog="based generate")
     # They take seconds to load, which neither --help nor a typo should wait for.
     import torch

@@ -3,7 +3,7 @@
 On a GPU, `GreedyLoop` and `PromptGraph` replay CUDA graphs: a step of decoding, or a short prompt, is some hundreds of
 kernels that take less time than their launches.
 
-Legend: B sequences, L prompt tokens, N new tokens, V vocabulary rows.
+Legend: B sequences, L prompt tokens, N new tokens, U vocabulary columns.
 """
 
 from collections.abc import Callable
@@ -39,18 +39,18 @@ class Engine:
     def prefill(self, tokens_BL: Tensor, states: ModelStates | None = None) -> tuple[Tensor, ModelStates]:
         """Append the prompts to the sequences of `states`, which is updated in place; None starts new sequences.
 
-        Returns: logits [B, V] of the last token, and the states.
+        Returns: logits [B, U] of the last token, and the states.
         """
         if tokens_BL.shape[1] == 0:
             raise ConfigError("a prompt is empty: decoding starts from at least one token")
         states = self.model.zero_states(len(tokens_BL)) if states is None else states
         for piece_BL in tokens_BL.split(self.piece_tokens or tokens_BL.shape[1], dim=1):
-            logits_BV = self.model.decode(piece_BL, states)
-        return logits_BV, states
+            logits_BU = self.model.decode(piece_BL, states)
+        return logits_BU, states
 
     @torch.no_grad()
     def decode_step(self, token_B: Tensor, states: ModelStates) -> Tensor:
-        """Append one token to each sequence. Returns its logits [B, V]; the states are updated in place."""
+        """Append one token to each sequence. Returns its logits [B, U]; the states are updated in place."""
         return self.model.decode(token_B, states)
 
     def generate(self, prompt_BL: Tensor, new_tokens: int) -> Tensor:
@@ -121,10 +121,10 @@ class GreedyLoop:
             self._step()
             self._newest_BS[:, i] = self.token_B
 
-    def _choose(self, logits_BV: Tensor) -> None:
+    def _choose(self, logits_BU: Tensor) -> None:
         # Rows that only round the vocabulary up are no tokens.
         config = self.engine.model.config
-        choose_token(logits_BV, config.model.vocab_size, self.token_B, backend=config.backend)
+        choose_token(logits_BU, config.model.vocab_size, self.token_B, backend=config.backend)
 
 
 class PromptGraph:
@@ -137,7 +137,7 @@ class PromptGraph:
         self._graph = _captured(self._prefill) if self.tokens_BL.is_cuda else None
 
     def run(self, tokens_BL: Tensor) -> tuple[Tensor, ModelStates]:
-        """Logits [B, V] of the last token, and the states: buffers that the next run overwrites."""
+        """Logits [B, U] of the last token, and the states: buffers that the next run overwrites."""
         if tokens_BL.shape != self.tokens_BL.shape:
             raise ConfigError(f"prompts are {list(tokens_BL.shape)}: this graph is of {list(self.tokens_BL.shape)}")
         self.tokens_BL.copy_(tokens_BL)
@@ -146,11 +146,11 @@ class PromptGraph:
         else:
             self._graph.replay()
         self.states.is_start = False
-        return self._logits_BV, self.states
+        return self._logits_BU, self.states
 
     def _prefill(self) -> None:
         self.states.restart()
-        self._logits_BV = self.engine.prefill(self.tokens_BL, self.states)[0]
+        self._logits_BU = self.engine.prefill(self.tokens_BL, self.states)[0]
 
 
 def _captured(call: Callable[[], None], warm_ups: int = 2) -> torch.cuda.CUDAGraph:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Settings by which the next token is chosen."""
 
     max_new_tokens: int = 64
     """Tokens to generate at most; an end-of-document token ends a text before."""

@@ -1,6 +1,6 @@
 """The Based language model, or one pipeline stage of it.
 
-Legend: L tokens of this rank's slice, B sequences, D hidden size, V vocabulary rows of this tensor parallel rank.
+Legend: L tokens of this rank's slice, B sequences, T = L B tokens, D hidden size, U vocabulary columns of this tensor parallel rank.
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ class BasedModel(MegatronModule):
         """Run this stage.
 
         Returns: on the last stage the loss of each token [B, L] in nats if labels are given, else this rank's logits
-        [L, B, V]; on others the residual for the next stage, [L, B, D] fp32.
+        [L, B, U]; on others the residual for the next stage, [L, B, D] fp32.
         """
         inputs = MixerInputs(plan, self._rotary(plan, tokens_BL.device))
         residual = self._embed(tokens_BL) if self.pre_process else self.input_tensor
@@ -82,8 +82,8 @@ class BasedModel(MegatronModule):
     def decode(self, tokens: Tensor, states: ModelStates) -> Tensor:
         """Append a piece of each prompt, [B, L], or one token to each sequence, [B], and update the states in place.
 
-        One rank holds the whole model. Of one token each, nothing waits for the host or depends on it.
-        Returns: logits of the last token, [B, V].
+        One rank holds the whole model. A step of one token each neither waits for the host nor depends on it.
+        Returns: logits of the last token, [B, U].
         """
         where = Continuation(states.position_B, self._rotary_from(states, tokens), states.is_start)
         residual = functional.embedding(tokens, self.embedding.weight).to(self.config.residual_dtype)
@@ -137,14 +137,14 @@ class BasedModel(MegatronModule):
         return self.output(x, weight=self.embedding.weight if tied else None)[0]
 
     def _loss(self, logits: Tensor, labels_BL: Tensor) -> Tensor:
-        loss_N = vocab_cross_entropy(
+        loss_T = vocab_cross_entropy(
             logits.flatten(0, 1),
             labels_BL.t().flatten(),
             columns=self._vocab_columns(logits),
             group=self.group,
             backend=self.config.backend,
         )
-        return loss_N.view(logits.shape[:2]).t()
+        return loss_T.view(logits.shape[:2]).t()
 
     def _without_padding(self, logits: Tensor) -> Tensor:
         columns = self._vocab_columns(logits)

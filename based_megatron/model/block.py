@@ -24,7 +24,9 @@ class Block(MegatronModule):
         self.mlp = SwiGLU(config, pg_collection.tp)
 
     def forward(self, residual: Tensor, update: Tensor | None, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
-        """(fp32 residual, what the layer before adds to it) -> alike, [L, B, D] each, cut under sequence parallelism.
+        """Run the layer: (fp32 residual, update that the layer before adds to it) -> the same two for the next layer.
+
+        Both are [L, B, D], cut over the tensor parallel ranks under sequence parallelism.
 
         The addition is left to the next norm, which reads both anyway; update None adds nothing.
         """
@@ -47,7 +49,7 @@ class Block(MegatronModule):
         return residual, self.mlp(x)
 
     def decode(self, residual: Tensor, update: Tensor | None, state: Any, where: Continuation) -> tuple[Tensor, Tensor]:
-        """As forward, without a tensor parallel group: a piece of each prompt, [B, L, D], or one token of each, [B, D]."""
+        """Forward of decoding, on one tensor parallel rank: a piece of each prompt, [B, L, D], or one token of each, [B, D]."""
         residual, x = self.mixer_norm(residual, update)
         mix = self.mixer.step if x.ndim == 2 else self.mixer.prefill
         residual, x = self.mlp_norm(residual, mix(x, state, where))

@@ -1,4 +1,4 @@
-"""From a config and a topology to the model chunks of this rank."""
+"""Builds the model chunks of one rank from a config and a topology."""
 
 import torch
 

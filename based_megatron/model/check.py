@@ -1,4 +1,4 @@
-"""What a config asks of its mixers and they cannot do, found before any rank starts to work; see config/validate.py for the rest."""
+"""Checks that the mixers of a config can do what it asks, before any rank starts to work; config/validate.py checks the rest."""
 
 from based_megatron.config import Config
 from based_megatron.errors import ConfigError

@@ -13,7 +13,7 @@ from based_megatron.parallel.megatron import TransformerConfig, megatron_setting
 
 @dataclass
 class BasedConfig(TransformerConfig):
-    """Megatron's TransformerConfig with the architecture beside it."""
+    """Megatron's TransformerConfig, with the architecture as one more field."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     backend: str = "reference"

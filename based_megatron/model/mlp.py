@@ -10,7 +10,7 @@ from based_megatron.parallel.megatron import MegatronModule
 
 
 class SwiGLU(MegatronModule):
-    """fc2(value * silu(gate)), [value | gate] = fc1(x). The released order: Llama's and Megatron's is the other way round."""
+    """SwiGLU MLP: fc2(value * silu(gate)) with [value | gate] = fc1(x), the released order (Llama and Megatron have [gate | value])."""
 
     def __init__(self, config: BasedConfig, group: dist.ProcessGroup) -> None:
         super().__init__(config)

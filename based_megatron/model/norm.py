@@ -18,5 +18,5 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, residual: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(residual, update to add to it first), [..., D] -> (their sum in the residual's dtype, its norm in the weight's)."""
+        """Add the update to the residual, [..., D] each, and normalise: (sum in the residual's dtype, its norm in the weight's)."""
         return add_rms_norm(residual, update, self.weight, self.config.model.norm_eps, backend=self.config.backend)

@@ -1,4 +1,7 @@
-"""What a batch of sequences leaves behind for its next token, over all layers."""
+"""Decoding states of a batch of sequences, over all layers.
+
+Legend: B sequences.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +20,7 @@ class ModelStates:
     position_B: Tensor
     """Tokens absorbed so far, int64."""
     is_start: bool = True
-    """Nothing is absorbed yet, in any row."""
+    """True if no row has absorbed anything yet."""
 
     def restart(self) -> None:
         """Forget all sequences."""

@@ -115,7 +115,7 @@ class ZeroEngine:
         raise TypeError(f"{type(zero).__name__} is not a ZeRO optimizer: use zero_stage 1, 2 or 3")
 
     def _stage3_place(self, parameter: Any) -> Place | None:
-        """Under stage 3 every parameter is cut into equal ranges, the last ones padded."""
+        """The place of a parameter under stage 3, which cuts each into equal ranges and pads the last ones."""
         assert tuple(parameter.ds_shape) == shard_spec(parameter).local_shape, shard_spec(parameter)
         zero = self._engine.optimizer
         partition, offset, range_numel = zero.grad_position[zero.get_param_id(parameter)]
@@ -125,7 +125,7 @@ class ZeroEngine:
 
 
 def _place(parameter: Any) -> Place | None:
-    """Under stages 1 and 2; None if another rank holds all of the parameter."""
+    """The place of a parameter under stages 1 and 2; None if another rank holds all of it."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -135,7 +135,7 @@ def _place(parameter: Any) -> Place | None:
 
 
 def gradient(parameter: Tensor) -> Tensor | None:
-    """Where ZeRO-1 keeps the summed gradient: an fp32 buffer for bf16 parameters, `.grad` for fp32 ones."""
+    """The summed gradient that ZeRO-1 keeps: an fp32 buffer for bf16 parameters, `.grad` for fp32 ones."""
     high_precision = getattr(parameter, "_hp_grad", None)
     return parameter.grad if high_precision is None else high_precision
 

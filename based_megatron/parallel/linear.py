@@ -1,4 +1,7 @@
-"""Linear layers cut over tensor parallel ranks, with fused parts, and the names and places of parameters."""
+"""Linear layers cut over tensor parallel ranks, with fused parts, and the names and places of parameters.
+
+Legend: L tokens of this rank's slice, B sequences, D hidden size.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,17 +35,17 @@ class Projection:
     bias: Tensor | None
 
     def __call__(self) -> Tensor:
-        """All of it."""
+        """The whole projection, [L, B, rows of the weight]."""
         return functional.linear(self.x_LBD, self.weight, self.bias)
 
     def parts(self, *rows: int) -> list["Projection"]:
-        """The same input, and so many rows of the weight each."""
+        """Projections of the same input by consecutive blocks of the weight, with these numbers of rows."""
         biases = [None] * len(rows) if self.bias is None else self.bias.split(rows)
         return [Projection(self.x_LBD, w, b) for w, b in zip(self.weight.split(rows), biases, strict=True)]
 
     @torch.no_grad()
-    def tail(self, tokens: int, rows: slice) -> Tensor:
-        """Some rows of the last tokens, ahead of all others and without gradients."""
+    def last_tokens(self, tokens: int, rows: slice) -> Tensor:
+        """Some rows of the output at the last tokens, ahead of all others and without gradients."""
         bias = None if self.bias is None else self.bias[rows]
         return functional.linear(self.x_LBD[self.x_LBD.shape[0] - tokens :], self.weight[rows], bias)
 
@@ -57,7 +60,7 @@ class SplitColumnLinear(ColumnParallelLinear):
     """
 
     def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **options: Any) -> Any:
-        """As Megatron's; with a body, (what the body returns, None)."""
+        """Megatron's forward; with a body, the result is (what the body returns, None)."""
         if body is None:
             return super().forward(x, weight, **options)
         enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
@@ -74,7 +77,7 @@ class WholeColumnLinear(ColumnParallelLinear):
 
 
 class WholeRowLinear(RowParallelLinear):
-    """Megatron's layer on one tensor parallel rank, likewise."""
+    """Megatron's layer on one tensor parallel rank: as `WholeColumnLinear`, for features that would be cut."""
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
         """x: [..., in] -> ([..., out], no loose bias)."""
@@ -169,7 +172,7 @@ def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def shard_spec(parameter: Tensor) -> ShardSpec:
-    """Where this parameter lies in the unsharded model."""
+    """The place of this parameter in the unsharded model."""
     return parameter.shard_spec  # type: ignore[attr-defined,no-any-return]
 
 
@@ -188,5 +191,5 @@ def _for_group(cls: Any, group: dist.ProcessGroup) -> Any:
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:
-    """Weights are drawn later, from their global names."""
+    """An initialisation that does nothing: weights are drawn later, from their global names."""
     return weight

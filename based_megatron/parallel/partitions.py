@@ -52,7 +52,7 @@ class PartitionedOptimizer(ABC):
 
     def __init__(self, client: torch.optim.Optimizer) -> None:
         self.client = client
-        """What ZeRO steps. Its groups hold parameters at first, and from then on the partitions."""
+        """The torch optimizer that ZeRO steps. Its groups hold parameters at first, and from then on the partitions."""
         self.partitions: tuple[Partition, ...] = ()
 
     def place(self, partitions: Sequence[Partition]) -> None:

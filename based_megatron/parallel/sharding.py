@@ -1,4 +1,4 @@
-"""How one rank's piece of a parameter lies inside the unsharded parameter.
+"""The place of one rank's piece of a parameter inside the unsharded parameter.
 
 The unsharded tensors are those of the released checkpoints, fused projections included. A fused projection is a stack of
 `parts` along the partition dim (value | gate, q | k | v); each part is cut over the tensor parallel ranks on its own, so that
@@ -74,7 +74,7 @@ class ShardSpec:
         return regions
 
     def cut(self, full: Tensor) -> Tensor:
-        """This rank's tensor out of the unsharded one; padding is zero."""
+        """The tensor of this rank, cut out of the unsharded one; padding is zero."""
         local = torch.zeros(self.local_shape, dtype=full.dtype, device=full.device)
         for region in self.regions():
             region.of_local(local).copy_(region.of_global(full))

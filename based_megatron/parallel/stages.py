@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds."""
+"""The layers that each pipeline stage holds."""
 
 from dataclasses import dataclass
 

@@ -45,7 +45,7 @@ class Topology:
     embedding: Axis | None
     """First and last stage, which share a tied embedding; None with one stage, or on a stage between."""
     process_groups: ProcessGroupCollection
-    """The same groups in the form that Megatron's layers take."""
+    """All groups in the form that Megatron's layers take."""
 
     @property
     def is_logger(self) -> bool:

@@ -18,7 +18,7 @@ from based_megatron.model.based_model import BasedModel
 from based_megatron.parallel.deepspeed import gradient
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import pipeline_schedule
-from based_megatron.parallel.sequence.carry import Carries
+from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
 
@@ -39,9 +39,9 @@ class Step:
     """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
 
     def __init__(
-        self, chunks: list[BasedModel], engine: Any, topology: Topology, carries: Carries | None = None
+        self, chunks: list[BasedModel], engine: Any, topology: Topology, carried: CarriedStates | None = None
     ) -> None:
-        self.chunks, self.engine, self.topology, self._carries = chunks, engine, topology, carries
+        self.chunks, self.engine, self.topology, self._carried = chunks, engine, topology, carried
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`.
@@ -49,8 +49,8 @@ class Step:
         With carried states, steps must come in order: each begins with what the one before left.
         """
         loss = self._accumulate(micro_batches)
-        if self._carries is not None:
-            self._carries.advance(micro_batches[0].bounds[-1])
+        if self._carried is not None:
+            self._carried.advance(micro_batches[0].bounds[-1])
         return loss
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
@@ -71,13 +71,14 @@ class Step:
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
         """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""
-        documents, carry = batch.documents, None
-        if self._carries is not None and torch.is_grad_enabled():
-            carry = self._carries.by_row[batch.row]
+        documents = batch.documents
+        carried: CarriedState = NothingCarried()
+        if self._carried is not None and torch.is_grad_enabled():
+            carried = self._carried.by_row[batch.row]
         if documents is not None:
             # A run that begins here, or resumes without carried states, has no past.
-            documents = documents.with_past(carry.past_tokens if carry is not None else 0)
-        return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carry)
+            documents = documents.with_past(carried.past_tokens)
+        return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carried)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.topology.device, non_blocking=True)
@@ -193,10 +194,10 @@ class EngineStep(Step):
 
 
 def build_step(
-    chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int, carries: Carries | None = None
+    chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int, carried: CarriedStates | None = None
 ) -> Step:
     """The step of a layout."""
-    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carries)
+    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carried)
 
 
 def _loss_sum(loss_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from based_megatron.parallel.topology import Topology, build_topology, join, lea
 from based_megatron.train.accept import accept, check_memory, memory_bytes
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
-from based_megatron.train.carried import build_carries
+from based_megatron.train.carried import build_carried_states
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
@@ -50,9 +50,9 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     engine = build_engine(chunks, config, topology)
 
     loader = build_loader(config, topology)
-    carries = build_carries(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carries)
-    checkpointer = Checkpointer(engine, config, loader.fingerprint, carries)
+    carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried)
+    checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
     start = checkpointer.restore()
 
     callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config)]

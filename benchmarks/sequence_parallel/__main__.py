@@ -62,7 +62,7 @@ class Config:
     quick: bool = False
     """Tiny sizes, that a CPU can run: shows that everything works, not how fast it is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run: auto takes a GPU if there is one."""
+    """Device to run on: auto takes a GPU if there is one."""
     backend: Literal["auto", "reference", "triton"] = "auto"
     """Kernels of ours to time: auto takes triton on a GPU, else the PyTorch references."""
     precision: Literal["bf16", "fp32"] = "bf16"

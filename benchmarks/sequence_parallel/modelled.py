@@ -38,7 +38,7 @@ def link_costs(links: Links, traffic: LayerTraffic, L: int, rank_counts: Sequenc
 def exposed_exchanges(
     links: Links, traffic: LayerTraffic, measured: Measured, lengths: Sequence[int], rank_counts: Sequence[int]
 ) -> list[ExposedExchange]:
-    """What a layer's exchange costs a rank beyond its cover, if all ranks are ready at once."""
+    """The time that a layer's exchange costs a rank beyond its cover, if all ranks are ready at once."""
     found = []
     for L, P in itertools.product(lengths, rank_counts):
         many = links.node_ranks < P

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.sequence_parallel` measures and models: typed rows, and the JSON that holds them.
+"""Results of `python -m benchmarks.sequence_parallel`, measured and modelled: typed rows, and the JSON that holds them.
 
 Names: length_tokens is L, the tokens of a rank's slice; ranks is P, that share a sequence.
 """
@@ -47,7 +47,7 @@ class Part(Key):
 
 
 class Way(Key):
-    """How ranks share what a layer needs. `TWO_LEVEL_DOUBLING` and those after it are modelled for comparison; we have no code for them."""
+    """Ways of ranks to share what a layer needs. From `TWO_LEVEL_DOUBLING` on they are modelled for comparison; we have none of them."""
 
     HALO = "halo", "halo"
     AUTO = "auto", "auto"
@@ -61,7 +61,7 @@ class Way(Key):
 
 
 class Sharing(Key):
-    """What a measured step works on."""
+    """The work of a measured step."""
 
     WHOLE = "whole_sequence", "whole sequence"
     SLICE = "slice", "slice"
@@ -89,7 +89,7 @@ class SliceCheck:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured, without what came out."""
+        """The case that was measured, without its result."""
         return self.layer, self.way, self.ranks, self.sizes
 
 
@@ -105,7 +105,7 @@ class PartTime:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured, without what came out."""
+        """The case that was measured, without its result."""
         return self.layer, self.part, self.length_tokens
 
 
@@ -120,13 +120,13 @@ class CoverTime:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured, without what came out."""
+        """The case that was measured, without its result."""
         return self.layer, self.passes, self.length_tokens
 
 
 @dataclass(frozen=True)
 class LocalWork:
-    """What a rank computes for the exchange of one state: packing, and sums over what has come."""
+    """The computation of a rank for the exchange of one state: packing, and sums over what has come."""
 
     way: Way
     ranks: int
@@ -135,7 +135,7 @@ class LocalWork:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured, without what came out."""
+        """The case that was measured, without its result."""
         return self.way, self.ranks
 
 
@@ -152,7 +152,7 @@ class Slowdown:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured, without what came out."""
+        """The case that was measured, without its result."""
         return self.kernel, self.length_tokens, self.channels
 
 
@@ -169,19 +169,19 @@ class StepTime:
     tokens_per_second: float | None = None
     peak_gib: float | None = None
     recomputed: bool = False
-    """Whether all activations are recomputed."""
+    """True if all activations are recomputed."""
     extrapolated_from_tokens: int | None = None
     """Length whose time this is in proportion to, where the step does not fit the device."""
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured, without what came out."""
+        """The case that was measured, without its result."""
         return self.sharing, self.passes, self.length_tokens, self.as_graph
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on one device."""
+    """Measurements of one device."""
 
     parameters_millions: float | None = None
     checks: Sequence[SliceCheck] = ()
@@ -228,7 +228,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class LinkCost:
-    """What one layer sends in one pass, and how long that takes on the links if all ranks are ready at once."""
+    """The bytes that one layer sends in one pass, and how long that takes on the links if all ranks are ready at once."""
 
     layer: Layer
     way: Way
@@ -254,7 +254,7 @@ class ExposedExchange:
     cover_forward_us: float
     cover_backward_us: float
     own_work_us: float
-    """What the rank computes for one exchange."""
+    """The computation of the rank for one exchange."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class ScaledStep:
 
 @dataclass(frozen=True)
 class Modelled:
-    """What follows from measured times and assumed links."""
+    """Results that follow from measured times and assumed links."""
 
     links: Sequence[LinkCost] = ()
     exchanges: Sequence[ExposedExchange] = ()
@@ -308,7 +308,7 @@ class Results:
         return json.dumps(plain(self), indent=1) + "\n"
 
     def failed(self) -> list[str]:
-        """What went wrong, by name."""
+        """Errors of cases, by name."""
         wrong = [c for c in self.measured.checks if not all(check.passed for check in c.checks.values())]
         names = [f"{c.layer.label} over slices, {c.way.label}, P{c.ranks} {c.sizes}" for c in wrong]
         return names + [failure.case for failure in self.failures]

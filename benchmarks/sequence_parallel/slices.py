@@ -74,7 +74,7 @@ def operations(bench: Bench, S: int, heads: int) -> dict[Layer, Operation]:
 
     def slide(q: Tensor, k: Tensor, v: Tensor, plan: SequencePlan) -> Tensor:
         exchange = HaloExchange(plan, "window", 1, W)
-        arriving = exchange.start(lambda: torch.stack([k, v], dim=2)[:, k.shape[1] - exchange.tail_rows :])
+        arriving = exchange.start(lambda: torch.stack([k, v], dim=2)[:, k.shape[1] - exchange.boundary_rows :])
         return sliding_window_over_slices(
             q, k, v, Halo(arriving, exchange),
             window_left=W, key_document_ids_BS=plan.document_ids(W), backend=backend,
@@ -82,7 +82,7 @@ def operations(bench: Bench, S: int, heads: int) -> dict[Layer, Operation]:
 
     def convolve(projected: Tensor, weight: Tensor, plan: SequencePlan) -> Tensor:
         exchange = HaloExchange(plan, "conv", 1, K - 1)
-        arriving = exchange.start(lambda: projected[:, projected.shape[1] - exchange.tail_rows :, :D])
+        arriving = exchange.start(lambda: projected[:, projected.shape[1] - exchange.boundary_rows :, :D])
         ids = plan.document_ids(K - 1)
         return gated_conv_over_slices(
             projected, weight, Halo(arriving, exchange), key_document_ids_BS=ids, backend=backend

@@ -14,7 +14,7 @@ Row = TypeVar("Row")
 
 
 def to_markdown(results: Results, name: str) -> str:
-    """All tables, with what they were measured on above them."""
+    """All tables below the facts of the device that they were measured on."""
     lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in results.facts.items()), ""]
     lines += [
         f"Everything is in [{name}.json]({name}.json) with all digits. "

@@ -18,14 +18,14 @@ from based_megatron.parallel.linear import shard_parameter
 
 @dataclass(frozen=True)
 class AverageState:
-    """What a sequence leaves for its next token."""
+    """The decoding state of a batch of sequences."""
 
     sum_BC: Tensor
-    """fp32 or wider."""
+    """The sum so far, fp32 or wider."""
 
 
 class MovingAverage(Mixer):
-    """out_proj(h): channels are independent, so that tensor parallel ranks need nothing of each other inside."""
+    """out_proj(h). Channels are independent: tensor parallel ranks exchange nothing between the projections."""
 
     letter, name = "m", "moving_average"
     hf_name, hf_cache_layer = "moving_average", "linear_attention"
@@ -70,12 +70,12 @@ class MovingAverage(Mixer):
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
-        """A multiply-add for each channel."""
+        """Forward operations of a token: a multiply-add for each channel."""
         return 2.0 * model.hidden_size
 
     @staticmethod
     def initial(name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Sums that fade over one to twenty tokens."""
+        """Initial values: sums that fade over one to twenty tokens."""
         if name == "decay_logit":
             return torch.empty(shape).uniform_(0, 3, generator=generator)
         return Mixer.initial(name, shape, model, generator)

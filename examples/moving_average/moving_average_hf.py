@@ -1,4 +1,7 @@
-"""The moving average in a Hugging Face export, which gets a copy of this file: it needs torch and transformers alone."""
+"""The moving average in a Hugging Face export, which gets a copy of this file: it needs torch and transformers alone.
+
+Legend: B sequences, T tokens of this call, S tokens with those of the cache, D hidden size.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from transformers.cache_utils import Cache
 
 
 class MovingAverageForExport(nn.Module):
-    """out_proj(h), h_t = a h_{t-1} + u_t. B batch, T tokens of this call, S tokens with those of the cache, D hidden size."""
+    """out_proj(h), h_t = a h_{t-1} + u_t."""
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()

@@ -47,7 +47,7 @@ class TaylorState:
     moments_BHRV: Tensor
     """fp32 (fp64 under fp64 models), sum of packed(k) v^T over absorbed tokens; rows in the order of `rows_by_shift`."""
     normaliser_BHR: Tensor
-    """Same dtype and order, sum of packed(k)."""
+    """Sum of packed(k), in the dtype and order of the moments."""
     k_BHSF: Tensor
     """Buffered keys in the model's dtype, and a place for the one that finds the buffer full; places from `buffered` on are not read."""
     v_BHSV: Tensor
@@ -146,7 +146,7 @@ class ConvState:
     """The last K - 1 inputs of a convolution, oldest first; zeros before the start of the sequence."""
 
     inputs_BhD: Tensor
-    """In the model's dtype."""
+    """The inputs, in the model's dtype."""
 
     @classmethod
     def zeros(cls, batch: int, taps: int, channels: int, *, dtype: torch.dtype, device: torch.device) -> ConvState:

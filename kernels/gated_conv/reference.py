@@ -1,6 +1,6 @@
 """Gated causal depthwise convolution in plain PyTorch; backward recomputes, so only the inputs are saved.
 
-Legend: B batch, T tokens, D channels, K taps, S = K - 1 + T inputs with the halo in front.
+Legend: B batch, T tokens, D channels, K taps, h = K - 1 halo inputs, N of them that exist, S = h + T inputs with the halo in front.
 
     c_t = sum_k weight[:, k] * u_{t-(K-1)+k},   y_t = silu(c_t) * gate_t
     dgate = dy silu(c),  dc = dy gate silu'(c)

@@ -1,4 +1,7 @@
-"""Addition and RMSNorm in plain PyTorch."""
+"""Addition and RMSNorm in plain PyTorch.
+
+Legend: T tokens (any leading dims), D hidden size.
+"""
 
 from __future__ import annotations
 

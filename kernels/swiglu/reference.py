@@ -1,4 +1,7 @@
-"""The gate of the MLP in plain PyTorch."""
+"""The gate of the MLP in plain PyTorch.
+
+Legend: T tokens (any leading dims), D channels of the MLP.
+"""
 
 from __future__ import annotations
 

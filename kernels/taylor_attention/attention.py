@@ -33,7 +33,7 @@ class Steps:
     backend: ModuleType
     """`reference` or `triton_attention`: both have the functions named above."""
     schedule: Any
-    """From the backend's `schedule`."""
+    """Sizes of chunks and tiles, from the backend's `schedule`."""
 
 
 class TaylorAttention(Function):

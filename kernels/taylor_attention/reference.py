@@ -1,7 +1,7 @@
 """Causal normalised Taylor linear attention in plain PyTorch: chunked, O(T) memory, any device, exact in fp64.
 
 Legend: B batch, T tokens, C tokens of a chunk, H heads, F feature dim, V value head dim, E = V + 1 (values and a column of ones),
-R rows of a packed state (see packing.py).
+R rows of a packed state (see packing.py), X any last dimension.
 
     w_ij = 1 + s_ij + s_ij^2 / 2,  s_ij = q_i.k_j / sqrt(F)        o_i = sum_j w_ij v_j / sum_j w_ij,  j <= i
 
@@ -92,7 +92,7 @@ class States(NamedTuple):
     """The one state that the reference keeps."""
 
     entering_BHRE: Tensor
-    """Before the sequence; of adjoint states, after it."""
+    """The state before the sequence, or the adjoint state after it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Taylor linear attention on Triton: one chunk scan each way, outputs and gradients, each an entry point.
 
-Legend: B batch, T tokens, H heads, F feature dim, V value head dim, E = V + 1, R rows of a packed state.
+Legend: B batch, T tokens, H heads, F feature dim, V value head dim, E = V + 1, R rows of a packed state,
+X any last dimension.
 
 Forward:  `scan_keys` (k, v)  ->  `attend` (q, k, v, states)  ->  o, 1/Z
 Backward: `output_gradients` (do, o, 1/Z)  ->  `scan_queries` (q, g, gz)  ->  `query_gradients`, `key_gradients`
@@ -44,7 +45,7 @@ class Schedule:
     state_stages: int = 2
     """Tiles of a chunk's state whose loads are under way."""
     large_state_stages: int = 3
-    """Tiles whose loads are under way where a state is wide, or the start of the segment is read besides."""
+    """Tiles whose loads are under way where a state is wide, or the start of the segment is read too."""
     programs_wanted: int = 384
     """Programs of a scan that fill a GPU: shorter segments of the sequence are scanned at once to reach it."""
 

@@ -73,7 +73,7 @@ def test_relative_error_is_that_of_the_whole_tensor():
     assert math.isnan(relative_error(torch.tensor([math.nan]), torch.ones(1)))
 
 
-def test_the_table():
+def test_the_table_shows_times_targets_baselines_and_errors():
     text = to_markdown(REPORT)
     taylor, training, window, conv = [line for line in text.splitlines() if line.startswith("| ")][1:]
     for part in ("Taylor attention, forward | B8 T2048 | 0.0712 ms |", "<= 0.075 met", "SDPA flash: 0.237<br>"):
@@ -91,7 +91,7 @@ def test_a_line_for_the_console():
     assert "fla parallel_based not installed" in summary(ROWS[0])
 
 
-def test_files(tmp_path):
+def test_a_run_writes_a_table_typed_numbers_and_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
     written = [*write(REPORT, tmp_path / "new" / "folder"), *draw(REPORT, tmp_path / "new" / "folder")]
     assert [path.name for path in written] == ["kernels.md", "kernels.json", "kernels.png"]

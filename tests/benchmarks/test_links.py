@@ -49,7 +49,7 @@ def test_a_chain_crosses_each_link_once():
     assert LINKS.hops_us(9, STATE_BYTES) == pytest.approx([nvlink] * 7 + [network])
 
 
-def test_bytes_of_a_layer():
+def test_bytes_of_a_layer_are_the_formulas():
     """Based-1.3B, a million tokens over 64 ranks of 8-rank nodes."""
     P, L = 64, 16384
     assert BASED_1B.state_bytes == STATE_BYTES

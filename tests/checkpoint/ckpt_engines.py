@@ -26,7 +26,7 @@ from support.pool import fork_context, free_port
 
 @dataclass(frozen=True)
 class Layout:
-    """How the two ranks share the work: tensor=2, data=2, or neither (both ranks do the same alone)."""
+    """The way in which two ranks share the work: tensor=2, data=2, or neither (both ranks do the same alone)."""
 
     stage: int = 1
     precision: str = "fp32"
@@ -54,7 +54,7 @@ class Toy(nn.Module):
 
 
 class Groups:
-    """What DeepSpeed asks of `mpu`."""
+    """The `mpu` argument of DeepSpeed, for these ranks."""
 
     def __init__(self, model: dist.ProcessGroup, data: dist.ProcessGroup) -> None:
         self.model, self.data = model, data

@@ -199,7 +199,7 @@ def failures(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks(failures, name):
+def test_two_ranks_save_and_load_what_one_would(failures, name):
     assert failures[name] == "", failures[name]
 
 

@@ -34,7 +34,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_architecture(name):
+def test_architectures_are_as_released(name):
     model = load_config(name).model
     layers = parse_layer_pattern(model.layer_pattern)
     linear, window = ([i for i, letter in enumerate(layers) if letter == kind] for kind in "LS")
@@ -47,7 +47,7 @@ def test_released_architecture(name):
 
 
 @pytest.mark.parametrize("name", [*RELEASED, "transformer-360m", "transformer-1b"])
-def test_released_optimizer(name):
+def test_optimizers_are_as_released(name):
     config = load_config(name)
     optimizer, schedule = config.optimizer, config.schedule
     assert (optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps) == (8e-4, 0.9, 0.95, 1e-8)
@@ -57,7 +57,7 @@ def test_released_optimizer(name):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_run(name):
+def test_lengths_and_batches_are_as_released(name):
     config = load_config(name)
     train, schedule = config.train, config.schedule
     found = (train.steps, schedule.warmup_steps, schedule.decay_steps, train.micro_batch_sequences)
@@ -73,7 +73,7 @@ def test_released_run(name):
     ("name", "hidden", "heads", "layers", "mlp"),
     [("transformer-360m", 1024, 16, 24, 2816), ("transformer-1b", 1680, 24, 36, 4608)],
 )
-def test_published_baselines(name, hidden, heads, layers, mlp):
+def test_baselines_are_as_published(name, hidden, heads, layers, mlp):
     model = load_config(name).model
     found = (model.hidden_size, model.num_heads, parse_layer_pattern(model.layer_pattern), model.ffn_hidden_size)
     assert found == (hidden, heads, "A" * layers, mlp)
@@ -81,7 +81,7 @@ def test_published_baselines(name, hidden, heads, layers, mlp):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_totals(name):
+def test_presets_have_the_published_numbers_of_parameters(name):
     assert parameter_count(load_config(name).model) == PARAMETERS[name]
 
 

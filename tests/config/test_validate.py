@@ -230,7 +230,7 @@ def test_what_can_run_passes(name):
 
 
 @pytest.mark.parametrize(("preset", "world_size"), PRESETS)
-def test_presets_pass(preset, world_size):
+def test_presets_can_run(preset, world_size):
     check(legal(preset), world_size)
 
 

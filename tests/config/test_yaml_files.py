@@ -27,6 +27,7 @@ REFUSED = {
     "a key twice": (b"model:\n  feature_dim: 8\n  feature_dim: 16\n", "the key feature_dim twice"),
     "a section twice": (b"train: {}\nmodel: {}\ntrain: {}\n", "the key train twice"),
     "too deep": (b"a: " + b"[" * 5000, "nested too deeply"),
+    "too deep without brackets": (b"a:\n  " + b"- " * 5000, "nested too deeply"),
     "a date that is none": (b"run_dir: 2024-13-45\n", "is not YAML"),
     "an endless number": (b"train: {steps: " + b"9" * 5000 + b"}\n", "is not YAML"),
     "an object": (b"run_dir: !!python/object/apply:os.getcwd []\n", "is not YAML"),
@@ -36,7 +37,7 @@ REFUSED = {
     "a time that is none": (b"a: !!timestamp x\n", "is not YAML"),
     "two documents": (b"a: 1\n---\nb: 2\n", "is not YAML"),
     "a control character": (b"run_dir: a\x07\n", "is not YAML"),
-    "too large": (b"# " + b"x" * (1 << 20) + b"\nrun_dir: a\n", "at most 1,048,576 bytes"),
+    "too large": (b"# " + b"x" * (1 << 16) + b"\nrun_dir: a\n", "at most 65,536 bytes"),
 }
 
 
@@ -45,10 +46,10 @@ def test_what_is_no_file_of_settings_is_refused_in_one_line_at_once(tmp_path, na
     content, words = REFUSED[name]
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError, match=words) as error:
         read_yaml(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     line = str(error.value)
     assert str(path) in line and "\n" not in line and len(line) < 800
 

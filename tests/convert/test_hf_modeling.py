@@ -63,7 +63,7 @@ def test_padding_sees_itself_so_that_it_stays_finite_in_every_kernel():
     assert_close(causal_attention(q, k, v, mask, None)[:, :, :3], v[:, :, :3])
 
 
-def test_rotation_turns_half_split_pairs_of_the_first_dims_only():
+def test_rotary_rotates_half_split_pairs_of_the_first_dims_only():
     x = torch.zeros(1, 1, 1, 6, dtype=torch.float64)
     x[..., 0], x[..., 5] = 1.0, 7.0
     angle = torch.tensor([0.3, 0.5, 0.3, 0.5], dtype=torch.float64).view(1, 1, 1, 4)
@@ -177,7 +177,7 @@ def test_what_is_built_does_not_depend_on_layer_types(read_again):
         ),
     ],
 )
-def test_published_sizes(changes, expected):
+def test_models_have_the_published_numbers_of_parameters(changes, expected):
     with torch.device("meta"):
         model = BasedForCausalLM(hf_config(ModelConfig(**changes)))
     assert sum(p.numel() for p in model.parameters()) == expected

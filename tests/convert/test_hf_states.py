@@ -68,7 +68,7 @@ def test_state_has_the_packed_shape_in_float32_and_does_not_grow():
 
 
 def test_bfloat16_counts_tokens_beyond_256():
-    """A normaliser in bfloat16 stops counting there."""
+    """A normaliser in bfloat16 would stop counting there."""
     model = tiny_model("L", torch.bfloat16)
     cache = BasedCache(model.config)
     model(tokens(1, 300), past_key_values=cache)

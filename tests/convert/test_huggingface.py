@@ -114,7 +114,7 @@ def test_tensors_that_do_not_fit_are_named(change, words):
         ("cLSc" * 2, "cLSc*2"),
     ],
 )
-def test_short_patterns(letters, pattern):
+def test_repeats_of_a_pattern_are_written_once(letters, pattern):
     assert short_pattern(letters) == pattern and parse_layer_pattern(pattern) == letters
 
 
@@ -175,7 +175,7 @@ def test_export_stores_the_tied_embedding_once(export):
 
 
 def test_export_loads_without_our_package(export, tmp_path):
-    """In a process where importing based_megatron fails: logits and text as in memory."""
+    """A process where importing based_megatron fails gives the logits and text of the model in memory."""
     output, _ = export
     ids = torch.tensor([[5, 9, 77, 4]])
     script = """

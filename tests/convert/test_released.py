@@ -91,7 +91,7 @@ def test_reference_checkpoint_gives_the_golden_logits_loss_and_gradients(referen
         torch.testing.assert_close(found[name], golden[f"grad.{name}"], rtol=0, atol=1e-5, msg=name)
 
 
-def test_reference_checkpoint_config(reference):
+def test_the_config_of_the_reference_checkpoint_is_read(reference):
     _, config = from_released(reference)
     assert config == ModelConfig(
         layer_pattern="cLScccL", hidden_size=64, ffn_hidden_size=256, num_heads=4, window_left=8, vocab_size=509

@@ -16,7 +16,7 @@ from support.layouts import SEQUENCE_TOKENS, global_batch, small_config
 
 
 def trained_model(config: Config) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Weights by global name and logits [B, T, V] of the training model, on a pool of one rank."""
+    """Weights by global name and logits [B, T, U] of the training model, on a pool of one rank."""
     topology = build_topology(config.parallel, torch.device("cpu"))
     model = build_model(config, topology, torch.float64)[0]
     generator = torch.Generator().manual_seed(0)

@@ -55,7 +55,7 @@ def rows(batches: list[MicroBatch]) -> Counter:
     return Counter(str(row) for batch in batches for row in zip(*fields(batch), strict=True))
 
 
-def test_shapes_and_dtypes(corpora):
+def test_batches_have_the_declared_shapes_and_dtypes(corpora):
     batches = loader(corpora, micro=3, dp=(1, 2), cp=(1, 3)).micro_batches(0)
     assert len(batches) == GLOBAL_BATCH // 6
     batch = batches[0]
@@ -172,7 +172,7 @@ def test_mixture_gives_the_weights(corpora):
 @pytest.mark.parametrize(
     "change", [{"seed": 8}, {"sequence_length_tokens": 8}, {"sources": "swapped weights"}, {"sources": "one"}]
 )
-def test_fingerprint_tells_data_apart(corpora, change):
+def test_other_data_has_another_fingerprint(corpora, change):
     a, b = str(corpora / "a"), str(corpora / "b")
     if change.get("sources") == "swapped weights":
         change = {"sources": (SourceConfig(a, 1.0), SourceConfig(b, 3.0))}

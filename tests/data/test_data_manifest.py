@@ -85,7 +85,7 @@ def test_the_webdataset_library_streams_the_same_tokens(corpus):
     assert [len(sample["docs.json"]["ends"]) for sample in samples] == [member.docs for member in members]
 
 
-def test_no_manifest(tmp_path):
+def test_a_folder_without_manifest_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no manifest\.json .*data\.path") as error:
         load_manifest(tmp_path)
     assert one_line(error)
@@ -99,14 +99,14 @@ def test_a_file_that_is_no_manifest(corpus, content):
     assert one_line(error)
 
 
-def test_an_edited_manifest(corpus):
+def test_an_edited_manifest_is_refused(corpus):
     path = corpus / "manifest.json"
     path.write_text(path.read_text().replace(f'"eos_id": {EOS}', '"eos_id": 1'))
     with pytest.raises(DataError, match="fingerprint"):
         load_manifest(corpus)
 
 
-def test_a_missing_shard(corpus):
+def test_a_missing_shard_is_named(corpus):
     (corpus / "train" / "shard-00001.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00001\.tar .*No such file") as error:
         load_manifest(corpus)
@@ -154,7 +154,7 @@ def test_no_tokenizer_beside_the_manifest(corpus):
 
 
 @pytest.mark.parametrize(("vocab_size", "fits"), [(VOCAB_SIZE - 1, False), (VOCAB_SIZE, True), (VOCAB_SIZE + 7, True)])
-def test_vocabulary_of_the_model(corpus, vocab_size, fits):
+def test_a_model_with_too_few_tokens_is_refused(corpus, vocab_size, fits):
     manifest = load_manifest(corpus)
     if fits:
         check_tokenizer(manifest, vocab_size)

@@ -115,7 +115,7 @@ def test_verify_passes_and_then_finds_a_flipped_byte(corpus, tmp_path, capsys):
         main(["verify", "--path", str(copy)])
 
 
-def test_show_counts(corpus, capsys):
+def test_show_counts_documents_and_tokens(corpus, capsys):
     main(["show", "--path", str(corpus / "out")])
     split = load_manifest(corpus / "out").splits["train"]
     assert f"train: {split.documents:,} documents, {split.tokens:,} tokens" in capsys.readouterr().out

@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.corpus import WARNINGS_PER_REASON, Corpus, Skips, find_files
+from based_megatron.data_prep.corpus import WARNINGS_PER_REASON, Corpus, Skips
+from based_megatron.data_prep.formats.base import Format, Skip
 from based_megatron.errors import DataError
 
 
@@ -47,7 +48,7 @@ def test_a_separator_line_cuts_a_text_file(tmp_path, separator, content):
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_jsonl(tmp_path, ending):
+def test_lines_of_jsonl_are_documents_whatever_the_compression(tmp_path, ending):
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending]
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(compress(jsonl("one", "two\nlines") + b"\n") + compress(jsonl("three")))
@@ -55,7 +56,7 @@ def test_jsonl(tmp_path, ending):
     assert read(path) == ({(name, 1): "one", (name, 2): "two\nlines", (name, 4): "three"}, {})
 
 
-def test_parquet_of_several_row_groups(tmp_path):
+def test_rows_of_parquet_are_documents(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"id": [1, 2, 3], "body": ["one", None, "three"]})
     pyarrow.parquet.write_table(table, path, row_group_size=2)
@@ -92,7 +93,7 @@ def test_suffixes_can_be_added(tmp_path):
     assert read(tmp_path / "a.exe", suffixes=(".exe",))[0] == {("a.exe", 1): "x"}
 
 
-def test_a_missing_input(tmp_path):
+def test_a_missing_input_is_refused(tmp_path):
     with pytest.raises(DataError, match="nowhere does not exist"):
         read(tmp_path / "nowhere")
 
@@ -183,6 +184,35 @@ def test_bytes_read_ends_at_the_total(tmp_path):
     (tmp_path / "b.txt").write_text("x" * 1000)
     corpus = Corpus(PrepConfig(inputs=(str(tmp_path),), output="unused"))
     seen = [corpus.bytes_read for _ in corpus.documents(Skips())]
-    assert seen == sorted(seen) and corpus.bytes_read == corpus.total_bytes == sum(
-        path.stat().st_size for _, path in find_files(PrepConfig(inputs=(str(tmp_path),), output="unused"))
-    )
+    on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert seen == sorted(seen) and corpus.bytes_read == corpus.total_bytes == on_disk
+
+
+def test_a_format_is_one_value_that_the_corpus_reads_with(tmp_path):
+    """A format as docs/extending.md describes it: endings, a reader, and the errors that end a file."""
+
+    def read_rows(raw, name, config):
+        for number, line in enumerate(raw, start=1):
+            if line == b"broken\n":
+                raise ArithmeticError("no more rows")
+            key, _, text = line.decode().partition("\t")
+            yield number, text if key == config.text_key else Skip("malformed", f"no {config.text_key!r}")
+
+    tsv = Format((".tsv",), read_rows, (ArithmeticError,))
+    (tmp_path / "A.TSV").write_text("text\tone\nother\ttwo\ntext\t \ntext\tfour\nbroken\ntext\tsix\n")
+    (tmp_path / "b.txt").write_text("not of this format")
+    skips = Skips()
+    documents = list(Corpus(PrepConfig(inputs=(str(tmp_path),), output="unused"), [tsv]).documents(skips))
+    assert [(d.file, d.record, d.text) for d in documents] == [
+        (f"{tmp_path.name}/A.TSV", 1, "one\n"),
+        (f"{tmp_path.name}/A.TSV", 4, "four\n"),
+    ]
+    assert skips.counts == {"malformed": 1, "empty": 1, "unreadable": 1}
+
+
+def test_an_unknown_ending_names_the_known_ones(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(
+        DataError, match=r"a\.csv has none of the known endings \(\.jsonl .*\.parquet \.txt .*--suffixes"
+    ):
+        read(tmp_path / "a.csv")

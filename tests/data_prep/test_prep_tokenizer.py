@@ -158,7 +158,7 @@ def test_ids_take_four_bytes_where_two_are_too_few(tmp_path, size, dtype):
     assert ids.dtype == dtype and ids.tolist() == [size - 1, 0]
 
 
-def test_no_tokenizer(tmp_path):
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no tokenizer at .*vocab\.json and merges\.txt"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match="no tokenizer at"):

@@ -155,14 +155,14 @@ def nothing_left(tmp_path) -> bool:
     ("content", "message"),
     [("", "skipped: none"), ("{\n\n{\n", "skipped: 2 malformed"), ('{"text": " "}\n', "skipped: 1 empty")],
 )
-def test_an_empty_corpus(config, tmp_path, content, message):
+def test_an_empty_corpus_is_refused(config, tmp_path, content, message):
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(DataError, match=f"no documents in .*{message}") as error:
         prepare(config)
     assert "\n" not in str(error.value) and nothing_left(tmp_path)
 
 
-def test_a_folder_without_text(tmp_path):
+def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     with pytest.raises(DataError, match="no documents"):
         prepare(PrepConfig(inputs=(str(tmp_path / "in"),), output=str(tmp_path / "out")))
@@ -184,7 +184,7 @@ def test_nothing_held_out_is_said(config, tmp_path, caplog):
     assert any("--validation-fraction" in record.getMessage() for record in caplog.records)
 
 
-def test_an_existing_corpus_is_kept_unless_told(config):
+def test_an_existing_corpus_is_kept_without_overwrite(config):
     before = prepare(config)
     with pytest.raises(DataError, match=r"already holds a prepared corpus.*--overwrite"):
         prepare(dataclasses.replace(config, vocab_size=300))

@@ -8,7 +8,7 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_train_from_python(tmp_path):
+def test_the_example_trains_and_continues_a_prompt(tmp_path):
     overrides = (
         "--train.steps=12", "--train.global-batch-sequences=8", "--schedule.warmup-steps=2", "--validation.interval-steps=0",
         "--checkpoint.interval-steps=6", "--monitor.log-interval-steps=6", "--monitor.sample-interval-steps=0",

@@ -1,4 +1,4 @@
-"""Prefill and decoding equal the full forward, however a sequence is split and whatever is beside it in the batch."""
+"""Prefill and decoding equal the full forward, however a sequence is split and whatever else is in the batch."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def full_logits(model: BasedModel, topology: Any, tokens: Tensor) -> Tensor:
 
 
 def decoded_logits(engine: Engine, tokens: Tensor, prompt: int) -> Tensor:
-    """Logits [B, L - prompt + 1, V] from the last prompt token on."""
+    """Logits [B, L - prompt + 1, U] from the last prompt token on."""
     logits, states = engine.prefill(tokens[:, :prompt])
     found = [logits, *(engine.decode_step(tokens[:, t], states) for t in range(prompt, tokens.shape[1]))]
     assert states.position_B.tolist() == [tokens.shape[1]] * len(tokens)
@@ -84,7 +84,7 @@ def split_errors(
     "model", [{}, {"conv_kernel": 4, "window_left": 1, "tie_embeddings": False}, {"conv_kernel": 1, "window_left": 0}]
 )
 def test_every_split_equals_the_full_forward(worker_pool, model):
-    """And prompts in pieces: shorter and longer than the window and the convolution."""
+    """Prompts come in pieces, shorter and longer than the window and the convolution."""
     prompts = list(range(1, TOKENS + 1))
     (errors,) = worker_pool(1).run(split_errors, DOUBLE, "reference", prompts, [None, 1, 2, 4, 7], **model)
     assert {case: value for case, value in errors.items() if not value < 1e-10} == {}
@@ -104,7 +104,7 @@ def test_splits_with_the_kernels(worker_pool):
 
 
 def batch_changes() -> dict[str, float]:
-    """Largest changes of the logits of row 1, in single precision, in other batches.
+    """Largest changes of the logits of row 1, in single precision, when the other rows of the batch change.
 
     A batch of another size may be multiplied in another order.
     """
@@ -180,13 +180,13 @@ def states_logits(engine: Engine, prompts: Tensor, found: Tensor) -> Tensor:
 
 
 def test_greedy_generation_is_the_repeated_forward(worker_pool):
-    """Of tokens only: the vocabulary's padding rows are never chosen. A second run starts anew."""
+    """Padding rows of the vocabulary are never chosen, and a second run starts anew."""
     (result,) = worker_pool(1).run(generated)
     assert result["found"] == result["expected"] == result["again"]
     assert result["alone"] == result["found"][:1]
     assert result["copied"][0] == [5, 5, 5] and result["copied"][1] < 1e-12
-    # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1] with 16 places for keys and values that wait for each of 4 heads, 2 windows of
-    # [4, 6, 8] keys and values, and the position; the counts of those who wait are int32.
+    # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1] with 16 places for buffered keys and values of each of 4 heads, 2 windows of
+    # [4, 6, 8] keys and values, and the position; the counts of buffered keys are int32.
     assert result["bytes"] == 8 * (2 * 2 * 64 + 2 * 4 * (15 * 9 + 16 * (4 + 8)) + 2 * 2 * 4 * 6 * 8 + 1) + 2 * 4 * 4
 
 
@@ -224,7 +224,7 @@ def test_a_model_over_several_ranks_is_refused(worker_pool):
 
 
 def prompts_of_one_shape() -> tuple[float, float, str]:
-    """Errors of the second prompt's logits and of a step after it; what another shape is told."""
+    """Errors of the second prompt's logits and of a step after it; the error for another shape."""
     model, topology = build(DOUBLE)
     tokens, engine = some_tokens(), Engine(model)
     prompts = PromptGraph(engine, 3, 6)

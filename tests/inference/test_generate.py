@@ -108,7 +108,7 @@ def test_the_narrowest_sampling_is_greedy(model, tokenizer, narrow):
 
 
 def test_top_k_of_zero_is_unlimited(model, tokenizer):
-    """Not the 50 that transformers takes where nothing is said."""
+    """transformers would take 50 where nothing is said."""
     texts = generate(model, tokenizer, ["x"] * 400, Sampling(max_new_tokens=1, temperature=1e6)).texts
     assert len(set(texts)) > 60
 

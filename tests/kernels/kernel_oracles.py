@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from based_megatron.kernels.taylor_attention import taylor_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where kernels run: conftest.py hides the GPUs unless BASED_TEST_DEVICE=cuda, and has Triton interpreted then."""
+"""The device that kernels run on: conftest.py hides the GPUs unless BASED_TEST_DEVICE=cuda, and has Triton interpreted then."""
 
 
 def taylor_oracle(

@@ -41,7 +41,7 @@ def errors(logits: Tensor, labels: Tensor, backend: str, columns: int | None = N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 2), (5, 91), (3, 4096), (2, 9001)])
-def test_values_and_gradients(backend: str, tokens: int, columns: int) -> None:
+def test_values_and_gradients_equal_the_formula(backend: str, tokens: int, columns: int) -> None:
     assert max(errors(*some(tokens, columns), backend)) < 1e-5
 
 
@@ -67,7 +67,7 @@ def test_columns_that_pad_take_no_part_and_get_no_gradient(backend: str) -> None
 
 
 def test_a_second_backward_pass_is_refused() -> None:
-    """Its logits are gone: the gradient lies over them."""
+    """Its logits are gone: the first pass wrote the gradient over them."""
     logits, labels = some(3, 20)
     leaf = logits.requires_grad_()
     loss = vocab_cross_entropy(leaf * 1, labels, backend="triton").sum()

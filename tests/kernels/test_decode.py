@@ -158,7 +158,7 @@ def test_a_long_count_is_exact(backend):
 
 
 @BACKENDS
-def test_bf16_taylor_steps(backend):
+def test_taylor_steps_in_bf16_stay_near_fp64(backend):
     q, k, v = (x.bfloat16() for x in views(8, 8, 112))
     state = TaylorState.zeros(B, H, 8, 112, dtype=torch.bfloat16, device=DEVICE)
     o = steps(q, k, v, state, backend)
@@ -220,7 +220,7 @@ def test_the_tile_of_a_window_step_does_not_matter(keys, monkeypatch):
 
 
 @BACKENDS
-def test_bf16_window_steps(backend):
+def test_window_steps_in_bf16_stay_near_fp64(backend):
     o, expected = run_window(backend, 5, 16, 1.0, torch.tensor([2, 9]), torch.bfloat16)
     assert o.dtype == torch.bfloat16
     assert_close(o, expected, 3 * BF16)
@@ -228,7 +228,7 @@ def test_bf16_window_steps(backend):
 
 @pytest.mark.parametrize("S", [1, 4, 5, 9])
 def test_a_ring_returns_its_last_keys_in_order(S):
-    """From several starts, so that the ring wraps; ids of -1 mark what is before the start."""
+    """Starts differ, so that the ring wraps; ids of -1 mark what is before the start."""
     state = WindowState.zeros(2, 1, 4, 1, dtype=torch.float32, device=DEVICE)
     end_B = torch.tensor([3, 8], device=DEVICE)
     state.store(*(torch.full((2, 4, 1, 1), -7.0, device=DEVICE) for _ in range(2)), end_B - S)
@@ -274,8 +274,8 @@ def test_a_conv_state_holds_the_last_inputs(sizes):
 
 @BACKENDS
 @pytest.mark.parametrize("vocab_size", [1, 8191, 8192, 8193, 20_000])
-def test_the_most_likely_token(backend, vocab_size):
-    """Never one of the padding, whatever is there."""
+def test_the_most_likely_token_is_chosen_and_never_padding(backend, vocab_size):
+    """Padding is never chosen, whatever its logits are."""
     logits = torch.randn(5, 20_008, device=DEVICE)
     logits[:, vocab_size:] = 100.0
     logits[0, 0] = logits[1, vocab_size - 1] = 50.0

@@ -68,7 +68,7 @@ def test_halo_values_and_gradients(tokens: int, documents: str, backend: str) ->
 
 
 @BACKENDS
-def test_halves_of_a_projection(backend: str) -> None:
+def test_halves_of_a_projection_give_the_same_and_keep_its_layout(backend: str) -> None:
     """[u | gate] with the tokens outermost, as the model's projection leaves it: same values and gradients, same layout."""
     torch.manual_seed(0)
     projected = torch.randn(70, 2, 12, device=DEVICE, requires_grad=True)
@@ -152,7 +152,7 @@ def test_shards_with_halos_equal_the_whole(documents: str, backend: str) -> None
     assert_same_gradients((torch.cat(outputs, dim=1),), (whole,), (u, gate, weight), TOLERANCE[backend])
 
 
-def test_gradcheck() -> None:
+def test_gradients_are_finite_differences() -> None:
     u, gate, weight, halo = make_inputs(2, 5, channels=2)
     ids = torch.tensor([[-1, 0, 0, 0, 1, 1, 1], [4, 4, 4, 4, 4, 5, 6]])
 

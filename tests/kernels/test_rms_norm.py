@@ -27,7 +27,9 @@ def as_leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor
 @pytest.mark.parametrize("with_update", [True, False])
 @pytest.mark.parametrize("shape", [(1, 8), (7, 24), (3, 2, 64), (2, 1, 100)])
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
-def test_values_and_gradients(backend: str, with_update: bool, shape: tuple[int, ...], eps: float) -> None:
+def test_values_and_gradients_equal_the_formula(
+    backend: str, with_update: bool, shape: tuple[int, ...], eps: float
+) -> None:
     torch.manual_seed(sum(shape))
     tensors = [some(*shape), some(shape[-1])] + ([some(*shape)] if with_update else [])
     inputs, exact = as_leaves(*tensors), as_leaves(*tensors, dtype=torch.float64)

@@ -9,7 +9,7 @@ from based_megatron.errors import ConfigError
 from based_megatron.kernels.rotary import apply_rotary, rotary_tables
 
 
-def test_tables_of_known_frequencies() -> None:
+def test_tables_have_the_known_frequencies() -> None:
     cos, sin = rotary_tables(torch.tensor([0, 3]), head_dim=4, fraction=1.0, base=10000.0, dtype=torch.float64)
     angles = torch.tensor([[0.0, 0.0], [3.0, 0.03]], dtype=torch.float64)
     torch.testing.assert_close(cos, angles.cos())
@@ -25,7 +25,7 @@ def test_angles_stay_exact_at_large_positions() -> None:
 
 
 def test_pairs_are_half_split() -> None:
-    """Dims r and r + R turn together, as complex numbers x_r + i x_{r+R}."""
+    """Dims r and r + R are rotated together, as complex numbers x_r + i x_{r+R}."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
     cos, sin = rotary_tables(torch.arange(5), 8, 1.0, 10000.0, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_frequencies_of_a_fraction_span_the_rotated_part() -> None:
     assert torch.equal(half[0], whole[0]) and torch.equal(half[1], whole[1])
 
 
-def test_positions_per_row() -> None:
+def test_each_row_may_have_its_own_positions() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 1, 8)
     positions = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
@@ -82,7 +82,7 @@ def test_bf16_is_rounded_once_at_the_end() -> None:
     assert torch.equal(rotated, apply_rotary(x.float(), *tables).to(torch.bfloat16))
 
 
-def test_an_odd_rotated_part_turns_one_dim_more_at_its_own_frequencies() -> None:
+def test_an_odd_rotated_part_rotates_one_dim_more_at_its_own_frequencies() -> None:
     """The published 1B transformer: d = 35 of 70 dims, base^(-2r / 35) for r = 0 .. 17."""
     cos, _ = rotary_tables(torch.tensor([1]), 70, 0.5, 10000.0, dtype=torch.float64)
     expected = [math.cos(10000.0 ** (-2 * pair / 35)) for pair in range(18)]
@@ -99,7 +99,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize(("head_dim", "fraction"), [(8, 1.0), (16, 0.5), (70, 0.5), (24, 0.0)])
-def test_the_kernel_turns_as_the_reference_does(head_dim: int, fraction: float, per_row: bool) -> None:
+def test_the_kernel_rotates_as_the_reference_does(head_dim: int, fraction: float, per_row: bool) -> None:
     """Values and gradients, of heads inside a fused projection, whose order in memory is kept."""
     torch.manual_seed(0)
     fused = torch.randn(11, 2, 3 * 3 * head_dim, device=DEVICE, requires_grad=True)

@@ -69,7 +69,7 @@ def test_head_dims_of_the_kernels(head_dim: int, tokens: int) -> None:
 @pytest.mark.parametrize("halo", [1, 15, 16, 23, 40])
 @pytest.mark.parametrize("tokens", [1, 17, 130])
 def test_window_with_keys_in_front(tokens: int, halo: int, documents: str, backend: str) -> None:
-    """Fewer, exactly window_left and more keys than the first query can see; the gradients of the halo too."""
+    """There are fewer, exactly window_left and more keys than the first query can see; gradients of the halo are checked too."""
     q, k, v = make_inputs(2, tokens, halo, heads=1)
     ids = document_ids(documents, 2, halo + tokens)
     output = window(backend, q, k, v, 16, ids)
@@ -218,7 +218,7 @@ def test_the_kernels_give_the_same_bits_in_every_run() -> None:
 
 @pytest.mark.parametrize("tokens_outermost", [True, False])
 def test_the_output_of_the_kernels_is_laid_out_like_the_queries(tokens_outermost: bool) -> None:
-    """So the next projection reads it in place."""
+    """The next projection then reads it in place."""
     fused = torch.randn(2, 20, 3 * 16, device=DEVICE)
     if tokens_outermost:
         fused = fused.transpose(0, 1).contiguous().transpose(0, 1)
@@ -229,7 +229,7 @@ def test_the_output_of_the_kernels_is_laid_out_like_the_queries(tokens_outermost
 
 # bf16 rounds the probabilities as well as the result, as every flash kernel does.
 @pytest.mark.parametrize("documents", ["none", "random"])
-def test_bf16_error_against_fp64(documents: str) -> None:
+def test_bf16_error_against_fp64_is_rounding_alone(documents: str) -> None:
     q, k, v = (x.detach().to(torch.bfloat16) for x in make_inputs(1, 200, value_dim=64))
     ids = document_ids(documents, 1, 200)
     exact = attention_oracle(q.double(), k.double(), v.double(), 32, ids)

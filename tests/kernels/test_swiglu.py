@@ -17,7 +17,9 @@ def oracle(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 2), (5, 48), (3, 2, 70), (2, 4096)])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
-def test_values_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch.dtype, limit: float) -> None:
+def test_values_and_gradients_equal_the_formula(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype, limit: float
+) -> None:
     """In bf16 the reference rounds silu(gate) as well, and Triton's interpreter cuts off where a GPU rounds."""
     torch.manual_seed(shape[-1])
     x = (2 * torch.randn(shape)).to(DEVICE, dtype).requires_grad_()

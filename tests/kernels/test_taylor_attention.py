@@ -118,7 +118,7 @@ def test_slices_with_states_equal_the_whole(documents: str) -> None:
 
 
 @pytest.mark.parametrize("changed", [0, 15, 16, 30])
-def test_causal(changed: int) -> None:
+def test_outputs_do_not_depend_on_later_tokens(changed: int) -> None:
     q, k, v, _ = (x.detach() for x in make_inputs(1, 40))
     before, _ = taylor_attention(q, k, v, chunk_tokens=16)
     k[:, changed] += 1
@@ -151,7 +151,7 @@ def test_slices_of_a_fused_projection() -> None:
     torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_state_layout() -> None:
+def test_rows_of_a_state_are_in_the_public_order() -> None:
     """Row 0 counts keys and sums values; the first-order rows follow; the last row is the last feature's square."""
     _, k, v, _ = (x.detach() for x in make_inputs(1, 12, heads=1, feature_dim=4, value_dim=3))
     state = segment_state(k, v)

@@ -52,7 +52,7 @@ def make_inputs(
 
 
 def in_fp32(*tensors: Tensor | None) -> list[Tensor | None]:
-    """On the kernels' device; integers stay what they are."""
+    """Tensors in fp32 on the kernels' device; integers stay what they are."""
     return [None if x is None else x.to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype) for x in tensors]
 
 
@@ -103,7 +103,7 @@ def test_tiles_smaller_than_a_chunk(documents: str) -> None:
 
 
 @pytest.mark.parametrize("documents", ["none", "random", "one_of_two"])
-def test_pieces_that_exchange_moments(documents: str) -> None:
+def test_pieces_that_exchange_moments_equal_the_whole(documents: str) -> None:
     """The entry points as ranks that share a sequence call them: moments are sent before the states that came are known."""
     q, k, v, _ = make_inputs(2, 280)
     ids = document_ids("random", 2, 280) if documents == "random" else None
@@ -140,7 +140,7 @@ def test_pieces_that_exchange_moments(documents: str) -> None:
     ("feature_dim", "value_dim", "documents"),
     [(16, 64, "random"), (16, 112, "none"), (24, 24, "random"), (32, 16, "chunk_starts"), (5, 16, "none")],
 )
-def test_sizes_of_heads(feature_dim: int, value_dim: int, documents: str) -> None:
+def test_head_dims_need_not_be_powers_of_two(feature_dim: int, value_dim: int, documents: str) -> None:
     compare(1, 37, documents, small_schedule(32, 32), feature_dim=feature_dim, value_dim=value_dim)
 
 
@@ -215,7 +215,7 @@ def test_one_row_of_document_ids_serves_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize("changed", [0, 15, 16, 30])
-def test_causal(changed: int) -> None:
+def test_outputs_do_not_depend_on_later_tokens(changed: int) -> None:
     q, k, v, _ = in_fp32(*(x.detach() for x in make_inputs(1, 40)))
     before, _ = taylor_attention(q, k, v, chunk_tokens=16, backend="triton")
     k[:, changed] += 1
@@ -285,7 +285,7 @@ def bf16_errors(tokens: int, value_dim: int, documents: bool, batch: int = 2, he
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("value_dim", [64, 112])
 @pytest.mark.parametrize("tokens", [*TOKENS[1:], 2048, 131_072])
-def test_bf16_errors(tokens: int, value_dim: int, documents: bool) -> None:
+def test_bf16_errs_no_more_than_the_limits(tokens: int, value_dim: int, documents: bool) -> None:
     errors = bf16_errors(tokens, value_dim, documents)
     assert all(error <= LIMITS[name] for name, error in errors.items()), errors
 

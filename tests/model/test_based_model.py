@@ -67,7 +67,7 @@ def loss_and_logits(dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_loss_is_the_cross_entropy_of_the_logits(worker_pool, dtype):
-    """In fp32 or wider, and so is the residual of every layer."""
+    """The loss and the residual of every layer are fp32 or wider."""
     (found,) = worker_pool(1).run(loss_and_logits, dtype)
     assert found["error"] < 1e-5
     wide = torch.promote_types(dtype, torch.float32)
@@ -77,7 +77,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(worker_pool, dtype):
 
 @megatron_runs()
 def poisoned_padding() -> dict[str, Any]:
-    """91 rows over two ranks of 46: the last row of rank 1 is padding. What does its value do?"""
+    """Changes that the value of a padding row makes: 91 rows lie on two ranks of 46, so the last row of rank 1 is padding."""
     model, topology = build(DOUBLE, ParallelConfig(tensor=2))
     (tokens, labels), plan = some_tokens(topology), whole_plan(topology)
     plain = model(tokens, plan, labels).detach()
@@ -114,13 +114,13 @@ def change_by_row(row: int, **model: Any) -> tuple[int, float]:
 
 
 def test_rows_of_the_vocabulary_multiple_take_part_in_the_softmax(worker_pool):
-    """As released: 50,257 tokens, 50,264 rows."""
+    """The released models have 50,257 tokens and 50,264 rows."""
     ((rows, change),) = worker_pool(1).run(change_by_row, 95, vocab_multiple=8)
     assert rows == 96 and change > 1e-3
 
 
 def losses_with_other_tokens(document_ids: Tensor | None) -> Tensor:
-    """Where the loss [24] of a sequence changes if its tokens 0 to 9 do."""
+    """[24] True for tokens whose loss changes when tokens 0 to 9 of their sequence do."""
     model, topology = build(DOUBLE)
     (tokens, labels), plan = (
         some_tokens(topology),
@@ -140,7 +140,7 @@ def test_a_document_does_not_see_the_one_before(worker_pool):
 
 
 def rotary_errors() -> float:
-    """The tables of the third slice of four."""
+    """Errors of the rotary tables of the third slice of four."""
     model, topology = build(torch.float32)
     plan = SequencePlan(ContextRanks(2, 4), (0, 5, 12, 18, 24), None, topology.device)
     found = model._rotary(plan, topology.device)

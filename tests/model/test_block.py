@@ -31,7 +31,7 @@ def swiglu_error() -> tuple[float, float]:
 
 
 def test_the_second_half_is_the_gate(worker_pool):
-    """As released; Llama's and Megatron's order is the other."""
+    """The released order of the halves; Llama's and Megatron's is the other."""
     error, other = worker_pool(1).run(swiglu_error)[0]
     assert error < 1e-10 and other > 1
 
@@ -64,14 +64,14 @@ def residual_of_a_bf16_block() -> tuple[torch.dtype, bool, Tensor, Tensor]:
 
 
 def test_the_residual_stays_in_fp32(worker_pool):
-    """bf16 would lose steps of 2^-20 beside 1."""
+    """bf16 would lose steps of 2^-20 next to 1."""
     dtype, kept, found, expected = worker_pool(1).run(residual_of_a_bf16_block)[0]
     assert dtype == torch.float32 and kept
     assert torch.equal(found, expected)
 
 
 def calls_of(recompute: str, gradients: bool) -> tuple[int, int]:
-    """How often (mixer, MLP) run in a forward and backward."""
+    """Number of times that (mixer, MLP) run in a forward and backward."""
     block, inputs = block_of("c", torch.float64, recompute)
     calls = {"mixer": 0, "mlp": 0}
     for name in calls:
@@ -88,7 +88,7 @@ CALLS = {("none", True): (1, 1), ("mixer", True): (2, 1), ("full", True): (2, 2)
 
 
 def test_what_is_asked_for_is_recomputed(worker_pool):
-    """And nothing is without gradients."""
+    """Without gradients nothing is recomputed."""
     assert worker_pool(1).run(each, calls_of, list(CALLS)) == [CALLS]
 
 

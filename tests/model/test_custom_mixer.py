@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from based_megatron.checkpoint.full import read_full
 from based_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig
 from based_megatron.convert.exported import read_export
 from based_megatron.convert.huggingface import export_huggingface, hf_model
+from based_megatron.convert.layout import our_shapes
 from based_megatron.convert.released import to_released
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
@@ -57,7 +59,7 @@ def config_of(parallel: ParallelConfig | None = None) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def test_it_is_counted():
+def test_parameters_and_flops_are_counted():
     """8 x 8 weights twice and 8 decays in each of 2 layers; 2 operations a channel besides the linear layers."""
     assert parameter_breakdown(MODEL)["moving_average"] == 2 * (2 * 64 + 8)
     without = dataclasses.replace(MODEL, layer_pattern="c")
@@ -157,14 +159,28 @@ def test_an_export_is_proven_and_comes_back(run_dir, tmp_path):
         read_export(tmp_path / "export")
 
 
+def test_exports_of_one_name_and_different_mixers_load_in_one_process(tmp_path):
+    kinds, patterns = {}, {"first": "cc", "second": "mc"}
+    for parent, pattern in patterns.items():
+        model, folder = dataclasses.replace(MODEL, layer_pattern=pattern), tmp_path / parent / "export"
+        export_huggingface({name: torch.randn(shape) for name, shape in our_shapes(model).items()}, model, folder)
+        layers = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).model.layers
+        kinds[parent] = [type(layer.mixer).__name__ for layer in layers]
+    assert kinds == {
+        "first": ["BasedGatedConv", "BasedGatedConv"],
+        "second": ["MovingAverageForExport", "BasedGatedConv"],
+    }
+
+
 def state_logits(weights: dict[str, torch.Tensor], config: Config, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, L, V] of the training model."""
+    """Logits [B, L, U] of the training model."""
     topology = topology_of()
     (chunk,) = build_model(config, topology)
     for parameter in chunk.parameters():
         parameter.data.copy_(weights[shard_spec(parameter).name])
     with torch.no_grad():
-        return chunk(tokens, whole_sequence(None, tokens.shape[1], topology.device)).transpose(0, 1)
+        plan = whole_sequence(None, tokens.shape[1], topology.device)
+        return chunk(tokens.to(topology.device), plan).transpose(0, 1).cpu()
 
 
 def test_the_exported_model_is_the_trained_one(worker_pool, run_dir):
@@ -198,7 +214,7 @@ def test_what_it_cannot_do_is_refused_in_one_line(changes, expected):
     assert "\n" not in str(error.value)
 
 
-def test_it_can_run_otherwise():
+def test_a_config_within_its_limits_is_accepted():
     check_mixers(Config(model=MODEL, parallel=ParallelConfig(tensor=2, pipeline=2)))
 
 

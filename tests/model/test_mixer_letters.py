@@ -1,4 +1,4 @@
-"""What a mixer is, only its class says: no other file of the package decides by the letter of a pattern."""
+"""Only a mixer's class says what the mixer is: no other file of the package decides by the letter of a pattern."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,7 @@ def compared_letters(source: str) -> list[str]:
     return [node.value for node in found if isinstance(node, ast.Constant) and node.value in MIXERS]
 
 
-def test_the_search_finds_them():
+def test_decisions_by_a_letter_are_found():
     assert compared_letters("if letter == 'A' or 'S' in letters: x = {'c': 1, 'd': 2}") == ["A", "S", "c"]
 
 

@@ -72,7 +72,7 @@ REACH = {
 
 @pytest.mark.parametrize(("document_start", "end"), [(None, LENGTH), (9, 9)])
 def test_a_token_reaches_this_far_and_never_back(worker_pool, document_start, end):
-    """Nor into the document that starts two tokens after it."""
+    """It does not reach into the document that starts two tokens after it."""
     (found,) = worker_pool(1).run(each, touched, [(*case, document_start) for case in REACH])
     expected = {case: list(range(7, min(end, 7 + reach + 1))) for case, reach in REACH.items()}
     assert {case[:3]: positions for case, positions in found.items()} == expected
@@ -94,14 +94,14 @@ def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
         weight = (1 + scores + scores**2 / 2) * (distance >= 0)
         mixed = (weight / weight.sum(-1, keepdim=True)) @ v
     else:
-        q, k = turned(q), turned(k)
+        q, k = rotated(q), rotated(k)
         seen = (distance >= 0) & (distance <= (11 if letter == "S" else LENGTH))
         mixed = (q @ k.transpose(1, 2) / 8**0.5).masked_fill(~seen, float("-inf")).softmax(-1) @ v
     return mixed.transpose(0, 1).flatten(1) @ weights["out_proj.weight"].T
 
 
-def turned(x_HTV: Tensor) -> Tensor:
-    """Pairs (r, r + 4) of a head as complex numbers, turned by position x 10000^(-r / 4)."""
+def rotated(x_HTV: Tensor) -> Tensor:
+    """Pairs (r, r + 4) of a head as complex numbers, rotated by position x 10000^(-r / 4)."""
     angles = here(torch.arange(LENGTH)[:, None] * 1e4 ** (-torch.arange(4, dtype=torch.float64) / 4))
     pairs = torch.complex(x_HTV[..., :4], x_HTV[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([pairs.real, pairs.imag], dim=-1)
@@ -115,7 +115,7 @@ def formula_error(letter: str) -> float:
 
 
 def test_a_mixer_is_its_formula(worker_pool):
-    """The order of the fused parts above all: [u | gate], [q | k | v]."""
+    """This fixes the order of the fused parts: [u | gate], [q | k | v]."""
     (errors,) = worker_pool(1).run(each, formula_error, list(MIXERS))
     assert {letter: error for letter, error in errors.items() if not error < 1e-10} == {}
 
@@ -129,7 +129,7 @@ def shifted_change(letter: str) -> float:
 
 
 def test_only_distances_count(worker_pool):
-    """Exactly so without rotary; to the rounding of the tables with it."""
+    """Equality is exact without rotary, and to the rounding of the tables with it."""
     (changes,) = worker_pool(1).run(each, shifted_change, list(MIXERS))
     assert changes["c"] == changes["L"] == 0
     assert max(changes["S"], changes["A"]) < 1e-9

@@ -41,7 +41,7 @@ def test_it_starts_at_one_and_keeps_its_gradient_in_its_dtype(dtype):
 
 
 def test_an_update_is_added_in_the_residuals_precision():
-    """bf16 would lose steps of 2^-20 beside 1."""
+    """bf16 would lose steps of 2^-20 next to 1."""
     norm, residual = make(torch.bfloat16), 1 + torch.arange(32.0)[None] * 2**-20
     update = torch.full((1, 32), 0.5, dtype=torch.bfloat16)
     added, normed = norm(residual, update)

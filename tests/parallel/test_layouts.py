@@ -51,7 +51,7 @@ LONG = {
     "cp4-zero3": (4, ParallelConfig(context=4, zero_stage=3)),
 }
 LONG_STEPS, LONG_LR = 200, 1e-3
-"""At the rate of the short runs, fp32 rounding alone grows to 1.2e-4 nats in 200 steps."""
+"""At the learning rate of the short runs, fp32 rounding alone grows to 1.2e-4 nats in 200 steps."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
 
 @pytest.fixture(scope="module")
 def long_oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
-    """The same for many steps, packed."""
+    """Files of the single process's results over many steps, packed."""
     path = tmp_path_factory.mktemp("oracle") / "long.pt"
     worker_pool(1).run(write_oracle, path, True, LONG_STEPS, CLIP, LONG_LR)
     return {True: path}
@@ -75,7 +75,7 @@ def long_oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
 def compare_with_oracle(
     path: Path, parallel: ParallelConfig, packed: bool, steps: int, bounds: tuple[int, ...], lr: float, train: dict
 ) -> tuple[list, list, dict]:
-    """On each rank: losses, norms, and for each parameter (largest gradient error, elements compared, elements owned)."""
+    """Results of each rank: losses, norms, and for each parameter (largest gradient error, elements compared, elements owned)."""
     oracle = load_oracle(path)
     run = build_run(small_config(parallel, clip_grad_norm=CLIP, **train), bounds, node_ranks=2)
     losses, norms, gradients = [], [], {}
@@ -176,5 +176,5 @@ def test_curves_stay_together_over_slices(worker_pool, long_oracles, layout, ste
 
 
 def test_clipping_is_active(oracles):
-    """Else a wrong norm would not show in the curves."""
+    """Without clipping a wrong norm would not show in the curves."""
     assert min(load_oracle(oracles[True])["norms"]) > 2 * CLIP

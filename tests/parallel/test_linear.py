@@ -96,7 +96,7 @@ def column_then_row(sequence_parallel: bool) -> dict[str, float]:
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_fused_column_and_row_layers_equal_whole_matrices(worker_pool, sequence_parallel):
-    """With an odd order of parts, [a_0 b_0 | a_1 b_1], or with the bias added on both ranks, they would not."""
+    """They would differ with an odd order of parts, [a_0 b_0 | a_1 b_1], or with the bias added on both ranks."""
     for errors in worker_pool(2).run(column_then_row, sequence_parallel):
         assert max(errors.values()) < 1e-12, errors
 

@@ -24,7 +24,7 @@ def sharded(draw) -> tuple[Tensor, list[ShardSpec]]:
 
 
 def stacked_cuts(full: Tensor, spec: ShardSpec) -> Tensor:
-    """What a rank holds, said in another way: each part padded to a multiple of the ranks, chunked, and stacked."""
+    """A rank's piece, made in another way: each part padded to a multiple of the ranks, chunked, and stacked."""
     dim = spec.partition_dim
     assert dim is not None
     pieces = []

@@ -1,4 +1,4 @@
-"""Process groups of a layout: who is beside whom, and what DeepSpeed is told."""
+"""Process groups of a layout: the ranks of each axis, and the groups that DeepSpeed gets."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from support.pool import rank_device
 AXES = ["tensor", "context", "data", "pipeline", "data_context", "model", "embedding"]
 
 
-def peers(parallel: ParallelConfig) -> dict[str, Any]:
+def groups_around(parallel: ParallelConfig) -> dict[str, Any]:
     """Global ranks of each axis' group, with this rank's place checked against its position in it."""
     topology = build_topology(parallel, rank_device(dist.get_rank()))
     found: dict[str, Any] = {"logger": topology.is_logger, "last stage": topology.last_stage_rank}
@@ -90,12 +90,12 @@ LAYOUTS: list[tuple[ParallelConfig, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def layouts(worker_pool) -> list[dict[Any, dict[str, Any]]]:
-    """What each of four ranks sees of every layout."""
-    return worker_pool(4).run(each, peers, [parallel for parallel, _ in LAYOUTS])
+    """The groups of every layout, as each of four ranks sees them."""
+    return worker_pool(4).run(each, groups_around, [parallel for parallel, _ in LAYOUTS])
 
 
 @pytest.mark.parametrize(("parallel", "groups"), LAYOUTS)
-def test_groups_of_rank_1(layouts, parallel, groups):
+def test_groups_of_rank_1_are_in_megatrons_order(layouts, parallel, groups):
     """Megatron's order: tensor fastest, then context, data, pipeline."""
     found = layouts[1][parallel]
     assert {name: found[name] for name in AXES} == groups
@@ -126,7 +126,7 @@ def deepspeed_view(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def test_deepspeed_shards_over_data_and_context(worker_pool):
-    """And sums the gradient norm over tensor and pipeline ranks; methods of Ulysses would make it sum gradients."""
+    """It sums the gradient norm over tensor and pipeline ranks; methods of Ulysses would make it sum gradients."""
     context, model = ParallelConfig(context=2), ParallelConfig(tensor=2, pipeline=2)
     for rank, found in enumerate(worker_pool(4).run(each, deepspeed_view, [context, model])):
         assert found[context]["data_parallel"] == [0, 1, 2, 3] and found[context]["model_parallel"] == [rank]

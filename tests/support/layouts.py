@@ -65,7 +65,7 @@ def global_batch(step: int, packed: bool) -> dict[str, Tensor]:
 def local_micro_batches(
     batch: dict[str, Tensor], topology: Topology, micro_batch: int, bounds: tuple[int, ...] = ()
 ) -> list[MicroBatch]:
-    """What the loader would give this rank, in even slices if no bounds are given."""
+    """The micro batches that the loader would give this rank, in even slices if no bounds are given."""
     per_rank = GLOBAL_BATCH // topology.data.size
     rows = slice(topology.data.rank * per_rank, (topology.data.rank + 1) * per_rank)
     bounds = bounds or even_bounds(SEQUENCE_TOKENS, topology.context.size)
@@ -89,7 +89,7 @@ class Run:
     engine: Any
     config: Config
     bounds: tuple[int, ...] = ()
-    """Of the context slices; even ones if empty."""
+    """First positions of the context slices, and S; slices are even if it is empty."""
 
     def train_step(self, number: int, packed: bool, lr: float = 3e-3) -> tuple[float, float]:
         """(mean loss, gradient norm) of one optimizer step."""

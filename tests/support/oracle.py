@@ -1,4 +1,4 @@
-"""What the single process does, with plain autograd, AdamW and clipping: nothing of DeepSpeed or of the schedules."""
+"""The oracle of training: a single process with plain autograd, AdamW and clipping, without DeepSpeed and schedules."""
 
 from pathlib import Path
 from typing import Any
@@ -37,5 +37,5 @@ def write_oracle(path: Path, packed: bool, steps: int, clip: float, lr: float) -
 
 
 def load_oracle(path: Path) -> dict[str, Any]:
-    """What write_oracle saved."""
+    """Read the file that write_oracle saved."""
     return torch.load(path)

@@ -78,7 +78,7 @@ class WorkerPool:
 
 @functools.cache
 def fork_context() -> Any:
-    """What starts processes: a server that has imported everything, and forks; a new interpreter for each on GPUs."""
+    """The context that starts processes: a server that has imported everything, and forks; on GPUs a new interpreter for each."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if on_gpu():
         return mp.get_context("spawn")
@@ -88,7 +88,7 @@ def fork_context() -> Any:
 
 
 def on_gpu() -> bool:
-    """Whether ranks of the pool get a GPU each."""
+    """True if ranks of the pool get a GPU each."""
     return os.environ.get("BASED_TEST_DEVICE", "cpu") == "cuda"
 
 

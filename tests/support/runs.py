@@ -103,7 +103,7 @@ def kill_when(job: Job, condition: Callable[[], bool], number: signal.Signals = 
 
 
 def train_in_pool(run_dir: Path, data: Path, *overrides: str) -> bool:
-    """The same job on a rank of a pool, where no process has to start. Returns whether the run is done."""
+    """A job of `based train` on a rank of a pool, where no process has to start. Returns whether the run is done."""
     config = parse_config(command(run_dir, data, *overrides)[4:])
     topology = build_topology(config.parallel, rank_device(dist.get_rank()))
     sources = Sources(config.data, config.train.global_batch_sequences)

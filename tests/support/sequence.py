@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from based_megatron.parallel.sequence.carried import CarriedState
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.in_process import in_process_ranks, run_ranks
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.ranks import Algorithm, ContextRanks
+from based_megatron.parallel.sequence.states import STATE
 
 CPU = torch.device("cpu")
 
@@ -41,6 +43,26 @@ def telling_documents(bounds: tuple[int, ...]) -> Tensor:
             if 0 < place < total:
                 ids[row, place:] += 1
     return ids
+
+
+def documents_of_part(ids_BS: Tensor, begin: int, end: int) -> Documents:
+    """Documents of the step that has these tokens of long sequences, which goes on with what came before."""
+    before_B = (ids_BS[:, :begin] == ids_BS[:, begin, None]).sum(1)
+    return Documents(Documents.from_ids(ids_BS[:, begin:end]).starts, tuple(before_B.tolist()))
+
+
+def spoil_what_has_ended(carried: CarriedState, documents: Documents) -> int:
+    """Put NaN, in place, into all of the carried state that no document goes on with. Returns how many tensors got any."""
+    before_B = torch.tensor(documents.tokens_before)
+    spoiled = 0
+    for (kind, _), x in carried.before.items():
+        if kind == STATE:
+            ended = before_B == 0
+        else:
+            ended = torch.arange(x.shape[1], 0, -1) > before_B[:, None]
+        x[ended] = float("nan")
+        spoiled += bool(ended.any())
+    return spoiled
 
 
 def plan_for(ranks: ContextRanks, bounds: tuple[int, ...], ids_BS: Tensor | None, **options: Any) -> SequencePlan:

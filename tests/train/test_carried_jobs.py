@@ -115,7 +115,7 @@ def test_a_killed_job_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tm
 
 
 def test_whole_tensors_are_stored_as_they_are_in_memory(uninterrupted):
-    """Of all 8 rows, heads and channels, by the index of the layer."""
+    """A checkpoint has the carried states of all 8 rows, heads and channels, by the index of the layer."""
     path = uninterrupted("tp2-bf16") / f"checkpoints/step-{MIDDLE:08d}"
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     found = {

@@ -10,7 +10,7 @@ import pytest
 from based_megatron.checkpoint.peers import ALONE
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
-from based_megatron.parallel.sequence.carry import Carries, Carry
+from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates
 from based_megatron.train.callbacks import checkpointer as module
 from based_megatron.train.callbacks.checkpointer import Checkpointer
 
@@ -231,13 +231,14 @@ def test_other_data_is_refused_unless_allowed(disk):
 
 
 def test_the_known_past_of_carried_states_is_saved_and_restored(disk):
-    carries, config = Carries({row: Carry(past_tokens=192) for row in (0, 4)}, {}), config_with(interval_steps=0)
-    train(Checkpointer(None, config, FINGERPRINT, carries), 3)
+    carried = CarriedStates({row: CarriedState(past_tokens=192) for row in (0, 4)}, {})
+    config = config_with(interval_steps=0)
+    train(Checkpointer(None, config, FINGERPRINT, carried), 3)
     assert disk.saved[0][1]["past_tokens"] == 192
     disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=384)
-    Checkpointer(None, config, FINGERPRINT, carries).restore()
+    Checkpointer(None, config, FINGERPRINT, carried).restore()
     assert disk.carried == ["run/step-6"]
-    assert {carry.past_tokens for carry in carries.by_row.values()} == {384}
+    assert {state.past_tokens for state in carried.by_row.values()} == {384}
 
 
 @pytest.mark.parametrize(
@@ -251,12 +252,12 @@ def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected)
     """Among them keys that were turned by other angles, in tensors of the same shape."""
     disk.newest, disk.state = Path("run/step-6"), saved_state(**saved)
     disk.state["config"]["model"] |= disk.state.pop("model", {})
-    carries = Carries({0: Carry()}, {})
-    callback = Checkpointer(None, config_with(), FINGERPRINT, carries)
+    carried = CarriedStates({0: CarriedState()}, {})
+    callback = Checkpointer(None, config_with(), FINGERPRINT, carried)
     assert callback.restore() == (6, 600)
     ((_, told),) = train(callback, 0).records[:1]
     assert "the first step starts without carried states: run/step-6" in told["message"] and expected in told["message"]
-    assert disk.carried == [] and carries.past_tokens == 0
+    assert disk.carried == [] and carried.past_tokens == 0
 
 
 def test_a_run_that_carries_nothing_asks_for_nothing(disk):

@@ -1,8 +1,8 @@
 """Layers of Based: norm, gated MLP and the four mixers. A mixer continues from its state in the cache and updates it.
 
-Shapes: B batch, T tokens of this call, S tokens with those of the cache, H heads, D hidden size, V value head dim,
-E query and key head dim of a mixer, C channels and K - 1 past inputs of a convolution, R rotated dims,
-P = 1 + E + E (E + 1) / 2 packed Taylor features.
+Legend: B batch, T tokens of this call, S tokens with those of the cache, H heads, D hidden size, F feature dim: of queries and
+keys of linear attention, V value head dim (in windows that of queries and keys too), R = 1 + F + F (F + 1) / 2 packed Taylor
+features (rotary: rotated pairs), C channels and K - 1 past inputs of a convolution.
 """
 
 import math
@@ -102,7 +102,7 @@ class BasedGatedConv(nn.Module):
 
 
 def taylor_features(x: Tensor) -> Tensor:
-    """Packed second order Taylor map [..., E] -> [..., P]: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k."""
+    """Packed second order Taylor map [..., F] -> [..., R]: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     half = torch.ones(len(i), dtype=x.dtype, device=x.device)  # an off-diagonal pair stands for both of its orders
     half = half.masked_fill(i == j, math.sqrt(0.5))
@@ -110,29 +110,29 @@ def taylor_features(x: Tensor) -> Tensor:
 
 
 def taylor_attention(
-    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTV: Tensor, valid_BT: Tensor | None, state_BHPV: Tensor | None
+    q_BHTF: Tensor, k_BHTF: Tensor, v_BHTV: Tensor, valid_BT: Tensor | None, state_BHRV: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention with weights 1 + s + s^2 / 2, s = q . k / sqrt(E), by chunks: memory is linear in T.
+    """Causal attention with weights 1 + s + s^2 / 2, s = q . k / sqrt(F), by chunks: memory is linear in T.
 
-    The state is the sum of phi(k) [v, 1]: [B, H, P, V + 1], with the normaliser as the last column. Inputs and state
+    The state is the sum of phi(k) [v, 1]: [B, H, R, V + 1], with the normaliser as the last column. Inputs and state
     are float32 or float64. Returns the output [B, H, T, V] and the state after the last token.
     """
-    scale = q_BHTE.shape[-1] ** -0.25
-    q_BHTE, k_BHTE = q_BHTE * scale, k_BHTE * scale
+    scale = q_BHTF.shape[-1] ** -0.25
+    q_BHTF, k_BHTF = q_BHTF * scale, k_BHTF * scale
     v_BHTV = torch.cat([v_BHTV, torch.ones_like(v_BHTV[..., :1])], dim=-1)
     if valid_BT is not None:  # padding has no weight, in the normaliser neither
         v_BHTV = v_BHTV * valid_BT[:, None, :, None]
     outputs = []
-    for q, k, v in zip(*(x.split(LINEAR_CHUNK_TOKENS, dim=2) for x in (q_BHTE, k_BHTE, v_BHTV)), strict=True):
+    for q, k, v in zip(*(x.split(LINEAR_CHUNK_TOKENS, dim=2) for x in (q_BHTF, k_BHTF, v_BHTV)), strict=True):
         s = q @ k.transpose(-1, -2)
         out = torch.tril(1 + s + 0.5 * s.square()) @ v
-        if state_BHPV is not None:
-            out = out + taylor_features(q) @ state_BHPV
+        if state_BHRV is not None:
+            out = out + taylor_features(q) @ state_BHRV
         outputs.append(out)
         update = taylor_features(k).transpose(-1, -2) @ v
-        state_BHPV = update if state_BHPV is None else state_BHPV + update
+        state_BHRV = update if state_BHRV is None else state_BHRV + update
     y_BHTV = torch.cat(outputs, dim=2)
-    return y_BHTV[..., :-1] / (y_BHTV[..., -1:] + 1e-12), state_BHPV
+    return y_BHTV[..., :-1] / (y_BHTV[..., -1:] + 1e-12), state_BHRV
 
 
 class BasedLinearAttention(nn.Module):
@@ -148,48 +148,48 @@ class BasedLinearAttention(nn.Module):
         self.o_proj = BasedOutput(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
-        state_BHPV = _cached_states(cache, self.layer_idx)[1]
+        state_BHRV = _cached_states(cache, self.layer_idx)[1]
         q, k, v = (_split_heads(proj(x_BTD), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         with torch.autocast(x_BTD.device.type, enabled=False):
             wide = wide_dtype(x_BTD.dtype)
             valid_BT = None if mask_BS is None else mask_BS[:, -x_BTD.shape[1] :]
-            y_BHTV, state_BHPV = taylor_attention(q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHPV)
-        if cache is not None and state_BHPV is not None:
-            cache.update_recurrent_state(state_BHPV, self.layer_idx)
+            y_BHTV, state_BHRV = taylor_attention(q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHRV)
+        if cache is not None and state_BHRV is not None:
+            cache.update_recurrent_state(state_BHRV, self.layer_idx)
         return self.o_proj(_merge_heads(y_BHTV).to(x_BTD.dtype))
 
 
-def rotate(x_BHTE: Tensor, cos_B1TR: Tensor, sin_B1TR: Tensor) -> Tensor:
-    """Rotary positions on the first R dims of each head, in half-split pairs (i, i + R / 2)."""
-    x, rest = x_BHTE.split([cos_B1TR.shape[-1], x_BHTE.shape[-1] - cos_B1TR.shape[-1]], dim=-1)
+def rotate(x_BHTV: Tensor, cos_B1T2R: Tensor, sin_B1T2R: Tensor) -> Tensor:
+    """Rotary positions on the first 2R dims of each head, in half-split pairs (r, r + R)."""
+    x, rest = x_BHTV.split([cos_B1T2R.shape[-1], x_BHTV.shape[-1] - cos_B1T2R.shape[-1]], dim=-1)
     first, second = x.chunk(2, dim=-1)
-    turned = x * cos_B1TR + torch.cat([-second, first], dim=-1) * sin_B1TR
-    return torch.cat([turned.to(x_BHTE.dtype), rest], dim=-1)
+    rotated = x * cos_B1T2R + torch.cat([-second, first], dim=-1) * sin_B1T2R
+    return torch.cat([rotated.to(x_BHTV.dtype), rest], dim=-1)
 
 
 def causal_attention(
-    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask_BS: Tensor | None, window: int | None
+    q_BHTV: Tensor, k_BHSV: Tensor, v_BHSV: Tensor, mask_BS: Tensor | None, window: int | None
 ) -> Tensor:
     """Softmax attention of the last T of S positions to themselves and, with a window, to the window - 1 keys before.
 
     Queries go by blocks that see only the keys in reach: memory and work are linear in T with a window. A query always
     sees itself, so that padding rows stay finite.
     """
-    T, S = q_BHTE.shape[2], k_BHSE.shape[2]
+    T, S = q_BHTV.shape[2], k_BHSV.shape[2]
     if mask_BS is None and (window is None or window >= S):
         if T == S:
-            return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, is_causal=True)
+            return F.scaled_dot_product_attention(q_BHTV, k_BHSV, v_BHSV, is_causal=True)
         if T == 1:
-            return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE)
+            return F.scaled_dot_product_attention(q_BHTV, k_BHSV, v_BHSV)
     outputs = []
     for start in range(S - T, S, ATTENTION_BLOCK_TOKENS):
         end = min(start + ATTENTION_BLOCK_TOKENS, S)
         first = 0 if window is None else max(start - window + 1, 0)
-        age = torch.arange(start, end, device=q_BHTE.device)[:, None] - torch.arange(first, end, device=q_BHTE.device)
+        age = torch.arange(start, end, device=q_BHTV.device)[:, None] - torch.arange(first, end, device=q_BHTV.device)
         seen = (age >= 0) if window is None else (age >= 0) & (age < window)
         if mask_BS is not None:
             seen = seen & mask_BS[:, None, None, first:end] | (age == 0)
-        q, k, v = q_BHTE[:, :, start - S + T : end - S + T], k_BHSE[:, :, first:end], v_BHSE[:, :, first:end]
+        q, k, v = q_BHTV[:, :, start - S + T : end - S + T], k_BHSV[:, :, first:end], v_BHSV[:, :, first:end]
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
     return torch.cat(outputs, dim=2)
 

@@ -4,7 +4,7 @@ Decoding needs a state of constant size: the last inputs of each convolution, th
 attention layer and the last keys and values of each window. Linear attention, its states and the residual stream are
 float32 (or float64) whatever the dtype of the weights.
 
-Shapes: B batch, T tokens of this call, S tokens with those of the cache, D hidden size, R rotated dims of a head.
+Legend: B batch, T tokens of this call, S tokens with those of the cache, D hidden size, R rotated pairs of a head.
 """
 
 import math
@@ -24,7 +24,7 @@ from .configuration_based import BasedConfig
 from .mixers_based import MIXERS, BasedGatedConv, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
 
 CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
-"""What the installed transformers calls the cache, in arguments and outputs: 5.24 renamed it. We take both names."""
+"""Name of the cache in arguments and outputs of the installed transformers, renamed in 5.24. We take both names."""
 
 
 def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -116,7 +116,7 @@ class BasedModel(BasedPreTrainedModel):
         self.post_init()
 
     def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, 1, T, R] of the rotary angles, in float32 or float64."""
+        """Cosines and sines [B, 1, T, 2R] of the rotary angles, in float32 or float64."""
         config, device = self.config, positions_BT.device
         dims = int(config.hidden_size // config.num_attention_heads * config.rotary_fraction)
         # At position 1e6 an angle in float32 is off by 0.03; mps has no float64.

@@ -1,4 +1,8 @@
-"""Softmax attention with rotary positions: over a small window, and in full (the baseline that users compare with)."""
+"""Softmax attention with rotary positions: over a small window, and in full (the baseline that users compare with).
+
+Legend: B sequences, L tokens of this rank's slice, N rows of a halo in front of it, S = N + L keys, t boundary rows, H heads of this
+tensor parallel rank, V head dim, X = 3 H V columns of the fused projection.
+"""
 
 from typing import Any
 
@@ -25,7 +29,7 @@ from based_megatron.model.mixers.base import (
 )
 from based_megatron.model.mixers.facts import Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
 
@@ -53,7 +57,10 @@ class SoftmaxAttention(Mixer):
         return self.out_proj(merge_heads(mixed))[0], None
 
     def _mix_slice(self, project: Projection, plan: SequencePlan, rotary: tuple[Tensor, Tensor], rows: int) -> Tensor:
-        """Keys and values of the last rows are projected first, and are under way while the others are."""
+        """Mix a slice whose first queries see keys of earlier slices.
+
+        Keys and values of the boundary rows are projected first, and travel while the other rows are projected.
+        """
         exchange = HaloExchange(
             plan,
             WINDOW,
@@ -62,7 +69,7 @@ class SoftmaxAttention(Mixer):
             keep=self.keeps_received,
             renew=lambda kv: self._moved_back(kv, plan),
         )
-        arriving = exchange.start(lambda: self._tail(project, rotary, exchange.tail_rows))
+        arriving = exchange.start(lambda: self._boundary_rows(project, rotary, exchange.boundary_rows))
         q, k, v = self._rotated(project(), rotary)
         return self.attend_slice(q, k, v, Halo(arriving, exchange), plan.document_ids(rows))
 
@@ -71,16 +78,16 @@ class SoftmaxAttention(Mixer):
         q, k = (apply_rotary(x, *rotary, backend=self.config.backend) for x in (q, k))
         return q, k, v
 
-    def _tail(self, project: Projection, rotary: tuple[Tensor, Tensor], tokens: int) -> Tensor:
+    def _boundary_rows(self, project: Projection, rotary: tuple[Tensor, Tensor], tokens: int) -> Tensor:
         """Keys and values of the last tokens, [B, t, 2, H, V]."""
         width = self.heads * self.head_dim
-        kv = project.tail(tokens, slice(width, 3 * width))
+        kv = project.last_tokens(tokens, slice(width, 3 * width))
         k, v = (heads_first_batch(part, self.heads) for part in kv.chunk(2, dim=-1))
         k = apply_rotary(k, *(table[table.shape[0] - tokens :] for table in rotary), backend=self.config.backend)
         return torch.stack([k, v], dim=2)
 
     def _moved_back(self, kv_BN2HV: Tensor, plan: SequencePlan) -> Tensor:
-        """Keys of the step before, from their positions in that sequence to those before the first of this one."""
+        """Carried keys, rotated from their positions in the sequence before to those left of position 0 of this one."""
         model, backend = self.config.model, self.config.backend
         positions = torch.full(kv_BN2HV.shape[1:2], -plan.bounds[-1], device=kv_BN2HV.device)
         tables = rotary_tables(positions, self.head_dim, model.rotary_fraction, model.rotary_base, backend=backend)
@@ -91,14 +98,14 @@ class SoftmaxAttention(Mixer):
         """Keys before a slice that its queries may see."""
         raise NotImplementedError
 
-    def attend(self, q_BLHV: Tensor, k_BKHV: Tensor, v_BKHV: Tensor, key_document_ids_BK: Tensor | None) -> Tensor:
-        """Causal attention of the last L of K positions. Returns [B, L, H, V]."""
+    def attend(self, q_BLHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> Tensor:
+        """Causal attention of the last L of S positions. Returns [B, L, H, V]."""
         raise NotImplementedError
 
     def attend_slice(
-        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BK: Tensor | None
+        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BS: Tensor | None
     ) -> Tensor:
-        """The same where keys and values before the slice are a halo [B, N, 2, H, V] on its way, K = N + L."""
+        """`attend` where the keys and values before the slice are a halo [B, N, 2, H, V] on its way; S = N + L."""
         raise NotImplementedError
 
     @staticmethod
@@ -120,27 +127,27 @@ class SlidingWindowAttention(SoftmaxAttention):
     released_slot, released_target = "alt_mixer_2", "based.models.mixers.slide_attention.SlidingAttention"
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         if not model.window_left:
             return {}
         shape = (model.window_left, 2, model.num_heads, model.hidden_size // model.num_heads)
-        return {WINDOW: Left(shape, cut_dim=2, dtype=dtype)}
+        return {WINDOW: CarriedForm(shape, cut_dim=2, dtype=dtype)}
 
     def look_back(self, plan: SequencePlan) -> int:
         return self.config.model.window_left
 
-    def attend(self, q_BLHV: Tensor, k_BKHV: Tensor, v_BKHV: Tensor, key_document_ids_BK: Tensor | None) -> Tensor:
+    def attend(self, q_BLHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> Tensor:
         return sliding_window_attention(
             q_BLHV,
-            k_BKHV,
-            v_BKHV,
+            k_BSHV,
+            v_BSHV,
             window_left=self.config.model.window_left,
-            key_document_ids_BS=key_document_ids_BK,
+            key_document_ids_BS=key_document_ids_BS,
             backend=self.config.backend,
         )
 
     def attend_slice(
-        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BK: Tensor | None
+        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BS: Tensor | None
     ) -> Tensor:
         return sliding_window_over_slices(
             q_BLHV,
@@ -148,7 +155,7 @@ class SlidingWindowAttention(SoftmaxAttention):
             v_BLHV,
             halo,
             window_left=self.config.model.window_left,
-            key_document_ids_BS=key_document_ids_BK,
+            key_document_ids_BS=key_document_ids_BS,
             backend=self.config.backend,
         )
 
@@ -204,14 +211,14 @@ class FullAttention(SoftmaxAttention):
     def look_back(self, plan: SequencePlan) -> int:
         return plan.bounds[-1] if plan.ranks.size > 1 else 0
 
-    def attend(self, q_BLHV: Tensor, k_BKHV: Tensor, v_BKHV: Tensor, key_document_ids_BK: Tensor | None) -> Tensor:
-        return full_attention(q_BLHV, k_BKHV, v_BKHV, key_document_ids_BS=key_document_ids_BK)
+    def attend(self, q_BLHV: Tensor, k_BSHV: Tensor, v_BSHV: Tensor, key_document_ids_BS: Tensor | None) -> Tensor:
+        return full_attention(q_BLHV, k_BSHV, v_BSHV, key_document_ids_BS=key_document_ids_BS)
 
     def attend_slice(
-        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BK: Tensor | None
+        self, q_BLHV: Tensor, k_BLHV: Tensor, v_BLHV: Tensor, halo: Halo, key_document_ids_BS: Tensor | None
     ) -> Tensor:
-        k_BKHV, v_BKHV = joined_keys(k_BLHV, v_BLHV, halo)
-        return self.attend(q_BLHV, k_BKHV, v_BKHV, key_document_ids_BK)
+        k_BSHV, v_BSHV = joined_keys(k_BLHV, v_BLHV, halo)
+        return self.attend(q_BLHV, k_BSHV, v_BSHV, key_document_ids_BS)
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
@@ -219,9 +226,10 @@ class FullAttention(SoftmaxAttention):
 
 
 def _attention_flops(model: ModelConfig, sequence_length_tokens: int, previous_keys: int) -> float:
-    """4 for each channel and visible key, averaged over positions t = 1..T of a sequence: mean of min(t, previous_keys + 1).
+    """Forward operations of a token in softmax attention: 4 for each channel and visible key.
 
-    Window and causal mask are applied as if the sequence were one document.
+    Keys are averaged over positions t = 1..T of a sequence: the mean of min(t, previous_keys + 1). Window and causal mask are
+    applied as if the sequence were one document.
     """
     full = min(previous_keys + 1, sequence_length_tokens)
     return 4.0 * model.hidden_size * (full - full * (full - 1) / (2 * sequence_length_tokens))

@@ -1,6 +1,6 @@
-"""What all mixers share: Megatron's `self_attention` slot, and projections cut over the tensor parallel ranks.
+"""The base class of mixers: Megatron's `self_attention` slot, and projections cut over the tensor parallel ranks.
 
-Legend: L tokens of this rank's slice, N tokens of a halo in front of it, B sequences, D hidden size, H heads of this tensor
+Legend: L tokens of this rank's slice, N rows of a halo in front of it, S = N + L keys, B sequences, D hidden size, H heads of this tensor
 parallel rank, F feature dim, V value head dim. Decoding keeps sequences apart: [B, L, D], and [B, D] for one token.
 """
 
@@ -27,7 +27,7 @@ class MixerSubmodules:
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """What a mixer needs beside the activations, made once per micro batch."""
+    """What a mixer needs besides the activations, made once per micro batch."""
 
     plan: SequencePlan
     rotary: tuple[Tensor, Tensor] | None
@@ -36,14 +36,14 @@ class MixerInputs:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where new tokens of decoded sequences stand, made once for all layers."""
+    """The places of new tokens in decoded sequences, made once for all layers."""
 
     position_B: Tensor
     """Tokens that the states have absorbed, int64 on the device; rows may differ."""
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin of the new positions: [L, R] or [B, L, R] for a prompt, [B, R] for one token; None if no layer rotates."""
     is_start: bool
-    """Nothing was absorbed yet, in any row: the states are empty and need not be read."""
+    """True if no row has absorbed anything yet: the states are empty and need not be read."""
 
 
 class Mixer(MixerFacts, MegatronModule):
@@ -72,7 +72,7 @@ class Mixer(MixerFacts, MegatronModule):
 
     @property
     def keeps_received(self) -> bool:
-        """Whether this pass will be run again for its gradients, and must keep what it receives for that."""
+        """True if this pass will be recomputed for its gradients: what it receives must be kept for the second time."""
         return self.config.recompute != "none" and not torch.is_grad_enabled()
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:

@@ -1,4 +1,4 @@
-"""The contract of a mixer: what the rest of the house asks its class, answered from a ModelConfig alone. Nothing is built.
+"""The contract of a mixer: facts that its class states from a ModelConfig alone, without building the mixer.
 
 Names of parameters are local to the mixer, such as `out_proj.weight`; shapes are those of the unsharded tensors.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from based_megatron.config import ModelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.config import residual_std
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 
 Shape = tuple[int, ...]
 
@@ -22,15 +22,15 @@ class MixerFacts(ABC):
     """Facts that a mixer must state (letter, name, parameter_shapes, mixing_flops), and those that have a usual answer."""
 
     letter: str
-    """Its letter in model.layer_pattern."""
+    """Letter in model.layer_pattern."""
     name: str
-    """Its name in counts, model cards and messages, with underscores."""
+    """Name in counts, model cards and messages, with underscores."""
     rotates = False
-    """Whether it needs rotary tables."""
+    """True if the mixer needs rotary tables."""
     slices = False
-    """Whether it can mix a slice of a sequence whose other slices lie on other context parallel ranks."""
+    """True if the mixer can work on one slice of a sequence while context parallel ranks hold the others."""
     carries = False
-    """Whether what it `leaves` is all that the next sequence of the same document needs (data.carry_state)."""
+    """Whether its carried state is all that the next sequence of the same document needs (data.carry_state)."""
 
     @staticmethod
     @abstractmethod
@@ -60,17 +60,20 @@ class MixerFacts(ABC):
 
     @staticmethod
     def decays(name: str) -> bool:
-        """Whether a parameter has weight decay: all but biases and norms."""
+        """True for a parameter with weight decay: all but biases and norms."""
         return not name.endswith((".bias", "norm.weight"))
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
-        """What a training sequence leaves for the next one of its row, by kind, where activations are of `dtype`."""
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
+        """Shape and dtype of each carried state, what a training sequence leaves for the next one of its row, by kind.
+
+        dtype: that of activations.
+        """
         return {}
 
     @classmethod
     def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """A dataclass of tensors: what `batch` empty sequences leave for their next token in a model of `dtype`.
+        """The decoding state of `batch` empty sequences in a model of `dtype`: a dataclass of tensors.
 
         Raises ConfigError if there is no such form of constant size.
         """
@@ -83,13 +86,13 @@ class MixerFacts(ABC):
         return sum(tensor.nbytes for tensor in vars(state).values())
 
     hf_name: str | None = None
-    """Its name in the `mixers` of a Hugging Face config; None if it cannot be exported."""
+    """Name in the `mixers` of a Hugging Face config; None if the mixer cannot be exported."""
     hf_cache_layer = ""
-    """Kind of its layer in the caches of transformers, such as linear_attention; only needed with an `hf_class`."""
+    """Kind of the mixer's layer in the caches of transformers, such as linear_attention; only needed with an `hf_class`."""
 
     @staticmethod
     def hf_class() -> type[nn.Module] | None:
-        """Its class in an export, in a file that imports nothing but torch and transformers: the file is copied into the export.
+        """The mixer's class in an export, from a file that imports only torch and transformers and is copied into the export.
 
         None for those of `convert/hf_files/mixers_based.py`.
         """
@@ -101,9 +104,9 @@ class MixerFacts(ABC):
         return {name: cls.parameter_shapes(model)[name]}
 
     released_slot: str | None = None
-    """Its section in config.json of the released checkpoints; None if the released code has no such mixer."""
+    """Section of the mixer in config.json of the released checkpoints; None if the released code has no such mixer."""
     released_target = ""
-    """Its class in the released code, as that section names it."""
+    """Class of the mixer in the released code, as that section names it."""
 
     @staticmethod
     def released_settings(model: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""The short gated convolution: (silu(conv(u)) * gate) W_out, [u | gate] = x W_in (based.models.mixers.convolution.BaseConv)."""
+"""The short gated convolution: (silu(conv(u)) * gate) W_out, [u | gate] = x W_in (based.models.mixers.convolution.BaseConv).
 
-import functools
+Legend: B sequences, L tokens of this rank's slice, D hidden size, C channels, K taps, h = K - 1 halo inputs.
+"""
+
 import math
 from typing import Any
 
@@ -15,7 +17,7 @@ from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.facts import Shape
 from based_megatron.parallel.linear import Projection, shard_parameter
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.plan import SequencePlan
 
@@ -50,11 +52,13 @@ class GatedConv(Mixer):
         return self.out_proj(y.transpose(0, 1).contiguous())[0], None
 
     def _convolve_slice(self, project: Projection, plan: SequencePlan) -> Tensor:
-        """The last rows are projected first, and are under way while the others are."""
+        """Mix a slice whose first outputs read inputs of earlier slices.
+
+        Boundary rows are projected first, and travel while the other rows are projected.
+        """
         channels, taps = self.conv_weight.shape
         exchange = HaloExchange(plan, CONV, self.layer_number, taps - 1, keep=self.keeps_received)
-        tail = functools.partial(project.tail, exchange.tail_rows, slice(channels))
-        arriving = exchange.start(lambda: tail().transpose(0, 1))
+        arriving = exchange.start(lambda: project.last_tokens(exchange.boundary_rows, slice(channels)).transpose(0, 1))
         return gated_conv_over_slices(
             project().transpose(0, 1),
             self.conv_weight,
@@ -64,9 +68,9 @@ class GatedConv(Mixer):
         )
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         rows = model.conv_kernel - 1
-        return {CONV: Left((rows, _channels(model)), cut_dim=1, dtype=dtype)} if rows else {}
+        return {CONV: CarriedForm((rows, _channels(model)), cut_dim=1, dtype=dtype)} if rows else {}
 
     @classmethod
     def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> ConvState:
@@ -96,12 +100,12 @@ class GatedConv(Mixer):
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
-        """2 for each tap and channel."""
+        """Forward operations of a token in the convolution: 2 for each tap and channel."""
         return 2.0 * model.conv_kernel * _channels(model)
 
     @staticmethod
     def initial(name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Taps U(-1 / sqrt(K), 1 / sqrt(K)), others as usual."""
+        """Initial values, fp32: taps U(-1 / sqrt(K), 1 / sqrt(K)); the projections as for other mixers."""
         if name != "conv_weight":
             return Mixer.initial(name, shape, model, generator)
         bound = 1 / math.sqrt(shape[-1])
@@ -126,5 +130,5 @@ class GatedConv(Mixer):
 
 
 def _channels(model: ModelConfig) -> int:
-    """Channels C that are convolved; as many are the gate."""
+    """Number of channels C that are convolved; the gate has as many."""
     return model.hidden_size * model.conv_expand // 2

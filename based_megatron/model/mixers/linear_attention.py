@@ -1,4 +1,7 @@
-"""Linear attention with the second order Taylor feature map: weights 1 + s + s^2 / 2, s = q.k / sqrt(F), normalised."""
+"""Linear attention with the second order Taylor feature map: weights 1 + s + s^2 / 2, s = q.k / sqrt(F), normalised.
+
+Legend: B sequences, L tokens of this rank's slice, H heads of this tensor parallel rank, F feature dim, V value head dim.
+"""
 
 from typing import Any
 
@@ -24,7 +27,7 @@ from based_megatron.model.mixers.base import (
 )
 from based_megatron.model.mixers.facts import Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
-from based_megatron.parallel.sequence.carry import Left
+from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.states import STATE, StateExchange
 
@@ -32,7 +35,10 @@ RELEASED_FEATURES = "based.models.mixers.linear_attention.TaylorExp"
 
 
 class TaylorLinearAttention(Mixer):
-    """No positions, no biases; heads are independent, so that tensor parallel ranks need nothing of each other inside."""
+    """Fused q | k | v projection and Taylor attention, without positions and biases.
+
+    Heads are independent: tensor parallel ranks exchange nothing between the projections.
+    """
 
     letter, name, hf_name = "L", "linear_attention", "linear_attention"
     slices = carries = True
@@ -56,7 +62,7 @@ class TaylorLinearAttention(Mixer):
         return self.out_proj(merge_heads(mixed))[0], None
 
     def _mix_slice(self, project: Projection, plan: SequencePlan) -> Tensor:
-        """Keys and values first: their moments are under way while the queries are projected."""
+        """Mix a slice that reads the state before it: the moments of keys and values travel while the queries are projected."""
         of_q, of_kv = project.parts(self.local_parts[0], sum(self.local_parts[1:]))
         k, v = (heads_first_batch(part, self.heads) for part in of_kv().split(self.local_parts[1:], dim=-1))
         exchange = StateExchange(plan, self.layer_number, keep=self.keeps_received)
@@ -66,9 +72,9 @@ class TaylorLinearAttention(Mixer):
         return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started)
 
     @staticmethod
-    def leaves(model: ModelConfig, dtype: torch.dtype) -> dict[str, Left]:
+    def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
         shape = (model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1)
-        return {STATE: Left(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
+        return {STATE: CarriedForm(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
 
     @classmethod
     def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> TaylorState:
@@ -101,7 +107,7 @@ class TaylorLinearAttention(Mixer):
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
-        """In the recurrent form with the unpacked features of Based, 1 + F + F^2 a head.
+        """Forward operations of a token in the recurrent form, with the 1 + F + F^2 unpacked features of Based a head.
 
         Adding phi(k) v to the state and reading phi(q) from it cost 2 each for every state element, the normaliser being one
         more column (a kernel that packs the symmetric features, or works in chunks, does less or more than this).

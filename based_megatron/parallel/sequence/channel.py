@@ -26,7 +26,7 @@ class Pending(Generic[Value]):
 
     @classmethod
     def done(cls, value: Value) -> "Pending[Value]":
-        """What needs no waiting."""
+        """A value that is there already."""
         return cls(lambda: value)
 
     def wait(self) -> Value:
@@ -37,13 +37,13 @@ class Pending(Generic[Value]):
         return self._value[0]
 
     def then(self, work: Callable[[Value], Other]) -> "Pending[Other]":
-        """What `work` makes of the value, once it is waited for."""
+        """The result of `work` on the value, which runs when it is waited for."""
         return Pending(lambda: work(self.wait()))
 
 
 @dataclass
 class Traffic:
-    """Calls and bytes of one rank, by kind of exchange (`state`, `halo`, `carry`)."""
+    """Calls and bytes of one rank, by kind of exchange (`state`, `halo`, `carried`)."""
 
     calls: Counter[str] = field(default_factory=Counter)
     sent_bytes: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""Which document each token of a packed sequence belongs to, known on the host of every rank.
+"""The documents of packed sequences, known on the host of every rank.
 
 Legend: B sequences, S tokens of the whole sequence, n positions asked about.
 """
@@ -39,5 +39,5 @@ class Documents:
         return numbers_Bn
 
     def with_past(self, limit_tokens: int) -> "Documents":
-        """The same, where no more than so many tokens before each sequence are known."""
+        """These documents where no more than so many tokens before each sequence are known."""
         return Documents(self.starts, tuple(min(tokens, limit_tokens) for tokens in self.tokens_before))

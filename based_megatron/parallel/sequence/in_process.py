@@ -4,7 +4,7 @@ Each rank's program runs in a thread of its own and waits where it needs another
 """
 
 import threading
-from collections import defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,24 +21,33 @@ TIMEOUT_SECONDS = 60.0
 
 
 class Mailbox:
-    """Messages between the ranks of one channel, in order for each pair."""
+    """Messages between the ranks of one channel. As over NCCL, the n-th receive of a pair gets the n-th send of the pair."""
 
     def __init__(self) -> None:
-        self._messages: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self._messages: dict[tuple[int, int, int], Tensor] = {}
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._expected: Counter[tuple[int, int]] = Counter()
         self._changed = threading.Condition()
 
     def put(self, source: int, target: int, x: Tensor) -> None:
+        """Send a copy of `x`."""
         with self._changed:
-            self._messages[source, target].append(x)
+            self._messages[source, target, self._sent[source, target]] = x.detach().clone()
+            self._sent[source, target] += 1
             self._changed.notify_all()
 
-    def take(self, source: int, target: int) -> Tensor:
-        """The next message of a pair. Raises TimeoutError if it does not come."""
+    def expect(self, source: int, target: int) -> Pending[Tensor]:
+        """Post a receive. Waiting for it raises TimeoutError if the message does not come."""
         with self._changed:
-            box = self._messages[source, target]
-            if not self._changed.wait_for(lambda: box, TIMEOUT_SECONDS):
-                raise TimeoutError(f"rank {target} had no message of rank {source} in {TIMEOUT_SECONDS:.0f} s")
-            return box.popleft()
+            number = self._expected[source, target]
+            self._expected[source, target] += 1
+        return Pending(lambda: self._take((source, target, number)))
+
+    def _take(self, key: tuple[int, int, int]) -> Tensor:
+        with self._changed:
+            if not self._changed.wait_for(lambda: key in self._messages, TIMEOUT_SECONDS):
+                raise TimeoutError(f"rank {key[1]} had no message of rank {key[0]} in {TIMEOUT_SECONDS:.0f} s")
+            return self._messages.pop(key)
 
 
 @dataclass
@@ -52,13 +61,11 @@ class InProcessChannel:
 
     def all_gather(self, kind: str, x: Tensor) -> Pending[Tensor]:
         self.traffic.count_all_gather(kind, x, self.size)
-        self._put([x] * self.size)
-        return Pending(lambda: torch.stack(self._take()))
+        return self._swap([x] * self.size)
 
     def all_to_all(self, kind: str, x: Tensor) -> Tensor:
         self.traffic.count_all_to_all(kind, x, self.size)
-        self._put(list(x.unbind(0)))
-        return torch.stack(self._take())
+        return self._swap(list(x.unbind(0))).wait()
 
     def exchange(
         self, kind: str, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
@@ -67,20 +74,21 @@ class InProcessChannel:
             return Pending.done(None)
         self.traffic.count_exchange(kind, sends, receives)
         for peer, x in sends:
-            self.mailbox.put(self.rank, peer, x.detach().clone())
+            self.mailbox.put(self.rank, peer, x)
+        arriving = [(self.mailbox.expect(peer, self.rank), buffer) for peer, buffer in receives]
 
         def finish() -> None:
-            for peer, buffer in receives:
-                buffer.copy_(self.mailbox.take(peer, self.rank))
+            for message, buffer in arriving:
+                buffer.copy_(message.wait())
 
         return Pending(finish)
 
-    def _put(self, parts: list[Tensor]) -> None:
+    def _swap(self, parts: list[Tensor]) -> Pending[Tensor]:
+        """Part p goes to rank p; what comes from each rank, stacked."""
         for peer, x in enumerate(parts):
-            self.mailbox.put(self.rank, peer, x.detach().clone())
-
-    def _take(self) -> list[Tensor]:
-        return [self.mailbox.take(peer, self.rank) for peer in range(self.size)]
+            self.mailbox.put(self.rank, peer, x)
+        arriving = [self.mailbox.expect(peer, self.rank) for peer in range(self.size)]
+        return Pending(lambda: torch.stack([message.wait() for message in arriving]))
 
 
 def run_ranks(size: int, program: Callable[[int], Result]) -> list[Result]:

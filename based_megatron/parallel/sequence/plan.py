@@ -1,4 +1,4 @@
-"""What a mixer must know of the whole sequence when it sees one contiguous slice of it.
+"""The plan of a sequence: what a mixer must know of the whole when it sees one contiguous slice of it.
 
 Legend: B sequences, S tokens of the whole sequence, L tokens of this slice, P context parallel ranks, N rows of a halo.
 """
@@ -9,35 +9,28 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from based_megatron.parallel.sequence.carry import Carry
+from based_megatron.parallel.sequence.carried import STEP_BEFORE, CarriedState, NothingCarried
 from based_megatron.parallel.sequence.documents import Documents
+from based_megatron.parallel.sequence.messages import Message, Parcel
 from based_megatron.parallel.sequence.ranks import ONE_RANK, ContextRanks
 
 
 @dataclass(frozen=True)
-class Message:
-    """Rows of a halo that one rank owns and another needs: the last `rows` of the owner's slice."""
-
-    owner: int
-    reader: int
-    rows: int
-
-
-@dataclass(frozen=True)
 class SequencePlan:
-    """Made once per micro batch from what every host knows, and passed along with it: never global.
+    """The slices of the sequences of one micro batch and what flows between them, known on every host before anything is sent.
 
-    Slices are contiguous and may be of any lengths, one token included.
+    Slices are contiguous and may be of any lengths, one token included. Those of the ranks are numbered 0 .. P - 1. Where states
+    are carried from step to step, -1 is the slice of the step before and P that of the next; the first rank holds both.
     """
 
     ranks: ContextRanks
     bounds: tuple[int, ...]
     """First position of each slice, and S: P + 1 ascending numbers."""
     documents: Documents | None
-    """None if each sequence is one document."""
+    """Starts of documents; None if each sequence is one document."""
     device: torch.device
-    carry: Carry | None = None
-    """What the step before left of each sequence and the next one will need; None if sequences are apart."""
+    carried: CarriedState = field(default_factory=NothingCarried)
+    """What the step before left for this one, and what this one leaves for the next."""
     kept: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
     """Received states and halos by kind and layer, for layers whose activations are recomputed: they do not ask for them again."""
 
@@ -56,64 +49,82 @@ class SequencePlan:
         """Tokens L of this slice."""
         return self.end - self.start
 
+    @cached_property
+    def slices(self) -> range:
+        """Numbers of all slices that rows and states flow between."""
+        return self.carried.slices(self.ranks.size)
+
+    def holder(self, number: int) -> int:
+        """Rank that holds a slice."""
+        return number if 0 <= number < self.ranks.size else 0
+
+    def holds(self, number: int) -> bool:
+        """Whether this rank holds a slice."""
+        return self.holder(number) == self.ranks.rank
+
     @property
     def is_whole(self) -> bool:
-        """Nothing comes from outside of this slice."""
-        return self.ranks.size == 1 and self.carry is None
+        """Whether this slice is all there is: nothing comes into it from outside, and nothing leaves it."""
+        return len(self.slices) == 1
 
     @cached_property
     def gates(self) -> Tensor:
-        """[b, r, p] is 1 where one document covers the end of slice p through the start of slice r, p < r; on the host.
+        """Entry [b, r, p] is 1 where one document covers the end of slice p through the start of slice r, p < r; on the host.
 
-        The state of slice p, of the tokens of its last document, then flows into slice r. B is 1 without documents.
+        The state of slice p, of the tokens of its last document, then flows into slice r. r and p are places in `slices`. The
+        next step counts as one that goes on with the last document. B is 1 without documents.
         """
-        before_PP = torch.ones(self.ranks.size, self.ranks.size).tril(-1)
+        earlier = torch.ones(len(self.slices), len(self.slices)).tril(-1)
         if self.documents is None:
-            return before_PP[None]
-        bounds = torch.tensor(self.bounds)
-        first_BP, last_BP = self.documents.numbers(bounds[:-1]), self.documents.numbers(bounds[1:] - 1)
-        return before_PP * (first_BP[:, :, None] == last_BP[:, None, :])
+            return earlier[None]
+        # Slice -1 reads nothing and slice P is read by none: where -1 starts and P ends is not needed, any position will do.
+        first = torch.tensor([self.bounds[max(number, 0)] for number in self.slices])
+        last = torch.tensor([self.bounds[min(number + 1, self.ranks.size)] - 1 for number in self.slices])
+        first_Br, last_Bp = self.documents.numbers(first), self.documents.numbers(last)
+        return earlier * (first_Br[:, :, None] == last_Bp[:, None, :])
 
     @cached_property
     def device_gates(self) -> Tensor:
-        """The same on the device, fp32."""
+        """`gates` on the device, fp32: copied once for all layers, and nobody waits for it."""
         return self.gates.to(self.device, non_blocking=True)
 
-    @property
+    @cached_property
+    def rank_gates(self) -> Tensor:
+        """The gates [B, P, P] between slices of ranks, on the host."""
+        return self._of_ranks(self.gates)
+
+    @cached_property
+    def device_rank_gates(self) -> Tensor:
+        """`rank_gates` on the device, fp32."""
+        return self._of_ranks(self.device_gates).contiguous()
+
+    @cached_property
+    def _device_flows(self) -> Tensor:
+        return self.device_gates > 0
+
+    def flows(self, owner: int, reader: int) -> Tensor:
+        """Sequences in which the state of one slice flows into a later one: bool [B], on the device."""
+        return self._device_flows[:, self.slices.index(reader), self.slices.index(owner)]
+
+    def flows_anywhere(self, owner: int, reader: int) -> bool:
+        """Whether the state of one slice flows into a later one in any sequence; the host knows."""
+        return bool(self.gates[:, self.slices.index(reader), self.slices.index(owner)].any())
+
+    @cached_property
     def crosses(self) -> bool:
-        """Whether any document crosses any boundary: if none does, no rank has anything to tell another."""
-        return bool(self.gates.any())
-
-    def opens(self, rank: int) -> Tensor:
-        """[b] is 1 where the document of a slice's first token is that of its last; B is 1 without documents. On the host."""
-        if self.documents is None:
-            return torch.ones(1)
-        numbers_B2 = self.documents.numbers(torch.tensor([self.bounds[rank], self.bounds[rank + 1] - 1]))
-        return (numbers_B2[:, 0] == numbers_B2[:, 1]).float()
-
-    @cached_property
-    def device_opens(self) -> Tensor:
-        """The same of this rank's slice, on the device: copied once for all layers, and nobody waits for it."""
-        return self.opens(self.ranks.rank).to(self.device, non_blocking=True)
-
-    @cached_property
-    def device_continues(self) -> Tensor:
-        """[b] is 1 where the sequence goes on with the document that the step before ended in; fp32, on the device."""
-        assert self.documents is not None
-        continues_B = torch.tensor(self.documents.tokens_before) > 0
-        return continues_B.float().to(self.device, non_blocking=True)
+        """Whether any document crosses a boundary between ranks: if none does, no rank has a state for another."""
+        return bool(self.rank_gates.any())
 
     def messages(self, rows: int) -> tuple[Message, ...]:
-        """What this rank sends or receives so that every slice has the `rows` before it. Both ends find the same.
+        """Messages from or to slices of this rank that bring every slice the `rows` before it, by reader, then by owner.
 
-        Rows of documents that have ended are not sent. With `carry`, rank 0 also owns the rows before the sequence.
+        Both ends find the same ones. Rows of documents that have ended are in none. Messages between two slices of one rank are
+        among them, though nothing is sent.
         """
         if rows not in self._messages:
-            mine, readers = self.ranks.rank, [self.ranks.rank]
-            while readers[-1] + 1 < self.ranks.size and self.bounds[readers[-1] + 1] - rows < self.end:
-                readers.append(readers[-1] + 1)
-            found = [self._message(mine, reader, rows) for reader in readers[1:]]
-            found += [self._message(owner, mine, rows) for owner in range(mine - 1, -1, -1)]
+            held = [number for number in self.slices if self.holds(number)]
+            pairs = {(min(own, other), max(own, other)) for own in held for other in self.slices if other != own}
+            found = [self._message(*pair, rows) for pair in sorted(pairs, key=lambda pair: pair[::-1])]
             self._messages[rows] = tuple(message for message in found if message is not None)
         return self._messages[rows]
 
@@ -122,20 +133,37 @@ class SequencePlan:
         return {}
 
     def _message(self, owner: int, reader: int, rows: int) -> Message | None:
-        count = self.bounds[owner + 1] - max(self._owned_from(owner, rows), self.bounds[reader] - rows)
-        needed = count > 0 and self.gates[:, reader, owner].any()
-        return Message(owner, reader, count) if needed else None
+        wanted = self.bounds[reader] - rows
+        first, last = wanted if owner == STEP_BEFORE else max(self.bounds[owner], wanted), self.bounds[owner + 1]
+        if first >= last:
+            return None
+        # Rows of slice -1 go where those of slice 0 go: the length of a halo, and so the order in which kernels add its rows up,
+        # does not depend on whether any document goes on from the step before.
+        source = self.holder(owner)
+        needed = source == self.holder(reader) or self.flows_anywhere(source, reader)
+        return Message(owner, reader, first, last) if needed else None
 
-    def _owned_from(self, owner: int, rows: int) -> int:
-        return self.bounds[owner] - (rows if owner == 0 and self.carry is not None else 0)
+    def halo_messages(self, rows: int) -> tuple[Message, ...]:
+        """Those of `messages` that slices of this step read."""
+        return tuple(m for m in self.messages(rows) if m.reader < self.ranks.size)
+
+    def carried_messages(self, rows: int) -> tuple[Message, ...]:
+        """Those of `messages` that the next step reads."""
+        return tuple(m for m in self.messages(rows) if m.reader == self.ranks.size)
+
+    def parcel(self, message: Message) -> Parcel:
+        """A message with the ranks that hold its owner and its reader."""
+        return Parcel(self.holder(message.owner), self.holder(message.reader), message)
 
     def halo_rows(self, rows: int) -> int:
         """N, the rows that exist in front of this slice and are still of its document, at most `rows`."""
-        mine, start = self.ranks.rank, self.start
-        begins = [self.bounds[m.owner + 1] - m.rows for m in self.messages(rows) if m.reader == mine]
-        if mine == 0 and self.carry is not None:
-            begins.append(-rows)
-        return start - min(begins, default=start)
+        begins = [m.first for m in self.messages(rows) if m.reader == self.ranks.rank]
+        return self.start - min(begins, default=self.start)
+
+    def _of_ranks(self, gates: Tensor) -> Tensor:
+        first = self.slices.index(0)
+        ranks = slice(first, first + self.ranks.size)
+        return gates[:, ranks, ranks]
 
     def document_ids(self, halo: int = 0) -> Tensor | None:
         """int32 ids [B, N + L] of this slice and of the N = halo_rows(halo) tokens before it; None without documents.

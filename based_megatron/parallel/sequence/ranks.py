@@ -33,7 +33,7 @@ class ContextRanks:
     traffic: Traffic = field(default_factory=Traffic)
     """What this rank has sent and received."""
     side_stream: torch.cuda.Stream | None = None
-    """Where exchanges of several steps run beside the computation; None on a CPU."""
+    """The stream that exchanges of several steps run on, while the computation goes on; None on a CPU."""
 
 
 ONE_RANK = ContextRanks(0, 1)

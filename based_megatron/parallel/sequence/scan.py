@@ -4,7 +4,7 @@ Legend: B sequences, X numbers of a state, P ranks, G ranks of a node, N nodes.
 
     prefix(r) = sum_p gates[r, p] state_p  over p < r        suffix(r) = sum_p gates[p, r] state_p  over p > r
 
-Gates are 0 or 1 and known on every host (plan.gates): the sums are fixed before anything is sent. A sum is never formed as
+Gates are 0 or 1 and known on every host (plan.rank_gates): the sums are fixed before anything is sent. A sum is never formed as
 "inclusive minus own", which cancels, and terms are added in the order of ranks: the same bits in every run.
 """
 
@@ -30,7 +30,7 @@ def start_gated_sum(state: Tensor, plan: SequencePlan, *, reverse: bool = False)
     state: [B, ...], fp32 or fp64, of this slice: moments of its last document, or adjoint moments of its first. All ranks call
     it, and only if `plan.crosses`. The sum has the same shape; nothing flows through it backward.
     """
-    gates_BPP = plan.device_gates.to(state.dtype)
+    gates_BPP = plan.device_rank_gates.to(state.dtype)
     if reverse:
         gates_BPP = gates_BPP.transpose(1, 2)
     flat_BX, ranks = state.flatten(1), plan.ranks
@@ -115,11 +115,11 @@ def _chain(state_BX: Tensor, gates_BPP: Tensor, plan: SequencePlan, reverse: boo
 
 
 def _flows(plan: SequencePlan, source: int, target: int) -> bool:
-    return bool(plan.gates[:, max(source, target), min(source, target)].any())
+    return bool(plan.rank_gates[:, max(source, target), min(source, target)].any())
 
 
 def _beside(ranks: ContextRanks, work: Callable[[Tensor], Tensor], x: Tensor) -> Pending[Tensor]:
-    """Run `work`, which waits for others several times, beside the computation: on a GPU on a stream of its own."""
+    """Run `work`, which waits for other ranks several times, while the computation goes on: on a GPU on a stream of its own."""
     side = ranks.side_stream
     if side is None:
         return Pending.done(work(x))

@@ -1,4 +1,4 @@
-"""Where the contiguous slices of a sequence lie."""
+"""The positions of the contiguous slices of a sequence."""
 
 from collections.abc import Sequence
 

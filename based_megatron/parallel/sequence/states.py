@@ -1,4 +1,7 @@
-"""States of linear attention on their way between slices, as the kernels' fused attention asks for them (kernels/exchange.py)."""
+"""States of linear attention on their way between slices, as the kernels' fused attention asks for them (kernels/exchange.py).
+
+Legend: B sequences, H heads, R rows of a state, V value head dim, P ranks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from based_megatron.parallel.sequence.carried import STEP_BEFORE
 from based_megatron.parallel.sequence.channel import Pending
+from based_megatron.parallel.sequence.messages import deliver
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.scan import start_gated_sum
 
@@ -15,7 +20,10 @@ STATE = "state"
 
 @dataclass(frozen=True)
 class StateExchange:
-    """Of one layer in one micro batch. Forward asks for the state before the slice, backward for the adjoint state after it."""
+    """The exchange of one layer in one micro batch.
+
+    Forward asks for the state before the slice, backward for the adjoint state after it.
+    """
 
     plan: SequencePlan
     layer: int
@@ -30,7 +38,7 @@ class StateExchange:
         key = (STATE, self.layer)
         if key in self.plan.kept:
             return Pending.done(self.plan.kept[key])
-        found = self._continued(moments) if self.plan.carry is not None else self._prefix(moments)
+        found = self._prefix(moments)
         if self.keep:
             found = found.then(lambda state: self.plan.kept.setdefault(key, state))
         return found
@@ -43,53 +51,48 @@ class StateExchange:
         if not self.plan.crosses:
             return Pending.done(None)
         found = start_gated_sum(moments(), self.plan, reverse=True)
-        mine = self.plan.gates[:, :, self.plan.ranks.rank]
-        return found.then(lambda state: state if mine.any() else None)
+        needed = self.plan.rank_gates[:, :, self.plan.ranks.rank].any()
+        return found.then(lambda state: state if needed else None)
 
     def _prefix(self, moments: Callable[[], Tensor]) -> Pending[Tensor | None]:
-        if not self.plan.crosses:
+        plan, rank = self.plan, self.plan.ranks.rank
+        if not plan.gates.any():
             return Pending.done(None)
-        found = start_gated_sum(moments(), self.plan)
-        mine = self.plan.gates[:, self.plan.ranks.rank]
-        return found.then(lambda state: state if mine.any() else None)
-
-    def _continued(self, moments: Callable[[], Tensor]) -> Pending[Tensor | None]:
-        """The first slice starts from what the step before left, and passes it on if its document goes on."""
-        plan, own = self.plan, moments()
-        carry, ranks = plan.carry, plan.ranks
-        assert carry is not None
-        key, carried = (STATE, self.layer), None
-        before = carry.before.get(key)
-        if ranks.rank == 0 and before is not None and plan.documents is not None and any(plan.documents.tokens_before):
-            carried = before * _per_row(plan.device_continues, own)
-            own = own + carried * _per_row(plan.device_opens, own)
-        prefix: Pending[Tensor | None] = Pending.done(carried)
+        own, carried = moments(), self._carried()
+        found: Pending[Tensor | None] = Pending.done(carried)
         if plan.crosses:
-            prefix = start_gated_sum(own, plan).then(lambda state: state if ranks.rank else carried)
+            # A carried state is on the first rank alone, and no other state flows into that rank's slice.
+            needed = carried is None and bool(plan.rank_gates[:, rank].any())
+            summed = start_gated_sum(self._after(own, carried), plan)
+            found = summed.then(lambda state: state if needed else carried)
+        return found.then(lambda before: self._hand_on(own, before))
 
-        def leave(state: Tensor | None) -> Tensor | None:
-            if (handed := self._hand_over(own, state)) is not None:
-                carry.after[key] = handed
-            return state
-
-        return prefix.then(leave)
-
-    def _hand_over(self, own: Tensor, state: Tensor | None) -> Pending[Tensor] | None:
-        """The state at the end of the sequence goes to the first rank; the ranks between have nothing to do."""
-        plan, ranks = self.plan, self.plan.ranks
-        last = ranks.size - 1
-        if ranks.rank == last and last and state is not None:
-            own = own + state * _per_row(plan.device_opens, own)
-        if last == 0:
-            return Pending.done(own)
-        assert ranks.halos is not None
-        if ranks.rank == last:
-            return ranks.halos.exchange("carry", [(0, own.contiguous())], []).then(lambda _: own)
-        if ranks.rank:
+    def _carried(self) -> Tensor | None:
+        """The carried state of the sequences whose document goes on in this slice, zeros for others; None if there is none."""
+        before = self.plan.carried.before.get((STATE, self.layer))
+        if before is None or not self.plan.flows_anywhere(STEP_BEFORE, 0):
             return None
-        arriving = torch.empty_like(own)
-        return ranks.halos.exchange("carry", [], [(last, arriving)]).then(lambda _: arriving)
+        return _select(self.plan.flows(STEP_BEFORE, 0), before)
+
+    def _after(self, own: Tensor, before: Tensor | None) -> Tensor:
+        """The state after this slice, of its last document, from the slice's moments and the state before it."""
+        if before is None:
+            return own
+        rank = self.plan.ranks.rank
+        return own + _select(self.plan.flows(rank - 1, rank + 1), before)
+
+    def _hand_on(self, own: Tensor, before: Tensor | None) -> Tensor | None:
+        """Begin to send the state after the sequence to the next step. Returns the state before this slice, as it is."""
+        plan = self.plan
+        # The slice that has the last row of the sequence also has the state after it.
+        if parcels := [plan.parcel(message) for message in plan.carried_messages(rows=1)]:
+            arriving = deliver(
+                plan.ranks, "carried", parcels, lambda _: self._after(own, before), lambda _: torch.empty_like(own)
+            )
+            plan.carried.after[STATE, self.layer] = arriving.then(lambda arrived: arrived[0][1] if arrived else None)
+        return before
 
 
-def _per_row(gates_B: Tensor, like: Tensor) -> Tensor:
-    return gates_B.to(like.dtype).view(-1, *([1] * (like.ndim - 1)))
+def _select(chosen_B: Tensor, state: Tensor) -> Tensor:
+    """The state of chosen sequences, zeros for others. Not a product: a state that is not a number must not come through."""
+    return torch.where(chosen_B.view(-1, *([1] * (state.ndim - 1))), state, 0.0)

@@ -15,7 +15,7 @@ from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError
-from based_megatron.parallel.sequence.carry import Carries
+from based_megatron.parallel.sequence.carried import CarriedStates
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ PAST_TOKENS = "past_tokens"
 class Checkpointer(Callback):
     """Saves at every interval, at a stop and at the end. A failed save is told and training goes on; the last one must work."""
 
-    def __init__(self, engine: Any, config: Config, data_fingerprint: str, carries: Carries | None = None) -> None:
-        self._engine, self._config, self._data_fingerprint, self._carries = engine, config, data_fingerprint, carries
+    def __init__(
+        self, engine: Any, config: Config, data_fingerprint: str, carried: CarriedStates | None = None
+    ) -> None:
+        self._engine, self._config, self._data_fingerprint, self._carried = engine, config, data_fingerprint, carried
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
         self._peers: Peers = everyone(dist.new_group(backend="gloo"))
@@ -76,9 +78,9 @@ class Checkpointer(Callback):
             "world_size": trainer.topology.world_size,
             "config": to_dict(self._config),
         }
-        if self._carries is not None:
-            fragments += carried_fragments(self._carries)
-            state[PAST_TOKENS] = self._carries.past_tokens
+        if self._carried is not None:
+            fragments += carried_fragments(self._carried)
+            state[PAST_TOKENS] = self._carried.past_tokens
         path = save_checkpoint(self._folder, trainer.step, fragments, state, self._peers)
         self._saved_step = trainer.step
         trainer.record("checkpoint", path=str(path))
@@ -109,13 +111,13 @@ class Checkpointer(Callback):
 
     def _restore_carried(self, path: Path, state: dict[str, Any]) -> None:
         """Take carried states up where they are of this data and model; else a line says that the run begins without them."""
-        if self._carries is None:
+        if self._carried is None:
             return
         if reason := self._carried_do_not_fit(state):
             self._warnings.append(f"the first step starts without carried states: {path} {reason}")
             return
-        load_carried(path, carried_fragments(self._carries), self._peers)
-        self._carries.past_tokens = state[PAST_TOKENS]
+        load_carried(path, carried_fragments(self._carried), self._peers)
+        self._carried.past_tokens = state[PAST_TOKENS]
 
     def _carried_do_not_fit(self, state: dict[str, Any]) -> str | None:
         if PAST_TOKENS not in state:

@@ -13,7 +13,7 @@ OPERATIONS = [module.name for module in pkgutil.iter_modules(kernels.__path__) i
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_examples(operation: str) -> None:
+def test_public_functions_do_what_their_examples_show(operation: str) -> None:
     torch.manual_seed(0)
     module = importlib.import_module(f"based_megatron.kernels.{operation}")
     functions = [getattr(module, name) for name in module.__all__ if not name.isupper() and not name.endswith("State")]

@@ -1,0 +1,1 @@
+"""File formats that `based prep` reads: one file each, listed in registry.py."""

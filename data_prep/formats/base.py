@@ -1,0 +1,47 @@
+"""The contract of a file format: what its file says, and what its reader yields."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
+
+from based_megatron.data_prep.config import PrepConfig
+
+
+class Skip(NamedTuple):
+    """Why a record has no text: `reason` is a word that is counted ("malformed"), `detail` goes into the warning."""
+
+    reason: str
+    detail: str
+
+
+Record = tuple[int, str | Skip]
+"""A document's number in its file, from 1, and its text, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file with documents in it."""
+
+    suffixes: tuple[str, ...]
+    """Endings of its files, in lower case: `(".jsonl", ".jsonl.gz")`."""
+    read: Callable[[BinaryIO, str, PrepConfig], Iterator[Record]]
+    """The records of an open file. The name of the file and the settings of `based prep` come along, for what depends on them.
+
+    The reader takes from the file in order, so that progress can be shown as bytes read. What is wrong with one record it yields
+    as a Skip; what makes the rest of the file unreadable it raises (`read_errors`, OSError or EOFError); a setting that does not
+    fit is a DataError, which ends the run.
+    """
+    read_errors: tuple[type[Exception], ...] = ()
+    """Errors of the library that reads the format: the rest of the file is skipped and counted as unreadable."""
+
+    def holds(self, name: str) -> bool:
+        """True if a file of this name is of this format."""
+        return name.lower().endswith(self.suffixes)
+
+
+def decoded(data: bytes) -> str | Skip:
+    """Text from UTF-8, with or without a byte order mark."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return Skip("undecodable", f"not UTF-8 at byte {error.start}")

@@ -1,0 +1,31 @@
+"""Parquet: the text of a row stands in the column `--text-key`."""
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from based_megatron.data_prep.config import PrepConfig
+from based_megatron.data_prep.formats.base import Format, Record, Skip, decoded
+from based_megatron.errors import DataError
+
+BATCH_ROWS = 1024
+
+
+def read_rows(raw: BinaryIO, name: str, config: PrepConfig) -> Iterator[Record]:
+    """One record for each row. Raises DataError if there is no column of that name."""
+    parquet, text_key = pyarrow.parquet.ParquetFile(raw), config.text_key
+    columns = parquet.schema_arrow.names
+    if text_key not in columns:
+        raise DataError(f"{name} has no column {text_key!r}, only {', '.join(columns)}: set --text-key")
+    row = 0
+    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[text_key]):
+        # As bytes: one row that is not UTF-8 must not make its whole batch unreadable.
+        for value in batch.column(0).cast(pyarrow.large_binary()):
+            row += 1
+            data = value.as_py()
+            yield row, Skip("malformed", f"no {text_key!r} in this row") if data is None else decoded(data)
+
+
+PARQUET = Format((".parquet",), read_rows, (pyarrow.ArrowException,))
