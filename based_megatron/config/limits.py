@@ -1,4 +1,4 @@
-"""What each setting may be: its limits stand beside it in the schema, and one walk over a config checks them all."""
+"""What each setting may be: its limits are written at it in the schema, and one walk over a config checks them all."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ class Setting:
     """Its name from the top, such as optimizer.lr."""
     value: Any
     limits: tuple[Any, ...]
-    """What the schema says of it beside its type: a Range, a FilePath, or nothing."""
+    """What the schema says of it besides its type: a Range, a FilePath, or nothing."""
 
 
 def settings_of(config: Any, prefix: str = "") -> Iterator[Setting]:
@@ -101,7 +101,7 @@ def flag(key: str) -> str:
 
 
 def absolute_paths(config: T) -> T:
-    """The same settings with every path absolute, so that they mean the same files from any working directory."""
+    """A copy of the settings with every path absolute, so that they mean the same files from any working directory."""
     hints = get_type_hints(type(config), include_extras=True)
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]

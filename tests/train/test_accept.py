@@ -13,7 +13,7 @@ from based_megatron.train.accept import accept, check_memory, least_bytes, memor
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
-    """Of a run that can start."""
+    """The command line of a run that can start."""
     folder = tmp_path_factory.mktemp("accept")
     (folder / "text.txt").write_text("a few words of a corpus, said again and again. " * 2000)
     assert cli.main(["prep", str(folder / "text.txt"), "--output", str(folder / "data"), "--vocab-size", "300"]) == 0
