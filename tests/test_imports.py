@@ -16,8 +16,6 @@ DOORS = {"megatron": "parallel/megatron.py", "deepspeed": "parallel/deepspeed.py
 """The one file that may import each library: what else it is used for goes through that file."""
 ROOTS = {"", "errors"}
 """What any room may import: the version, and the errors of users."""
-FOR_TYPES_ONLY = {("monitor", "train")}
-"""Arrows that only annotations need, under TYPE_CHECKING; left out of the search for cycles."""
 
 
 def product_files() -> dict[str, Path]:
@@ -78,7 +76,7 @@ def test_rooms_import_what_contributing_says_and_nothing_else():
 
 def test_arrows_point_one_way():
     graph: dict[str, set[str]] = {}
-    for source, target in documented() - FOR_TYPES_ONLY:
+    for source, target in documented():
         graph.setdefault(source, set()).add(target)
     TopologicalSorter(graph).prepare()  # raises CycleError, with the cycle
 

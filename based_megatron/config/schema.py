@@ -224,6 +224,12 @@ class MonitorConfig:
     """Steps between console lines and TensorBoard points."""
     tensorboard: bool = True
     """Write TensorBoard logs to the run folder."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Write to Weights & Biases or MLflow too, where they are installed (extra `trackers`); they read their own environment variables."""
+    project: str = "based"
+    """Project (wandb) or experiment (mlflow) that the run belongs to; the run is named after its folder."""
+    debug_gradients: bool = False
+    """Name the parameters whose gradient is not finite, and the first layer whose output is not; slow, for a search only."""
     peak_flops: float = 0.0
     """Peak FLOP/s of one device for MFU; 0 looks the device up, and leaves MFU out where it is unknown."""
     sample_interval_steps: int = 0

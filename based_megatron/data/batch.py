@@ -26,3 +26,5 @@ class MicroBatch:
     """First position of each context parallel slice, and S."""
     row: int = 0
     """Row of the global batch that its first sequence is; others follow. With carried states the same row goes on in the next step."""
+    sources: tuple[str, ...] = ()
+    """Corpus that each sequence is from; empty unless the data is a mixture."""

@@ -31,8 +31,8 @@ class DataCommand:
     """Preset or YAML file to take these from instead."""
     path: tuple[str, ...] = ()
     """Folders written by `based prep`, in equal parts, instead of a run or a config."""
-    step: int = 0
-    """Step to list, counted from 0."""
+    step: int = 1
+    """Step to list, counted from 1 as in logs and errors."""
     global_batch_sequences: int = 256
     """Sequences of a step, with --path."""
     sequence_length_tokens: int = 2048
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
 def _data(command: DataCommand) -> tuple[DataConfig, int]:
     if sum(map(bool, (command.run, command.config, command.path))) != 1:
         raise ConfigError("give one of --run RUN_DIR, --config NAME_OR_PATH and --path FOLDER")
-    if command.step < 0 or command.global_batch_sequences < 1 or command.sequence_length_tokens < 1:
-        raise ConfigError("--step must be at least 0, --global-batch-sequences and --sequence-length-tokens at least 1")
+    if command.step < 1 or command.global_batch_sequences < 1 or command.sequence_length_tokens < 1:
+        raise ConfigError("--step, --global-batch-sequences and --sequence-length-tokens must be at least 1")
     if command.path:
         sources = tuple(SourceConfig(path=path) for path in command.path)
         data = DataConfig(sources=sources, sequence_length_tokens=command.sequence_length_tokens, seed=command.seed)

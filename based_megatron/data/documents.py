@@ -33,10 +33,13 @@ class DocumentPart:
 
 
 def documents_of_step(sources: Sources, step: int, global_batch_sequences: int) -> Iterator[DocumentPart]:
-    """Every document part of the global batch of a step, counted from 0, in the order of sequences and tokens."""
+    """Every document part that a step was trained on, in the order of sequences and tokens.
+
+    step: counted from 1, as in logs, errors and names of checkpoints.
+    """
     check_tokenizer_file(sources.manifests[0])
     tokenizer = Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))
-    numbers = step * global_batch_sequences + np.arange(global_batch_sequences, dtype=np.int64)
+    numbers = (step - 1) * global_batch_sequences + np.arange(global_batch_sequences, dtype=np.int64)
     for place, (source, sequence) in enumerate(sources.locate(numbers)):
         reader = sources.train[source]
         folder = reader.manifest.folder

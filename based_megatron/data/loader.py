@@ -122,7 +122,7 @@ class Loader:
 
     def _micro_batch(self, readers: list[SequenceReader], chosen: list[tuple[int, int]], counted: int) -> MicroBatch:
         """Micro batch of these (source, sequence), of which this rank reads its slice; only the first `counted` have a loss."""
-        begin, end = self._slice.start, self._slice.stop
+        begin, end, names = self._slice.start, self._slice.stop, self._sources.names
         windows = np.stack([readers[source].tokens(sequence, begin, end + 1) for source, sequence in chosen])
         tokens = torch.from_numpy(windows.astype(np.int64))
         mask_BL = torch.ones(len(chosen), end - begin)
@@ -140,4 +140,5 @@ class Loader:
             loss_mask_BL=mask_BL,
             documents=documents,
             bounds=self._bounds,
+            sources=tuple(names[source] for source, _ in chosen) if len(names) > 1 else (),
         )

@@ -1,5 +1,8 @@
 """The corpora of a run as one endless, shuffled, weighted stream of sequences."""
 
+from functools import cached_property
+from pathlib import Path
+
 import numpy as np
 
 from based_megatron.config.schema import DataConfig, SourceConfig
@@ -59,6 +62,13 @@ class Sources:
         ]
         order = "carried" if self._data.carry_state else f"seed={self._data.seed}"
         return f"{'+'.join(parts)}/{order}/sequence_length_tokens={self._data.sequence_length_tokens}"
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A name for each source of a mixture: its folder's, or its path where two folders have the same name."""
+        paths = [Path(source.path) for source in self._sources]
+        last = [path.name for path in paths]
+        return [str(path) if last.count(path.name) > 1 else path.name for path in paths]
 
     @property
     def sequence_length_tokens(self) -> int:

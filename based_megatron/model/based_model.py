@@ -16,6 +16,7 @@ from based_megatron.model.block import Block
 from based_megatron.model.config import BasedConfig
 from based_megatron.model.mixers import Continuation, MixerInputs, layer_mixers
 from based_megatron.model.norm import RMSNorm
+from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.model.states import ModelStates
 from based_megatron.parallel.linear import column_linear, vocab_embedding
 from based_megatron.parallel.megatron import (
@@ -55,13 +56,19 @@ class BasedModel(MegatronModule):
         """Take the residual of the stage before; Megatron's schedules call this."""
         self.input_tensor = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, tokens_BL: Tensor, plan: SequencePlan, labels_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        plan: SequencePlan,
+        labels_BL: Tensor | None = None,
+        recorder: Recorder = SILENT,
+    ) -> Tensor:
         """Run this stage.
 
         Returns: on the last stage the loss of each token [B, L] in nats if labels are given, else this rank's logits
         [L, B, U]; on others the residual for the next stage, [L, B, D] fp32.
         """
-        inputs = MixerInputs(plan, self._rotary(plan, tokens_BL.device))
+        inputs = MixerInputs(plan, self._rotary(plan, tokens_BL.device), recorder)
         residual = self._embed(tokens_BL) if self.pre_process else self.input_tensor
         update: Tensor | None = None
         for layer in self.layers.values():

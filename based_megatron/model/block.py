@@ -33,13 +33,18 @@ class Block(MegatronModule):
         recompute = self.config.recompute if torch.is_grad_enabled() else "none"
         if recompute == "full":
             return _recomputed(self._layer, residual if update is None else residual + update, inputs)
-        residual, x = self.mixer_norm(residual, update)
+        residual, x = self._enter(residual, update, inputs)
         mixed = _recomputed(self._mix, x, inputs) if recompute == "mixer" else self._mix(x, inputs)
         return self._feed_forward(residual, mixed)
 
     def _layer(self, residual: Tensor, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
-        residual, x = self.mixer_norm(residual)
+        residual, x = self._enter(residual, None, inputs)
         return self._feed_forward(residual, self._mix(x, inputs))
+
+    def _enter(self, residual: Tensor, update: Tensor | None, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        residual, x = self.mixer_norm(residual, update)
+        inputs.watch(f"residual_rms/{self.mixer.layer_name}", lambda: _rms(residual), "rms", count=residual.numel())
+        return residual, x
 
     def _mix(self, x: Tensor, inputs: MixerInputs) -> Tensor:
         return self.mixer(x, inputs=inputs)[0]
@@ -54,6 +59,11 @@ class Block(MegatronModule):
         mix = self.mixer.step if x.ndim == 2 else self.mixer.prefill
         residual, x = self.mlp_norm(residual, mix(x, state, where))
         return residual, self.mlp(x)
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square of all elements, fp32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32) / x.numel() ** 0.5
 
 
 def _recomputed(function: Any, x: Tensor, inputs: MixerInputs) -> Any:

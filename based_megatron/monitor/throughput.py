@@ -1,81 +1,63 @@
-"""Tokens per second, MFU and where the time of a step goes, over the steps between two log points."""
+"""Tokens per second, MFU, goodput and where the time of a step goes, over the steps between two log points."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Mapping
 
 import torch
 
 from based_megatron.config import Config
 from based_megatron.monitor.flops import peak_flops
 
-if TYPE_CHECKING:
-    from based_megatron.train.callbacks.base import StepReport
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Means over an interval."""
-
-    tokens_per_second: float
-    """Over all ranks."""
-    tokens_per_second_per_device: float
-    mfu: float | None
-    """Share of the devices' peak FLOP/s that the model's operations took; None if the peak is not known."""
-    step_seconds: float
-    data_seconds: float
-    """Wait for data; like the next two, a part of step_seconds."""
-    forward_backward_seconds: float
-    optimizer_seconds: float
-
 
 class ThroughputMeter:
-    """Adds up steps. The first step of a process compiles and allocates, so it is left out.
+    """Counts the steps between two log points and makes metrics of their time.
 
-    Only the time inside steps counts: validation, checkpoints and logging do not lower the tokens per second.
+    Only the time inside steps counts for tokens per second: validation, checkpoints and logging do not lower it. Goodput is
+    the share of all time that was spent in steps that changed the weights.
     """
 
     def __init__(self, flops_per_token: float, world_size: int, peak_flops_per_device: float | None) -> None:
         self._flops_per_token = flops_per_token
         self._world_size = world_size
         self._peak_flops_per_device = peak_flops_per_device
-        self._warm = False
-        self._clear()
+        self.restart()
 
-    def add(self, report: StepReport) -> None:
+    def restart(self) -> None:
+        """Forget what was counted, after the first step of a process: it compiles and allocates."""
+        self._steps = self._skipped = self._tokens = 0
+        self._began = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
         """Count a step."""
-        if not self._warm:
-            self._warm = True
-            return
         self._steps += 1
-        self._tokens += report.tokens
-        for part in self._seconds:
-            self._seconds[part] += report.seconds.get(part, 0.0)
+        self._tokens += tokens
 
-    def take(self) -> Throughput | None:
-        """The means since the last call, and start over; None if no step was counted."""
-        steps, tokens, seconds = self._steps, self._tokens, self._seconds
-        self._clear()
-        if not steps or seconds["total"] <= 0:
-            return None
+    def skip(self) -> None:
+        """Say of a counted step that it changed no weight."""
+        self._skipped += 1
+
+    def take(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of the steps since the last call, which took so many seconds (a StepClock's), and start over; {} if there are none."""
+        steps, tokens, useful = self._steps, self._tokens, self._steps - self._skipped
+        wall_seconds = time.perf_counter() - self._began
+        self.restart()
+        if not steps or not seconds["total"]:
+            return {}
         tokens_per_second = tokens / seconds["total"]
         per_device = tokens_per_second / self._world_size
         peak = self._peak_flops_per_device
-        return Throughput(
-            tokens_per_second=tokens_per_second,
-            tokens_per_second_per_device=per_device,
-            mfu=per_device * self._flops_per_token / peak if peak else None,
-            step_seconds=seconds["total"] / steps,
-            data_seconds=seconds["data"] / steps,
-            forward_backward_seconds=seconds["forward_backward"] / steps,
-            optimizer_seconds=seconds["optimizer"] / steps,
-        )
-
-    def _clear(self) -> None:
-        self._steps = 0
-        self._tokens = 0
-        self._seconds = dict.fromkeys(("total", "data", "forward_backward", "optimizer"), 0.0)
+        values = {
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/tokens_per_second_per_device": per_device,
+            "throughput/goodput": min(1.0, seconds["total"] * useful / steps / wall_seconds),
+            "time/step_seconds": seconds["total"] / steps,
+            "time/data_seconds": seconds.get("data", 0.0) / steps,
+            "time/forward_backward_seconds": seconds.get("forward_backward", 0.0) / steps,
+            "time/optimizer_seconds": seconds.get("optimizer", 0.0) / steps,
+        }
+        if peak:
+            values["throughput/mfu"] = per_device * self._flops_per_token / peak
+        return values
 
 
 def peak_flops_of_run(config: Config, device: torch.device) -> float | None:

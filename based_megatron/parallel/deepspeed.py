@@ -12,7 +12,7 @@ Checked against deepspeed 0.19.8: these names are not a public interface. Nothin
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,7 @@ class ZeroEngine:
         self.module: nn.Module = engine.module
         self.stage: int = engine.zero_optimization_stage()
         self._device: torch.device = engine.device
+        self._pieces: list[tuple[Any, Piece]] = []
         optimizer.place(self._partitions())
 
     def __call__(self, *inputs: Any) -> Any:
@@ -73,10 +74,36 @@ class ZeroEngine:
         with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
 
-    def step(self) -> None:
-        """Reduce, clip, update; leaves the weights alone if a gradient is not finite."""
-        with deepspeed_runs(self._device):
+    def step(self, on_gradients: Callable[[], None] | None = None) -> None:
+        """Reduce, call `on_gradients`, clip, update; leaves the weights alone if a gradient is not finite."""
+        zero = self._engine.optimizer
+        clip_and_update = zero.step
+
+        def step() -> None:
+            if on_gradients is not None:
+                on_gradients()
+            clip_and_update()
+
+        with deepspeed_runs(self._device), replaced(zero, step=step):
             self._engine.step()
+
+    def weights(self) -> Iterator[tuple[Piece, Tensor]]:
+        """The fp32 master weights of each piece of this rank's partitions, flat."""
+        for partition in self.optimizer.partitions:
+            for piece in partition.pieces:
+                yield piece, piece.of(partition.master.detach())
+
+    def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
+        """The reduced gradient of each piece of this rank's partitions, flat, before clipping; in `on_gradients` only."""
+        for parameter, piece in self._pieces:
+            if self.stage == 3:
+                flat = self._engine.optimizer.get_local_fp32_grad_for_param(parameter)
+                yield piece, flat.view(-1)[: piece.numel]
+                continue
+            flat = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+            # BF16_Optimizer keeps whole parameters, the other one pieces of them.
+            whole = flat.numel() == parameter.numel() != piece.numel
+            yield piece, flat.narrow(0, piece.start, piece.numel) if whole else flat[: piece.numel]
 
     def get_global_grad_norm(self) -> Any:
         """Norm of the whole gradient of the last step, before clipping: a number or a tensor, infinite if it was skipped."""
@@ -104,7 +131,9 @@ class ZeroEngine:
             partition, offset, start, numel = place
             spec = shard_spec(parameter)
             copied = is_tied_copy(parameter) or (spec.partition_dim is None and spec.rank > 0)
-            pieces[partition].append(Piece(spec, start, numel, offset, owned=not copied))
+            piece = Piece(spec, start, numel, offset, owned=not copied)
+            pieces[partition].append(piece)
+            self._pieces.append((parameter, piece))
         return [Partition(master, tuple(found)) for master, found in zip(masters, pieces, strict=True)]
 
     def _masters(self) -> list[Tensor]:

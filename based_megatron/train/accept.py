@@ -16,6 +16,7 @@ from based_megatron.model.build import DTYPES
 from based_megatron.model.check import check_mixers
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.monitor.flops import parameter_count
+from based_megatron.monitor.sinks.build import check_trackers
 from based_megatron.train.carried import carried_bytes
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
@@ -27,6 +28,7 @@ def accept(config: Config, world_size: int) -> Sources:
     """The corpora of a run that can start with so many ranks. Raises BasedError, in one line, for one that cannot."""
     validate(config, world_size)
     check_mixers(config)
+    check_trackers(config.monitor)
     check_memory(config, world_size, LARGEST_DEVICE_BYTES)
     sources = Sources(config.data, config.train.global_batch_sequences)
     for manifest in sources.manifests:

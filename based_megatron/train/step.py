@@ -15,39 +15,48 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.based_model import BasedModel
+from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.parallel.deepspeed import gradient
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import pipeline_schedule
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
+from based_megatron.train.batch_metrics import record_batches, record_sources
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Summed loss in nats and the tokens it is over, of the whole global batch. Equal on every rank."""
+    """Summed loss in nats and the tokens it is over, of the whole global batch: fp64 scalars on the device, equal on every rank."""
 
-    total: float
-    tokens: int
+    total: Tensor
+    tokens: Tensor
 
     @property
-    def mean(self) -> float:
-        return self.total / max(1, self.tokens)
+    def mean(self) -> Tensor:
+        return self.total / self.tokens.clamp(min=1)
 
 
 class Step:
     """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
 
     def __init__(
-        self, chunks: list[BasedModel], engine: Any, topology: Topology, carried: CarriedStates | None = None
+        self,
+        chunks: list[BasedModel],
+        engine: Any,
+        topology: Topology,
+        carried: CarriedStates | None = None,
+        recorder: Recorder = SILENT,
     ) -> None:
         self.chunks, self.engine, self.topology, self._carried = chunks, engine, topology, carried
+        self.recorder = recorder
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`.
 
         With carried states, steps must come in order: each begins with what the one before left.
         """
+        record_batches(self.recorder, micro_batches)
         loss = self._accumulate(micro_batches)
         if self._carried is not None:
             self._carried.advance(micro_batches[0].bounds[-1])
@@ -64,10 +73,14 @@ class Step:
         """This rank's logits [L, B, V] of one micro batch on the last stage, None on others."""
         raise NotImplementedError
 
-    def update(self) -> float:
-        """Reduce, clip, step; leaves the weights alone if the gradient is not finite. Returns the global norm before clipping."""
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+    def update(self, on_gradients: Callable[[], None] | None = None) -> Tensor:
+        """Reduce, call `on_gradients`, clip, step; leaves the weights alone if the gradient is not finite.
+
+        Returns: the global norm before clipping, an fp64 scalar on the device.
+        """
+        self.engine.step(on_gradients)
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float64, device=self.topology.device)
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
         """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""
@@ -83,6 +96,14 @@ class Step:
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.topology.device, non_blocking=True)
 
+    def loss_sum(self, loss_BL: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(summed loss, tokens, both as one fp64 pair), the form that Megatron's schedules take."""
+        mask_BL = self.to_device(batch.loss_mask_BL)
+        if torch.is_grad_enabled():
+            record_sources(self.recorder, batch, loss_BL, mask_BL)
+        total, tokens = (loss_BL * mask_BL).sum(), mask_BL.sum()
+        return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
+
     def global_sum(self, losses: list[Tensor]) -> LossSum:
         """Sum [loss, tokens] pairs of this rank's micro batches over data and context ranks; the last stage knows them."""
         pair = (
@@ -90,7 +111,7 @@ class Step:
         )
         dist.all_reduce(pair, group=self.topology.data_context.group)
         dist.broadcast(pair, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
-        return LossSum(float(pair[0]), int(pair[1]))
+        return LossSum(pair[0], pair[1])
 
 
 class ScheduledStep(Step):
@@ -102,11 +123,11 @@ class ScheduledStep(Step):
         self.chunks[0].config.finalize_model_grads_func = self._finalize
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        return self.global_sum(self._run(micro_batches, _loss_sum, forward_only=False))
+        return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=False))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        return self.global_sum(self._run(micro_batches, _loss_sum, forward_only=True))
+        return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=True))
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor | None:
@@ -137,8 +158,9 @@ class ScheduledStep(Step):
         batch = next(data)
         if loss is None:
             return chunk(self.to_device(batch.tokens_BL), self.plan(batch)), lambda output, **_: output
-        output = chunk(self.to_device(batch.tokens_BL), self.plan(batch), self.to_device(batch.labels_BL))
-        return output, lambda output: loss(output, self.to_device(batch.loss_mask_BL))
+        labels_BL = self.to_device(batch.labels_BL)
+        output = chunk(self.to_device(batch.tokens_BL), self.plan(batch), labels_BL, self.recorder)
+        return output, lambda output: loss(output, batch)
 
     def _finalize(self, chunks: list[BasedModel], num_tokens: Tensor | None, *_: Any, **__: Any) -> None:
         """Megatron's hook after the last backward: what must be summed before DeepSpeed averages over data x context ranks."""
@@ -184,8 +206,9 @@ class EngineStep(Step):
         return self.engine(self.to_device(batch.tokens_BL), self.plan(batch))
 
     def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        output = self.engine(self.to_device(batch.tokens_BL), self.plan(batch), self.to_device(batch.labels_BL))
-        return _loss_sum(output, self.to_device(batch.loss_mask_BL))
+        labels_BL = self.to_device(batch.labels_BL)
+        output = self.engine(self.to_device(batch.tokens_BL), self.plan(batch), labels_BL, self.recorder)
+        return self.loss_sum(output, batch)
 
     def _sum_over_tensor(self, grad: Tensor) -> Tensor:
         grad = grad.clone()
@@ -194,16 +217,15 @@ class EngineStep(Step):
 
 
 def build_step(
-    chunks: list[BasedModel], engine: Any, topology: Topology, zero_stage: int, carried: CarriedStates | None = None
+    chunks: list[BasedModel],
+    engine: Any,
+    topology: Topology,
+    zero_stage: int,
+    carried: CarriedStates | None = None,
+    recorder: Recorder = SILENT,
 ) -> Step:
     """The step of a layout."""
-    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carried)
-
-
-def _loss_sum(loss_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed loss, tokens, both as one fp64 pair), the form that Megatron's schedules take."""
-    total, tokens = (loss_BL * mask_BL).sum(), mask_BL.sum()
-    return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
+    return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carried, recorder)
 
 
 def _sum_sequence_parallel(parameters: list[Any], topology: Topology) -> None:

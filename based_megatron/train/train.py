@@ -8,6 +8,7 @@ from based_megatron.config.validate import slice_multiple
 from based_megatron.data.loader import Loader
 from based_megatron.data.sources import Sources
 from based_megatron.model.build import build_model
+from based_megatron.monitor.hub import build_metrics
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.accept import accept, check_memory, memory_bytes
@@ -51,13 +52,14 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
 
     loader = build_loader(config, topology)
     carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
-    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried)
+    metrics = build_metrics(topology)
+    step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
     checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
     start = checkpointer.restore()
 
-    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config)]
+    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config, topology, start)]
     try:
-        return Trainer(config, topology, step, loader, callbacks, stop, start).fit()
+        return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()
     finally:
         loader.close()
 

@@ -1,20 +1,24 @@
-"""The training loop. Everything beside a step hangs on callbacks (train/callbacks/)."""
+"""The training loop. Everything besides a step hangs on callbacks (train/callbacks/)."""
 
-import math
-import time
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
+from based_megatron.checkpoint.store import FOLDER, find_checkpoint, step_of
 from based_megatron.config import Config
 from based_megatron.data.batch import MicroBatch
 from based_megatron.errors import TrainingError
+from based_megatron.monitor.clock import StepClock
+from based_megatron.monitor.hub import Metrics
+from based_megatron.parallel.partitions import Piece
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.callbacks.base import Callback, StepReport
 from based_megatron.train.optimizer import set_learning_rate
 from based_megatron.train.schedule import learning_rate
+from based_megatron.train.skips import SkipCount
 from based_megatron.train.step import Step
 from based_megatron.train.stop import StopVote
 
@@ -35,6 +39,7 @@ class Trainer:
         topology: Topology,
         step_runner: Step,
         loader: Batches,
+        metrics: Metrics,
         callbacks: Sequence[Callback],
         stop: StopVote,
         start: tuple[int, int] = (0, 0),
@@ -42,70 +47,90 @@ class Trainer:
         self.config, self.topology, self.device = config, topology, topology.device
         self.run_dir = Path(config.run_dir)
         self.step_runner, self.loader, self.callbacks = step_runner, loader, callbacks
+        self.metrics, self.clock, self.skips = metrics, StepClock(self.device), SkipCount()
         self.stop = stop
         self.step, self.tokens_seen = start
-        self._skipped_in_a_row = 0
 
     def fit(self) -> bool:
         """Train to the end or to a stop. Returns whether the run is done."""
         self.stop.clear()
         try:
-            self._notify("on_start")
+            for callback in self.callbacks:
+                callback.on_start(self)
             while self.step < self.config.train.steps:
-                self._notify("post_step", self._take_step())
-                if reason := self.stop.agreed(self.device):
+                report = self._take_step()
+                for callback in self.callbacks:
+                    callback.post_step(self, report)
+                if reason := self.stop.agreed():
                     self.record("stop", reason=reason)
                     break
-            self._notify("on_end")
+            self.check_skips()
+            for callback in self.callbacks:
+                callback.on_end(self)
         except BaseException as error:
-            self._notify("on_error", error)
+            for callback in self.callbacks:
+                callback.on_error(self, error)
             raise
         return self.step >= self.config.train.steps
 
+    def logs(self, step: int) -> bool:
+        """Whether a step, counted from 1, is a log point."""
+        return step == 1 or step % self.config.monitor.log_interval_steps == 0 or step == self.config.train.steps
+
     def record(self, name: str, **fields: Any) -> None:
         """Tell the callbacks of something worth a record."""
-        self._notify("on_event", name, fields)
+        for callback in self.callbacks:
+            callback.on_event(self, name, fields)
 
     def validated(self, loss: float) -> None:
         """Tell the callbacks of a validation loss."""
-        self._notify("on_validation", loss)
+        for callback in self.callbacks:
+            callback.on_validation(self, loss)
+
+    def gradients(self) -> Iterable[tuple[Piece, Tensor]]:
+        """The reduced gradients that this rank's part of the optimizer will take, fp32 and flat; for `on_gradients`."""
+        return self.step_runner.engine.gradients()
+
+    def check_skips(self) -> None:
+        """Record skipped steps that were not recorded yet. Waits for the device.
+
+        Raises TrainingError if too many came in a row.
+        """
+        for skip in self.skips.read():
+            self.record("skip", step=skip.step, loss=skip.loss, in_a_row=skip.in_a_row)
+            if skip.in_a_row >= self.config.train.max_skipped_steps:
+                raise TrainingError(
+                    f"{skip.in_a_row} steps in a row had no finite gradient (loss {skip.loss} at step {skip.step}); "
+                    f"{self.advice(skip.step - skip.in_a_row + 1)}"
+                )
+
+    def advice(self, step: int) -> str:
+        """What a user can do about a step that went wrong, as the end of an error's line."""
+        found = find_checkpoint(self.run_dir / FOLDER)
+        newest = "no checkpoint was saved" if found is None else f"the newest checkpoint is step {step_of(found)}"
+        look = f"based data at --run {shlex.quote(str(self.run_dir))} --step {step}"
+        return f"{newest}: lower optimizer.lr, or look at the documents with `{look}`"
 
     def _take_step(self) -> StepReport:
-        started = time.perf_counter()
+        self.metrics.wanted = self.logs(self.step + 1)
+        self.clock.start()
         batches = self.loader.micro_batches(self.step)
-        loaded = time.perf_counter()
+        self.clock.mark("data")
         config = self.config
         lr = learning_rate(self.step, config.optimizer, config.schedule, config.train.steps)
         set_learning_rate(self.step_runner.engine, lr)
         loss = self.step_runner.accumulate(batches).mean
-        computed = time.perf_counter()
-        grad_norm = self.step_runner.update()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        ended = time.perf_counter()
+        self.clock.mark("forward_backward")
+        grad_norm = self.step_runner.update(self._on_gradients)
+        self.clock.mark("optimizer")
         tokens = config.train.global_batch_sequences * config.data.sequence_length_tokens
         self.step += 1
         self.tokens_seen += tokens
-        skipped = not math.isfinite(grad_norm)
-        self._guard(skipped, loss)
-        seconds = {
-            "total": ended - started,
-            "data": loaded - started,
-            "forward_backward": computed - loaded,
-            "optimizer": ended - computed,
-        }
-        return StepReport(self.step, loss, grad_norm, lr, skipped, tokens, seconds)
+        self.skips.add(self.step, loss, grad_norm)
+        if self.metrics.wanted or self.skips.unread >= config.train.max_skipped_steps:
+            self.check_skips()
+        return StepReport(self.step, loss, grad_norm, lr, tokens)
 
-    def _guard(self, skipped: bool, loss: float) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if skipped:
-            self.record("skip", loss=loss, in_a_row=self._skipped_in_a_row)
-        if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row had no finite gradient (loss {loss} at step {self.step}); the newest checkpoint "
-                f"is from before them: lower optimizer.lr, or look at the documents with `based data --step`"
-            )
-
-    def _notify(self, hook: str, *args: Any) -> None:
+    def _on_gradients(self) -> None:
         for callback in self.callbacks:
-            getattr(callback, hook)(self, *args)
+            callback.on_gradients(self)

@@ -58,7 +58,7 @@ def main() -> None:
     before, began, losses = peak_bytes(), time.perf_counter(), []
     for _ in range(arguments.steps):
         set_learning_rate(engine, 1e-3)
-        losses.append(step.accumulate([batch]).mean)
+        losses.append(float(step.accumulate([batch]).mean))
         step.update()
     grown: list[int] = [0] * rank.world_size
     dist.all_gather_object(grown, peak_bytes() - before)

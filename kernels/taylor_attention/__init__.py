@@ -18,6 +18,7 @@ from based_megatron.kernels.backend import implementation
 from based_megatron.kernels.exchange import StateExchange
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.taylor_attention import attention, reference
+from based_megatron.kernels.taylor_attention.attention import Watch
 
 __all__ = [
     "finish_sliced_attention",
@@ -34,6 +35,7 @@ def taylor_attention(
     initial_state_BHRV: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
     return_final_state: bool = False,
+    watch: Watch | None = None,
     chunk_tokens: int | None = None,
     backend: str = "reference",
 ) -> tuple[Tensor, Tensor | None]:
@@ -46,6 +48,7 @@ def taylor_attention(
         document_ids_BT: integers that do not decrease along T; a token sees only its own document. None: one document.
         return_final_state: also return the moments of the last token's document, with the initial state if that
             document is the first token's too.
+        watch: called with that state, without gradients, and the smallest normaliser of any token, a scalar.
         chunk_tokens: tokens computed at a time; changes speed and memory, not the result. None picks what suits the
             device: a GPU wants fewer, larger steps.
         backend: a name from `resolve_backend`.
@@ -76,7 +79,7 @@ def taylor_attention(
     # Autocast would round the sums over thousands of tokens to bf16.
     with torch.autocast(q_BTHF.device.type, enabled=False):
         return attention.TaylorAttention.apply(
-            q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, steps, return_final_state
+            q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, steps, return_final_state, watch
         )
 
 
@@ -108,8 +111,12 @@ def start_sliced_attention(
         return attention.start(k_BLHF, v_BLHV, document_ids_BL, steps, exchange)
 
 
-def finish_sliced_attention(q_BLHF: Tensor, k_BLHF: Tensor, v_BLHV: Tensor, started: attention.Started) -> Tensor:
+def finish_sliced_attention(
+    q_BLHF: Tensor, k_BLHF: Tensor, v_BLHV: Tensor, started: attention.Started, *, watch: Watch | None = None
+) -> Tensor:
     """o_BLHV of the slice, as `taylor_attention` of the whole sequence gives it. Gradients flow to q, k and v of all slices.
+
+    watch: called with the state after the slice and the smallest normaliser of its tokens.
 
     >>> class OneSlice:
     ...     # The exchange of a sequence that is a single slice: nothing comes before it.
@@ -122,7 +129,7 @@ def finish_sliced_attention(q_BLHF: Tensor, k_BLHF: Tensor, v_BLHV: Tensor, star
     True
     """
     with torch.autocast(q_BLHF.device.type, enabled=False):
-        return attention.SlicedTaylorAttention.apply(q_BLHF, k_BLHF, v_BLHV, started)
+        return attention.SlicedTaylorAttention.apply(q_BLHF, k_BLHF, v_BLHV, started, watch)
 
 
 def _steps(backend: str, chunk_tokens: int | None, *inputs: Tensor) -> attention.Steps:

@@ -25,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from based_megatron.kernels.exchange import Pending, StateExchange
 from based_megatron.kernels.layout import unit_last_stride
 
+Watch = Callable[[Tensor, Tensor], None]
+"""Is given the state after the sequence, [B, H, R, E], and the smallest normaliser of its tokens, a scalar."""
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -42,21 +45,24 @@ class TaylorAttention(Function):
     @staticmethod
     def forward(
         ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, initial_BHRE: Tensor | None, ids_BT: Tensor | None,
-        steps: Steps, wants_final: bool,
+        steps: Steps, wants_final: bool, watch: Watch | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q_BTHF, k_BTHF, v_BTHV = (unit_last_stride(x) for x in (q_BTHF, k_BTHF, v_BTHV))
         scan = steps.backend.scan_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule)
-        o_BTHV = _attend(ctx, q_BTHF, k_BTHF, v_BTHV, ids_BT, steps, scan.states(initial_BHRE))
+        o_BTHV, z = _attend(ctx, q_BTHF, k_BTHF, v_BTHV, ids_BT, steps, scan.states(initial_BHRE))
         ctx.has_initial = initial_BHRE is not None
         ctx.set_materialize_grads(False)
-        return o_BTHV, _passed_on(initial_BHRE, scan.moments(), ids_BT) if wants_final else None
+        final = _passed_on(initial_BHRE, scan.moments(), ids_BT) if wants_final or watch is not None else None
+        if watch is not None and final is not None:
+            watch(final, steps.backend.smallest_normaliser(z))
+        return o_BTHV, final if wants_final else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_BTHV: Tensor | None, dfinal_BHRE: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, moments = _gradients(ctx, do_BTHV, lambda _: _Given(dfinal_BHRE))
         dinitial = _passed_on(dfinal_BHRE, moments(), ctx.saved_tensors[5]) if ctx.has_initial else None
-        return *gradients, dinitial, None, None, None
+        return *gradients, dinitial, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -84,26 +90,31 @@ class SlicedTaylorAttention(Function):
     """(q, k, v, what `start` made of k and v) to o."""
 
     @staticmethod
-    def forward(ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, started: Started) -> Tensor:
-        states = started.scan.states(started.state_before.wait())
+    def forward(
+        ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, started: Started, watch: Watch | None
+    ) -> Tensor:
+        scan, steps, ids_BT, before = started.scan, started.steps, started.ids_BT, started.state_before.wait()
         ctx.exchange = started.exchange
         q_BTHF = unit_last_stride(q_BTHF)
-        return _attend(ctx, q_BTHF, started.k_BTHF, started.v_BTHV, started.ids_BT, started.steps, states)
+        o_BTHV, z = _attend(ctx, q_BTHF, started.k_BTHF, started.v_BTHV, ids_BT, steps, scan.states(before))
+        if watch is not None:
+            watch(_passed_on(before, scan.moments(), ids_BT), steps.backend.smallest_normaliser(z))
+        return o_BTHV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_BTHV: Tensor) -> tuple[Tensor | None, ...]:
         gradients, _ = _gradients(ctx, do_BTHV, ctx.exchange.start_suffix)
-        return *gradients, None
+        return *gradients, None, None
 
 
 def _attend(
     ctx: Any, q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps, states: tuple
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     o_BTHV, z = steps.backend.attend(q_BTHF, k_BTHF, v_BTHV, ids_BT, states, steps.schedule)
     ctx.save_for_backward(q_BTHF, k_BTHF, v_BTHV, o_BTHV, z, ids_BT, *states)
     ctx.steps, ctx.states_type = steps, type(states)
-    return o_BTHV
+    return o_BTHV, z
 
 
 def _gradients(

@@ -158,6 +158,11 @@ def attend(
     return o_BTHV, z_BTH1
 
 
+def smallest_normaliser(z_BTH1: Tensor) -> Tensor:
+    """The smallest of the normalisers that `attend` returns, a scalar."""
+    return z_BTH1.amin()
+
+
 def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, z_BTH1: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to the numerators, g_BTHV = do / Z, and to the normalisers, gz_BTH1 = -g.o."""
     g_BTHV = do_BTHV.to(z_BTH1.dtype) / z_BTH1

@@ -236,6 +236,11 @@ def attend(
     return o_BTHV, inverse_z_BHT
 
 
+def smallest_normaliser(inverse_z_BHT: Tensor) -> Tensor:
+    """The smallest normaliser of those whose inverses `attend` returns, a scalar."""
+    return inverse_z_BHT.amax().reciprocal()
+
+
 def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to the numerators, g_BHTV in the dtype of o, and to the normalisers, gz_BHT4 as in States."""
     B, T, H, V = o_BTHV.shape

@@ -39,8 +39,9 @@ def data_config(corpus) -> DataConfig:
 
 
 def test_the_parts_are_the_sequences_of_the_step(corpus):
+    """Step 7 is the one after six finished ones."""
     parts = list(documents_of_step(Sources(data_config(corpus)), 7, 6))
-    (batch,) = Loader(data_config(corpus), 300, 6, 6).micro_batches(7)
+    (batch,) = Loader(data_config(corpus), 300, 6, 6).micro_batches(6)
     assert batch.documents is not None
     for row, ids in enumerate(batch.documents.numbers(torch.arange(S))):
         mine = [part for part in parts if part.sequence == row]
@@ -50,7 +51,7 @@ def test_the_parts_are_the_sequences_of_the_step(corpus):
 
 
 def test_the_origin_names_the_file_of_the_text(corpus):
-    parts = [part for step in range(5) for part in documents_of_step(Sources(data_config(corpus)), step, 6)]
+    parts = [part for step in range(1, 6) for part in documents_of_step(Sources(data_config(corpus)), step, 6)]
     checked = 0
     for part in parts:
         text = (corpus / part.origin.removesuffix(":1")).read_text()
@@ -71,7 +72,7 @@ def test_documents_keep_their_number_in_every_block(tmp_path, lengths):
     for place, sequence in enumerate(sequences):
         numbers = [number_of[int(token)] for token in reader.tokens(sequence)[:-1] if int(token) in number_of]
         expected += [(place, number) for number in sorted(set(numbers))]
-    for part in documents_of_step(sources, 0, len(reader)):
+    for part in documents_of_step(sources, 1, len(reader)):
         assert part.origin == f"made.txt:{part.document + 1}"
         assert part.tokens >= 1
         if part.tokens > 1:  # a part of one token may be an eos alone, which has no number to tell it by
@@ -86,6 +87,19 @@ def test_at_lists_one_line_for_each_part(corpus, capsys):
     parts = list(documents_of_step(Sources(data_config(corpus)), 7, 6))
     assert len(lines) == 1 + len(parts)
     assert lines[1].split("\t")[3:6] == [str(parts[0].document), parts[0].origin, str(parts[0].tokens)]
+
+
+def test_steps_count_from_one(corpus, capsys):
+    """As in logs, errors and names of checkpoints: the first step is 1, and the default."""
+    flags = f"--path {corpus / 'out'} --global-batch-sequences 6 --sequence-length-tokens {S} --seed 3"
+    main(["at", *flags.split()])
+    first = capsys.readouterr().out
+    main(["at", *flags.split(), "--step", "1"])
+    assert capsys.readouterr().out == first
+    (batch,) = Loader(data_config(corpus), 300, 6, 6).micro_batches(0)
+    tokens = [int(line.split("\t")[5]) for line in first.splitlines()[1:]]
+    numbers = batch.documents.numbers(torch.arange(S))
+    assert tokens == [count for ids in numbers for count in ids.bincount().tolist()]
 
 
 def test_at_reads_the_config_of_a_run(corpus, capsys):
@@ -121,7 +135,7 @@ def test_show_counts_documents_and_tokens(corpus, capsys):
     assert f"train: {split.documents:,} documents, {split.tokens:,} tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["", "--run a --path b", "--path a --step -1"])
+@pytest.mark.parametrize("flags", ["", "--run a --path b", "--path a --step 0"])
 def test_what_to_look_at_must_be_clear(flags):
     with pytest.raises(ConfigError, match="--"):
         main(flags.split())

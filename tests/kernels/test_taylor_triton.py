@@ -58,7 +58,7 @@ def in_fp32(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def run_kernels(q, k, v, state, ids, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Output and final state, with gradients, on the kernels' device."""
-    return TaylorAttention.apply(q, k, v, state, ids, Steps(triton_attention, schedule), True)
+    return TaylorAttention.apply(q, k, v, state, ids, Steps(triton_attention, schedule), True, None)
 
 
 def triton(q, k, v, state, ids, schedule: Schedule) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from based_megatron.monitor.throughput import ThroughputMeter
-from based_megatron.train.callbacks.console import ConsoleLogger, duration, human, status_line
+from based_megatron.monitor.sinks.console import ConsoleSink, duration, human, status_line
 
 
 def log_file() -> Console:
@@ -17,33 +16,34 @@ def text_of(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_log_file_gets_one_line_for_each_log_point(make_trainer):
+def test_log_file_gets_one_line_for_each_log_point(make_run, values):
     console = log_file()
-    make_trainer().run([ConsoleLogger(console)], until=5)
+    sink = ConsoleSink(console)
+    sink.start(make_run())
+    for step in (1, 2, 4):
+        sink.log(step, values(step))
     lines = [line for line in text_of(console).splitlines() if line.startswith("step ")]
     assert [line.split(" | ")[0] for line in lines] == ["step 1/10", "step 2/10", "step 4/10"]
 
 
-def test_status_line(report):
-    meter = ThroughputMeter(flops_per_token=1e3, world_size=4, peak_flops_per_device=1e6)
-    for step in (1, 2):
-        meter.add(report(step))
-    assert status_line(report(2), 100, meter.take()) == (
-        "step 2/100 | loss 0.5000 | ppl 1.65 | lr 2.00e-03 | grad 4.000 | 256 tok/s | MFU 6.4% | data 25.0% | ETA 3m16s"
+def test_status_line(values, speed):
+    assert status_line(2, 100, values(2, **speed)) == (
+        "step 2/100 | loss 0.5000 | ppl 2.50 | lr 2.00e-03 | grad 4.000 | 256 tok/s | MFU 6.4% | data 25.0% | ETA 3m16s"
     )
 
 
-def test_status_line_before_anything_is_measured(report):
-    assert status_line(report(1), 100, None) == "step 1/100 | loss 1.0000 | ppl 2.72 | lr 1.00e-03 | grad 2.000"
+def test_status_line_before_anything_is_measured(values):
+    assert status_line(1, 100, values(1)) == "step 1/100 | loss 1.0000 | ppl 2.50 | lr 1.00e-03 | grad 2.000"
 
 
-def test_skipped_step_is_marked(report):
-    assert "SKIPPED" in status_line(report(3, skipped=True, grad_norm=float("nan")), 100, None)
+def test_skipped_step_is_marked(values):
+    line = status_line(3, 100, values(3, **{"train/skipped": True, "train/grad_norm": float("nan")}))
+    assert "grad nan | SKIPPED" in line
 
 
-def test_table_shows_the_layout_and_the_size(make_trainer):
+def test_table_shows_the_layout_and_the_size(make_run):
     console = log_file()
-    ConsoleLogger(console).on_start(make_trainer())
+    ConsoleSink(console).start(make_run())
     table = " ".join(text_of(console).split())
     assert "'cLS'" in table
     assert "4 = tensor 1 x pipeline 1 x context 1 x data 4, ZeRO 1" in table
@@ -51,49 +51,48 @@ def test_table_shows_the_layout_and_the_size(make_trainer):
     assert "10 steps = 5.24M tokens, from step 0" in table
 
 
-def test_validation_and_events_are_lines(make_trainer):
-    console, trainer = log_file(), make_trainer(step=6)
-    logger = ConsoleLogger(console)
-    logger.on_validation(trainer, 2.0)
-    logger.on_event(trainer, "checkpoint", {"path": "a" * 100, "seconds": 1.23456})
+def test_validation_and_events_are_lines():
+    console = log_file()
+    sink = ConsoleSink(console)
+    sink.event(6, "validation", {"loss": 2.0, "perplexity": 7.39})
+    sink.event(6, "checkpoint", {"path": "a" * 100, "seconds": 1.23456})
     assert text_of(console).splitlines() == [
         "step 6 validation loss 2.0000 ppl 7.39",
         f"step 6 checkpoint path='{'a' * 100}' seconds=1.235",
     ]
 
 
-def test_square_brackets_are_not_markup(make_trainer):
-    console, trainer = log_file(), make_trainer()
-    ConsoleLogger(console).on_event(trainer, "sample", {"text": "x[bold]\ny"})
+@pytest.mark.parametrize("name", ["start", "resume", "error"])
+def test_what_the_table_or_the_last_line_says_is_not_said_twice(name):
+    console = log_file()
+    ConsoleSink(console).event(0, name, {"message": "x"})
+    assert text_of(console) == ""
+
+
+def test_square_brackets_are_not_markup():
+    console = log_file()
+    ConsoleSink(console).event(0, "sample", {"text": "x[bold]\ny"})
     assert text_of(console) == "step 0 sample text='x[bold]\\ny'\n"
 
 
-def test_terminal_gets_a_live_line_that_is_closed(make_trainer):
-    console, trainer = Console(file=io.StringIO(), force_terminal=True, width=160), make_trainer()
-    logger = ConsoleLogger(console)
-    trainer.run([logger], until=10)
-    logger.on_end(trainer)
+def test_terminal_gets_a_live_line_that_is_closed(make_run, values):
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    sink = ConsoleSink(console)
+    sink.start(make_run())
+    sink.log(10, values(10))
+    sink.event(10, "end", {"tokens_seen": 5120})
+    sink.close()
     shown = text_of(console)
-    assert "step 10/10 | loss 0.1000" in shown
+    assert "step 10/10 | loss 0.1000" in shown and "after 5.12k tokens" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is hidden, then shown again
 
 
-def test_error_gives_the_cursor_back(make_trainer):
-    console, trainer = Console(file=io.StringIO(), force_terminal=True), make_trainer()
-    logger = ConsoleLogger(console)
-    logger.on_start(trainer)
-    logger.on_error(trainer, RuntimeError())
+def test_closing_gives_the_cursor_back(make_run):
+    console = Console(file=io.StringIO(), force_terminal=True)
+    sink = ConsoleSink(console)
+    sink.start(make_run())
+    sink.close()
     assert "\x1b[?25h" in text_of(console)
-
-
-def test_other_ranks_print_nothing(make_trainer):
-    console, trainer = log_file(), make_trainer(is_logger=False)
-    logger = ConsoleLogger(console)
-    trainer.run([logger], until=4)
-    logger.on_validation(trainer, 1.0)
-    logger.on_event(trainer, "stop", {})
-    logger.on_end(trainer)
-    assert text_of(console) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 import math
+import re
 
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from based_megatron.train.callbacks.tensorboard import TensorBoardLogger
+from based_megatron.monitor.sinks.tensorboard import LAYOUT, TensorBoardSink
 
 
-def reread(trainer) -> EventAccumulator:
-    accumulator = EventAccumulator(str(trainer.run_dir / "tensorboard"))
+def reread(run) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run.run_dir / "tensorboard"))
     accumulator.Reload()
     return accumulator
 
@@ -16,89 +17,63 @@ def points(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in accumulator.Scalars(tag)]
 
 
-def test_tags_of_a_step_on_a_cpu(make_trainer):
-    trainer, logger = make_trainer(), TensorBoardLogger()
-    trainer.run([logger], until=4)
-    logger.on_end(trainer)
-    assert set(reread(trainer).Tags()["scalars"]) == {
-        "train/loss",
-        "train/perplexity",
-        "train/lr",
-        "train/grad_norm",
-        "train/tokens_seen",
-        "throughput/tokens_per_second",
-        "throughput/tokens_per_second_per_device",
-        "throughput/mfu",
-        "time/step_seconds",
-        "time/data_seconds",
-        "time/forward_backward_seconds",
-        "time/optimizer_seconds",
-        "memory/rss_gib",
-    }
+def test_every_metric_is_a_scalar_of_its_name(make_run, values, speed):
+    run, sink = make_run(), TensorBoardSink()
+    sink.start(run)
+    sink.log(1, values(1))
+    sink.log(2, values(2, **speed))
+    sink.close()
+    found = reread(run)
+    assert set(found.Tags()["scalars"]) == {*values(2), *speed}
+    assert points(found, "train/loss") == [(1, 1.0), (2, 0.5)]
+    assert points(found, "train/skipped") == [(1, 0.0), (2, 0.0)]
+    assert points(found, "time/step_seconds") == [(2, 2.0)]
 
 
-@pytest.mark.parametrize(
-    "tag, values",
-    [
-        ("train/loss", [(1, 1.0), (2, 0.5), (4, 0.25)]),
-        ("train/perplexity", [(1, math.e), (2, math.exp(0.5)), (4, math.exp(0.25))]),
-        ("train/lr", [(1, 1e-3), (2, 2e-3), (4, 4e-3)]),
-        ("train/grad_norm", [(1, 2.0), (2, 4.0), (4, 8.0)]),
-        ("train/tokens_seen", [(1, 512), (2, 1024), (4, 2048)]),
-        ("throughput/tokens_per_second", [(2, 256.0), (4, 256.0)]),
-        ("throughput/tokens_per_second_per_device", [(2, 64.0), (4, 64.0)]),
-        ("time/step_seconds", [(2, 2.0), (4, 2.0)]),
-        ("time/data_seconds", [(2, 0.5), (4, 0.5)]),
-        ("time/forward_backward_seconds", [(2, 1.0), (4, 1.0)]),
-        ("time/optimizer_seconds", [(2, 0.25), (4, 0.25)]),
-    ],
-)
-def test_values_of_a_step(make_trainer, tag, values):
-    trainer, logger = make_trainer(), TensorBoardLogger()
-    trainer.run([logger], until=4)
-    logger.on_end(trainer)
-    found = points(reread(trainer), tag)
-    assert [step for step, _ in found] == [step for step, _ in values]
-    assert [value for _, value in found] == pytest.approx([value for _, value in values], rel=1e-6)
+def test_validation(make_run):
+    run, sink = make_run(step=6), TensorBoardSink()
+    sink.start(run)
+    sink.event(7, "validation", {"loss": 2.0})
+    sink.event(8, "checkpoint", {"path": "x"})
+    sink.close()
+    found = reread(run)
+    assert points(found, "validation/loss") == [(7, 2.0)]
+    ((step, perplexity),) = points(found, "validation/perplexity")
+    assert step == 7 and math.isclose(perplexity, math.exp(2.0), rel_tol=1e-6)
+    assert len(found.Tags()["scalars"]) == 2
 
 
-def test_validation(make_trainer):
-    trainer, logger = make_trainer(step=6), TensorBoardLogger()
-    logger.on_start(trainer)
-    logger.on_validation(trainer, 2.0)
-    logger.on_end(trainer)
-    found = reread(trainer)
-    assert points(found, "validation/loss") == [(6, 2.0)]
-    assert points(found, "validation/perplexity") == [(6, pytest.approx(math.exp(2.0)))]
-
-
-def test_samples_are_text_and_other_events_are_not(make_trainer):
-    trainer, logger = make_trainer(step=6), TensorBoardLogger()
-    logger.on_start(trainer)
-    logger.on_event(trainer, "sample", {"prompt": "import ", "text": "os\n# *not* Markdown"})
-    logger.on_event(trainer, "checkpoint", {"path": "x"})
-    logger.on_end(trainer)
-    tags = reread(trainer).Tags()["tensors"]
-    assert len(tags) == 1
-    (sample,) = reread(trainer).Tensors(tags[0])
-    assert sample.step == 6
+def test_samples_are_preformatted_text(make_run):
+    run, sink = make_run(step=6), TensorBoardSink()
+    sink.start(run)
+    sink.text(7, "sample/import ", "import |os\n# *not* Markdown")
+    sink.close()
+    found = reread(run)
+    (tag,) = (tag for tag in found.Tags()["tensors"] if tag.startswith("sample"))
+    (sample,) = found.Tensors(tag)
+    assert sample.step == 7
     assert sample.tensor_proto.string_val[0].decode() == "    import |os\n    # *not* Markdown\n"
 
 
-def test_resume_hides_the_points_of_the_killed_run(make_trainer):
-    killed, logger = make_trainer(), TensorBoardLogger()
-    killed.run([logger], until=8)
-    logger.on_error(killed, KeyboardInterrupt())
-    resumed, logger = make_trainer(step=4), TensorBoardLogger()
-    logger.on_start(resumed)
-    logger.on_end(resumed)
-    assert [step for step, _ in points(reread(resumed), "train/loss")] == [1, 2, 4]
+def test_resume_hides_the_points_of_the_killed_run(make_run, values):
+    for start, until in ((0, 8), (4, 4)):
+        run, sink = make_run(step=start), TensorBoardSink()
+        sink.start(run)
+        for step in range(start + 1, until + 1):
+            sink.log(step, values(step))
+        sink.close()
+    assert [step for step, _ in points(reread(run), "train/loss")] == [1, 2, 3, 4]
 
 
-def test_other_ranks_write_nothing(make_trainer):
-    trainer, logger = make_trainer(is_logger=False), TensorBoardLogger()
-    trainer.run([logger], until=4)
-    logger.on_validation(trainer, 1.0)
-    logger.on_event(trainer, "sample", {"prompt": "a", "text": "b"})
-    logger.on_end(trainer)
-    assert not list(trainer.run_dir.iterdir())
+def test_the_layout_shows_the_run_at_a_glance(make_run, values, speed):
+    run, sink = make_run(), TensorBoardSink()
+    sink.start(run)
+    sink.close()
+    found = reread(run)
+    (tag,) = found.Tags()["tensors"]
+    layout = Layout.FromString(found.Tensors(tag)[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["at a glance", "model", "data", "machine"]
+    patterns = [tag for category in LAYOUT.values() for _, tags in category.values() for tag in tags]
+    assert [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag] == patterns
+    shown = {name for name in {**values(1), **speed} if any(re.search(pattern, name) for pattern in patterns)}
+    assert shown == {*values(1), *speed} - {"train/perplexity", "train/skipped", "train/tokens_seen"}

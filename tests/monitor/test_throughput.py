@@ -4,60 +4,84 @@ import pytest
 import torch
 
 from based_megatron.config import Config, MonitorConfig
+from based_megatron.monitor import throughput as module
 from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run
 
 
 @pytest.fixture
-def meter():
+def wall(monkeypatch) -> list[float]:
+    """The time on the wall, which a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def meter(wall) -> ThroughputMeter:
     return ThroughputMeter(flops_per_token=1e3, world_size=4, peak_flops_per_device=1e6)
 
 
-def test_first_step_is_left_out(meter, report):
-    meter.add(report(1))
-    assert meter.take() is None
-    meter.add(report(2))
-    assert meter.take().step_seconds == 2.0
+def test_nothing_is_known_before_a_step(meter):
+    assert meter.take({"total": 0.0}) == {}
 
 
-def test_first_step_of_a_resumed_process_is_left_out(meter, report):
-    meter.add(report(500))
-    assert meter.take() is None
+def test_what_came_before_a_restart_is_left_out(meter, wall):
+    meter.add(512)
+    wall[0] = 100.0
+    meter.restart()
+    meter.add(512)
+    wall[0] = 102.0
+    values = meter.take({"total": 2.0})
+    assert values["throughput/tokens_per_second"] == 256.0 and values["throughput/goodput"] == 1.0
 
 
-def test_rates_and_mfu(meter, report):
-    for step in (1, 2, 3):
-        meter.add(report(step))
-    speed = meter.take()
-    assert speed.tokens_per_second == 2 * 512 / (2 * 2.0)
-    assert speed.tokens_per_second_per_device == 64.0
-    assert speed.mfu == pytest.approx(256 * 1e3 / (4 * 1e6))
+def test_rates_and_mfu(meter, wall):
+    for _ in range(2):
+        meter.add(512)
+    wall[0] = 8.0
+    values = meter.take({"total": 4.0})
+    assert values["throughput/tokens_per_second"] == 2 * 512 / 4.0
+    assert values["throughput/tokens_per_second_per_device"] == 64.0
+    assert values["throughput/mfu"] == pytest.approx(256 * 1e3 / (4 * 1e6))
+    assert values["throughput/goodput"] == 0.5, "half of the 8 s were saves and validation"
 
 
-def test_parts_of_a_step_are_means(meter, report):
-    meter.add(report(1))
-    for data_seconds in (0.25, 0.75, 2.0):
-        parts = {"total": 4.0, "data": data_seconds, "forward_backward": 1.0, "optimizer": 0.5}
-        meter.add(report(2, seconds=parts))
-    speed = meter.take()
-    assert (speed.step_seconds, speed.data_seconds) == (4.0, 1.0)
-    assert (speed.forward_backward_seconds, speed.optimizer_seconds) == (1.0, 0.5)
+def test_parts_of_a_step_are_means(meter, wall):
+    for _ in range(3):
+        meter.add(512)
+    wall[0] = 12.0
+    values = meter.take({"total": 12.0, "data": 3.0, "forward_backward": 6.0, "optimizer": 1.5})
+    assert [values[f"time/{part}_seconds"] for part in ("step", "data", "forward_backward", "optimizer")] == [
+        4.0, 1.0, 2.0, 0.5
+    ]  # fmt: skip
 
 
-def test_each_interval_starts_over(meter, report):
-    for step in (1, 2):
-        meter.add(report(step))
-    meter.take()
-    meter.add(report(3, tokens=100, seconds={"total": 10.0}))
-    assert meter.take().tokens_per_second == 10.0
-    assert meter.take() is None
+def test_steps_that_changed_nothing_are_no_goodput(meter, wall):
+    for _ in range(4):
+        meter.add(512)
+    meter.skip()
+    wall[0] = 8.0
+    assert meter.take({"total": 8.0})["throughput/goodput"] == 0.75
 
 
-def test_no_mfu_without_a_peak(report):
+def test_each_interval_starts_over(meter, wall):
+    for _ in range(2):
+        meter.add(512)
+    meter.skip()
+    wall[0] = 4.0
+    meter.take({"total": 4.0})
+    meter.add(100)
+    wall[0] = 14.0
+    values = meter.take({"total": 10.0})
+    assert values["throughput/tokens_per_second"] == 10.0 and values["throughput/goodput"] == 1.0
+    assert meter.take({"total": 0.0}) == {}
+
+
+def test_no_mfu_without_a_peak(wall):
     meter = ThroughputMeter(flops_per_token=1e3, world_size=4, peak_flops_per_device=None)
-    for step in (1, 2):
-        meter.add(report(step))
-    speed = meter.take()
-    assert speed is not None and speed.mfu is None
+    meter.add(512)
+    wall[0] = 2.0
+    assert "throughput/mfu" not in meter.take({"total": 2.0})
 
 
 def test_peak_of_a_run_is_the_configured_one():

@@ -240,8 +240,8 @@ def losses_of_steps(parallel: ParallelConfig, precision: str) -> tuple[list[floa
             )
             for row in range(ROWS)
         ]
-        losses.append(step_runner.accumulate(batches).mean)
-        evaluated.append(step_runner.evaluate(batches).mean)
+        losses.append(float(step_runner.accumulate(batches).mean))
+        evaluated.append(float(step_runner.evaluate(batches).mean))
     return losses, evaluated, forms(carried.by_row) == declared
 
 

@@ -1,18 +1,22 @@
 """When checkpoints are saved, what a failed save does, and what a run starts from; files are stood in for."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from based_megatron.checkpoint.peers import ALONE
 from based_megatron.config import Config, load_config, to_dict
-from based_megatron.errors import CheckpointError, ConfigError
+from based_megatron.errors import CheckpointError, ConfigError, TrainingError
+from based_megatron.monitor.hub import Metrics
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates
 from based_megatron.train.callbacks import checkpointer as module
 from based_megatron.train.callbacks.checkpointer import Checkpointer
+from based_megatron.train.skips import SkipCount
 
 FINGERPRINT = "abc"
 
@@ -65,6 +69,15 @@ class FakeTrainer:
         self.step, self.tokens_seen = 0, 0
         self.topology = SimpleNamespace(world_size=8)
         self.records: list[tuple[str, dict]] = []
+        self.skips, self.metrics = SkipCount(), Metrics(torch.device("cpu"))
+        self.skipped: set[int] = set()
+
+    def check_skips(self) -> None:
+        """Count the steps that a test wants to be skipped."""
+        self.skips.in_a_row = int(self.step in self.skipped)
+
+    def advice(self, step: int) -> str:
+        return f"look at step {step}"
 
     def record(self, name: str, **fields: Any) -> None:
         self.records.append((name, fields))
@@ -93,15 +106,19 @@ def make(config: Config) -> Checkpointer:
     return Checkpointer(engine=None, config=config, data_fingerprint=FINGERPRINT)
 
 
-def train(callback: Checkpointer, steps: int, disk: Disk | None = None, full_at: int = 0) -> FakeTrainer:
+def train(
+    callback: Checkpointer, steps: int, disk: Disk | None = None, full_at: int = 0, skipped: Sequence[int] = ()
+) -> FakeTrainer:
     """Run the hooks of so many steps."""
     trainer: Any = FakeTrainer()
+    trainer.skipped = set(skipped)
     callback.on_start(trainer)
     for step in range(1, steps + 1):
         trainer.step, trainer.tokens_seen = step, 100 * step
         if disk is not None:
             disk.full = step == full_at
         callback.post_step(trainer, SimpleNamespace(step=step))  # type: ignore[arg-type]
+    trainer.check_skips()
     callback.on_end(trainer)
     return trainer
 
@@ -158,13 +175,54 @@ def test_the_last_save_must_work(disk):
         callback.on_end(trainer)  # type: ignore[arg-type]
 
 
+def test_nothing_is_saved_or_pruned_while_steps_are_skipped(disk):
+    trainer = train(make(config_with(interval_steps=2)), 8, skipped=[3, 4, 5, 6])
+    assert steps_of(disk) == [2, 8] and [name for _, name in disk.pruned] == ["step-2", "step-8"]
+    warnings = [fields["message"] for name, fields in trainer.records if name == "warning"]
+    assert [message.partition(" was skipped")[0] for message in warnings] == ["step 4", "step 6"]
+
+
+def test_a_run_that_ends_on_a_skipped_step_is_saved_and_keeps_the_others(disk):
+    """No weight changed since the last good step, but it may have been the one that diverged."""
+    train(make(config_with(interval_steps=2)), 4, skipped=[3, 4])
+    assert steps_of(disk) == [2, 4] and [name for _, name in disk.pruned] == ["step-2"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("others", [[], ["on another rank"]])
+def test_weights_that_are_not_finite_are_not_saved(disk, monkeypatch, bad, others):
+    """One line names the first of them, on every rank."""
+    here = torch.tensor([1.0, bad if not others else 1.0])
+    fragments = [named("good", torch.ones(3)), named("empty", torch.ones(0)), named("bad", here), named("worse", here)]
+    monkeypatch.setattr(module, "zero_fragments", lambda engine: fragments)
+    ranks = SimpleNamespace(rank=0, together=lambda action: [action(), others])
+    monkeypatch.setattr(module, "everyone", lambda group: ranks)
+    first = others[0] if others else "bad"
+    with pytest.raises(
+        TrainingError, match=rf"weights of step 2 are not finite \({first} is the first.*look at step 2"
+    ):
+        train(make(config_with(interval_steps=2)), 2)
+    assert disk.saved == []
+
+
+def named(name: str, weights: torch.Tensor) -> Any:
+    return SimpleNamespace(spec=SimpleNamespace(name=name), tensors={"model": weights})
+
+
+def test_the_time_of_saves_is_a_metric(disk):
+    trainer = train(make(config_with(interval_steps=2)), 4)
+    ((_, fields), *_) = [record for record in trainer.records if record[0] == "checkpoint"]
+    assert 0 < fields["seconds"] < 60
+    assert 0 < trainer.metrics.collect()["time/save_seconds"] < 60
+
+
 def test_older_ones_are_pruned_after_each_save(disk):
     train(make(config_with(interval_steps=2, keep_last=5)), 4)
     assert disk.pruned == [(5, "step-2"), (5, "step-4")]
 
 
 def test_one_rank_prunes(disk, monkeypatch):
-    monkeypatch.setattr(module, "everyone", lambda group: SimpleNamespace(rank=1))
+    monkeypatch.setattr(module, "everyone", lambda group: SimpleNamespace(rank=1, together=lambda action: [action()]))
     train(make(config_with(interval_steps=2)), 4)
     assert steps_of(disk) == [2, 4] and disk.pruned == []
 
@@ -172,7 +230,7 @@ def test_one_rank_prunes(disk, monkeypatch):
 def test_a_failed_pruning_is_told_alone(disk):
     disk.locked = True
     trainer = train(make(config_with(interval_steps=0)), 1)
-    assert [name for name, _ in trainer.records] == ["checkpoint", "warning"]
+    assert [name for name, _ in trainer.records] == ["warning", "checkpoint"]
 
 
 def test_a_new_run_starts_from_nothing(disk):

@@ -1,6 +1,5 @@
 """Whole jobs: resume, crashes, stops, changed layouts and bad input, as a user meets them."""
 
-import json
 import resource
 import shutil
 import signal
@@ -9,24 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from based_megatron.checkpoint.store import list_checkpoints
+from based_megatron.checkpoint.store import list_checkpoints, verify
 from based_megatron.cli import main
-from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.prepare import prepare
 from support.runs import command, events, kill_when, losses, run_job, start_job, train_in_pool
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A prepared corpus of a few hundred short documents."""
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = [json.dumps({"text": f"document {i}: " + " ".join(f"{j * i % 97}" for j in range(40))}) for i in range(300)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    output = folder / "data"
-    prepare(
-        PrepConfig(inputs=(str(folder / "text.jsonl"),), output=str(output), vocab_size=300, validation_fraction=0.1)
-    )
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +134,32 @@ def test_bad_input_is_one_line_before_any_work(corpus, tmp_path, capsys, overrid
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("based: error: ") and expected in line
     assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+DIVERGES = (
+    "--optimizer.lr 1e18 --optimizer.weight-decay 0 --optimizer.clip-grad-norm 0 --schedule.warmup-steps 3 "
+    "--checkpoint.interval-steps 1 --checkpoint.keep-last 2 --train.max-skipped-steps 5"
+)
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(corpus, tmp_path, capsys):
+    """Steps whose gradient is not finite are not saved, and prune nothing."""
+    finished = run_job(tmp_path, corpus, *DIVERGES.split())
+    assert finished.returncode == 2
+    skipped = [event["step"] for event in events(tmp_path, "skip")]
+    assert skipped == list(range(skipped[0], skipped[0] + 5)) and skipped[0] > 1
+    good = skipped[0] - 1
+    kept = list_checkpoints(tmp_path / "checkpoints")
+    assert kept[0].name == f"step-{good:08d}" and [verify(path) for path in kept] == [[]] * len(kept)
+    (error,) = finished.stderr.splitlines()
+    assert f"the newest checkpoint is step {good}: lower optimizer.lr" in error
+    advised = error.partition("`based ")[2].partition("`")[0]
+    assert advised == f"data at --run {tmp_path} --step {skipped[0]}"
+    assert main(advised.split()) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
+    resumed = run_job(tmp_path, corpus, "--train.steps", str(good), "--train.max-skipped-steps", "1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert events(tmp_path, "resume")[0]["step"] == good
 
 
 def test_other_data_is_refused_on_resume(uninterrupted, corpus, tmp_path):

@@ -54,7 +54,7 @@ def step_with_a_nan(parallel: ParallelConfig, precision: str) -> tuple[float, fl
         parameter = run.step.chunks[0].final_norm.weight
         handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
     run.step.accumulate(batches)
-    bad = run.step.update()
+    bad = float(run.step.update())
     if run.topology.data_context.rank == run.topology.data_context.size - 1:
         handle.remove()
     unchanged = all(torch.equal(before[name], now) for name, now in weights(run).items())

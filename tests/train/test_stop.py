@@ -6,28 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from based_megatron.train.stop import StopVote
-from support.pool import rank_device
 
 
 def votes(folder: Path, ask: str) -> list[str]:
     """Answers before anybody asks, after rank 1 (or rank 0's file) does, and after a clear with a new vote."""
-    device = rank_device(dist.get_rank())
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         vote = StopVote(folder / "stop")
-        answers = [vote.agreed(device)]
+        answers = [vote.agreed()]
         dist.barrier()
         if ask == "file" and dist.get_rank() == 0:
             (folder / "stop").touch()
         if ask != "file" and dist.get_rank() == 1:
             os.kill(os.getpid(), getattr(signal, ask))
-        answers.append(vote.agreed(device))
+        answers.append(vote.agreed())
         vote.clear()
-        return [*answers, StopVote(folder / "stop").agreed(device)]
+        return [*answers, StopVote(folder / "stop").agreed()]
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
@@ -55,7 +52,7 @@ def late_signal(folder: Path) -> Any:
         vote = StopVote(folder / "stop")
         os.kill(os.getpid(), signal.SIGTERM)
         vote.clear()
-        return vote.agreed(torch.device("cpu"))
+        return vote.agreed()
     finally:
         signal.signal(signal.SIGTERM, kept)
 

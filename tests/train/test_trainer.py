@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from based_megatron.config import Config, load_config
 from based_megatron.errors import TrainingError
+from based_megatron.monitor.hub import Metrics
 from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.schedule import learning_rate
 from based_megatron.train.step import LossSum
@@ -30,11 +32,12 @@ class FakeStep:
     def accumulate(self, batches: list[Any]) -> LossSum:
         self.batches.append(batches)
         self.rates.append(self._rate())
-        return LossSum(total=30.0 * len(self.batches), tokens=10)
+        return LossSum(torch.tensor(30.0 * len(self.batches)).double(), torch.tensor(10.0).double())
 
-    def update(self) -> float:
+    def update(self, on_gradients: Callable[[], None]) -> torch.Tensor:
         assert self._rate() == self.rates[-1]
-        return next(self.norms)
+        on_gradients()
+        return torch.tensor(next(self.norms)).double()
 
     def _rate(self) -> float:
         return self.engine.optimizer.param_groups[0]["lr"]
@@ -51,7 +54,7 @@ class FakeStop:
     def __init__(self, at: int = 0) -> None:
         self.at, self.asked, self.cleared = at, 0, 0
 
-    def agreed(self, device: torch.device) -> str:
+    def agreed(self) -> str:
         self.asked += 1
         return "SIGTERM" if self.asked == self.at else ""
 
@@ -84,11 +87,13 @@ class Witness(Callback):
         self.log.append((self.name + "error", error))
 
 
-def config_of(**train: Any) -> Config:
+def config_of(interval: int, run_dir: str, **train: Any) -> Config:
     config = load_config("tiny")
     values = {"steps": STEPS, "max_skipped_steps": LIMIT, "global_batch_sequences": 6, **train}
     return dataclasses.replace(
         config,
+        run_dir=run_dir,
+        monitor=dataclasses.replace(config.monitor, log_interval_steps=interval),
         train=dataclasses.replace(config.train, **values),
         data=dataclasses.replace(config.data, sequence_length_tokens=50),
         schedule=dataclasses.replace(config.schedule, warmup_steps=2, warmup_lr=1e-5),
@@ -100,16 +105,19 @@ def make(
     stop: FakeStop | None = None,
     start: tuple[int, int] = (0, 0),
     callbacks: list[Callback] | None = None,
+    interval: int = 1,
+    run_dir: str = "run",
     **train: Any,
 ) -> tuple[Trainer, FakeStep, list[tuple]]:
     log: list[tuple] = []
     step = FakeStep([1.0] * 20 if norms is None else norms)
     topology = SimpleNamespace(device=torch.device("cpu"))
     trainer = Trainer(
-        config_of(**train),
+        config_of(interval, run_dir, **train),
         topology,  # type: ignore[arg-type]
         step,  # type: ignore[arg-type]
         FakeLoader(),
+        Metrics(torch.device("cpu")),
         callbacks if callbacks is not None else [Witness(log)],
         stop or FakeStop(),  # type: ignore[arg-type]
         start,
@@ -153,11 +161,12 @@ def test_the_report_of_a_step():
     trainer, _, log = make(norms=[2.5, 3.5], steps=2)
     trainer.fit()
     first, second = (report for name, report in log if name == "step")
-    assert (first.step, first.loss, first.grad_norm, first.skipped, first.tokens) == (1, 3.0, 2.5, False, 300)
-    assert (second.step, second.loss, second.grad_norm) == (2, 6.0, 3.5)
-    assert set(first.seconds) == {"total", "data", "forward_backward", "optimizer"}
-    parts = sum(first.seconds.values()) - first.seconds["total"]
-    assert 0 <= parts == pytest.approx(first.seconds["total"], abs=1e-6)
+    assert (first.step, float(first.loss), float(first.grad_norm), first.tokens) == (1, 3.0, 2.5, 300)
+    assert (second.step, float(second.loss), float(second.grad_norm)) == (2, 6.0, 3.5)
+    seconds = trainer.clock.take()
+    total = seconds.pop("total")
+    assert set(seconds) == {"data", "forward_backward", "optimizer"}
+    assert 0 < total == pytest.approx(sum(seconds.values()), abs=1e-6)
 
 
 def test_a_resumed_run_goes_on_where_it_was():
@@ -187,22 +196,60 @@ def test_a_stop_at_the_last_step_is_a_finished_run():
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_skipped_step_is_told_and_counts(bad):
-    trainer, _, log = make(norms=[1.0, bad, 1.0, 1.0])
+@pytest.mark.parametrize(("interval", "place"), [(1, 2), (4, 4)])
+def test_a_skipped_step_is_recorded_at_the_next_log_point(bad, interval, place):
+    trainer, _, log = make(norms=[1.0, bad, 1.0, 1.0], interval=interval, max_skipped_steps=9)
     trainer.fit()
-    assert names(log) == ["start", "step", "skip", "step", "step", "step", "end"]
-    assert log[2][1]["in_a_row"] == 1
-    assert [report.skipped for name, report in log if name == "step"] == [False, True, False, False]
+    assert names(log)[place] == "skip" and names(log).count("skip") == 1
+    (fields,) = (fields for name, fields in log if name == "skip")
+    assert fields == {"step": 2, "loss": 6.0, "in_a_row": 1}
     assert trainer.step == STEPS
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run():
-    trainer, step, log = make(norms=[math.nan] * 20, steps=20)
+@pytest.mark.parametrize(("interval", "steps_taken"), [(1, LIMIT), (100, LIMIT + 1)])
+def test_too_many_skipped_steps_in_a_row_end_the_run(interval, steps_taken):
+    """Norms are read at log points, here steps 1, ... and 1, 101, ..., and whenever the limit of them is unread."""
+    trainer, step, log = make(norms=[math.nan] * 20, steps=20, interval=interval)
     with pytest.raises(TrainingError, match=r"3 steps in a row .*step 3.*optimizer\.lr"):
         trainer.fit()
-    assert len(step.batches) == LIMIT
-    assert [fields["in_a_row"] for name, fields in log if name == "skip"] == [1, 2, 3]
+    assert len(step.batches) == steps_taken
+    assert [(fields["step"], fields["in_a_row"]) for name, fields in log if name == "skip"] == [(1, 1), (2, 2), (3, 3)]
     assert names(log)[-1] == "error" and "end" not in names(log)
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_skipped_steps_at_the_end_of_a_run_are_recorded(interval):
+    trainer, _, log = make(norms=[1.0, 1.0, math.nan, math.nan], interval=interval)
+    trainer.fit()
+    assert [fields["step"] for name, fields in log if name == "skip"] == [3, 4] and trainer.skips.in_a_row == 2
+
+
+@pytest.mark.parametrize("saved", [None, 2])
+def test_the_error_names_the_newest_checkpoint_and_a_command_that_works(tmp_path, saved):
+    run_dir = tmp_path / "my run"
+    trainer, _, _ = make(norms=[1.0, *[math.nan] * 20], steps=20, run_dir=str(run_dir))
+    if saved:
+        folder = run_dir / "checkpoints" / f"step-{saved:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    with pytest.raises(TrainingError) as error:
+        trainer.fit()
+    message = str(error.value)
+    assert ("the newest checkpoint is step 2" if saved else "no checkpoint was saved") in message
+    assert f"`based data at --run '{run_dir}' --step 2`" in message, "step 2 was the first to be skipped"
+    assert "\n" not in message
+
+
+def test_gradients_are_seen_before_each_step_is_done():
+    class Sees(Callback):
+        def on_gradients(self, trainer: Trainer) -> None:
+            log.append(("gradients", trainer.step))
+
+    log: list[tuple] = []
+    trainer, _, _ = make(steps=2, callbacks=[Sees(), Witness(log)])
+    trainer.fit()
+    assert names(log) == ["start", "gradients", "step", "gradients", "step", "end"]
+    assert [step for name, step in log if name == "gradients"] == [0, 1]
 
 
 def test_a_good_step_starts_the_count_anew():

@@ -4,14 +4,16 @@ Legend: L tokens of this rank's slice, N rows of a halo in front of it, S = N + 
 parallel rank, F feature dim, V value head dim. Decoding keeps sequences apart: [B, L, D], and [B, D] for one token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from based_megatron.model.config import BasedConfig
 from based_megatron.model.mixers.facts import MixerFacts
+from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import ColumnParallelLinear, MegatronModule, RowParallelLinear
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -32,6 +34,29 @@ class MixerInputs:
     plan: SequencePlan
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin of this slice's positions, [L, R] each; None where no layer of the model chunk rotates."""
+    recorder: Recorder = SILENT
+    """Takes what layers record of themselves."""
+
+    def watch(
+        self,
+        name: str,
+        value: Callable[[], Tensor],
+        reduce: Literal["mean", "rms", "max", "min"] = "mean",
+        count: float = 1.0,
+    ) -> None:
+        """Record a metric of this pass: `value` gives a scalar on the device, and is called in steps that are logged only.
+
+        count: how many items it is the mean or the RMS of, where passes and ranks differ.
+        Under recomputation the pass with gradients counts, and evaluations never do.
+        """
+        if self.is_watched:
+            with torch.no_grad():
+                self.recorder.record(name, value(), reduce, count=count)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether values of this pass are recorded that cost time."""
+        return self.recorder.wanted and torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,8 @@ class Mixer(MixerFacts, MegatronModule):
     ) -> None:
         super().__init__(config)
         self.submodules, self.layer_number, self.group = submodules, layer_number, pg_collection.tp
+        self.layer_name = f"layer_{layer_number - 1:02d}"
+        """The layer in names of metrics: numbers as in names of parameters, in an order that sorts."""
         self.heads = config.model.num_heads // self.group.size()
         self.head_dim = config.model.hidden_size // config.model.num_heads
 

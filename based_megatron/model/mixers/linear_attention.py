@@ -17,6 +17,7 @@ from based_megatron.kernels.taylor_attention import (
     start_sliced_attention,
     taylor_attention,
 )
+from based_megatron.kernels.taylor_attention.attention import Watch
 from based_megatron.model.mixers.base import (
     Continuation,
     Mixer,
@@ -56,12 +57,28 @@ class TaylorLinearAttention(Mixer):
         if inputs.plan.is_whole:
             q, k, v = (heads_first_batch(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
             ids = inputs.plan.document_ids()
-            mixed, _state = taylor_attention(q, k, v, document_ids_BT=ids, backend=self.config.backend)
+            mixed, _state = taylor_attention(
+                q, k, v, document_ids_BT=ids, watch=self._watch(inputs), backend=self.config.backend
+            )
         else:
-            mixed = self.qkv(x, body=lambda project: self._mix_slice(project, inputs.plan))[0]
+            mixed = self.qkv(x, body=lambda project: self._mix_slice(project, inputs.plan, self._watch(inputs)))[0]
         return self.out_proj(merge_heads(mixed))[0], None
 
-    def _mix_slice(self, project: Projection, plan: SequencePlan) -> Tensor:
+    def _watch(self, inputs: MixerInputs) -> Watch | None:
+        """Records the norm of a head's state after the sequence and the smallest normaliser, in passes that are logged."""
+        if not inputs.is_watched:
+            return None
+
+        def watch(state_BHRE: Tensor, smallest_normaliser: Tensor) -> None:
+            inputs.recorder.record(f"smallest_normaliser/{self.layer_name}", smallest_normaliser, "min")
+            if inputs.plan.is_last:
+                heads_B = state_BHRE.shape[0] * state_BHRE.shape[1]
+                norm = torch.linalg.vector_norm(state_BHRE) / heads_B**0.5
+                inputs.recorder.record(f"state_norm/{self.layer_name}", norm, "rms")
+
+        return watch
+
+    def _mix_slice(self, project: Projection, plan: SequencePlan, watch: Watch | None) -> Tensor:
         """Mix a slice that reads the state before it: the moments of keys and values travel while the queries are projected."""
         of_q, of_kv = project.parts(self.local_parts[0], sum(self.local_parts[1:]))
         k, v = (heads_first_batch(part, self.heads) for part in of_kv().split(self.local_parts[1:], dim=-1))
@@ -69,7 +86,7 @@ class TaylorLinearAttention(Mixer):
         started = start_sliced_attention(
             k, v, exchange, document_ids_BL=plan.document_ids(), backend=self.config.backend
         )
-        return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started)
+        return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started, watch=watch)
 
     @staticmethod
     def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:

@@ -67,6 +67,11 @@ class SequencePlan:
         """Whether this slice is all there is: nothing comes into it from outside, and nothing leaves it."""
         return len(self.slices) == 1
 
+    @property
+    def is_last(self) -> bool:
+        """The sequences end with this slice."""
+        return self.ranks.rank == self.ranks.size - 1
+
     @cached_property
     def gates(self) -> Tensor:
         """Entry [b, r, p] is 1 where one document covers the end of slice p through the start of slice r, p < r; on the host.

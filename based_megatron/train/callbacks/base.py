@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did. Equal on every rank."""
+    """What one optimizer step did. Equal on every rank; tensors are scalars on the device, and reading them waits for it."""
 
     step: int
     """Steps done, this one included: 1 after the first."""
-    loss: float
-    """Mean loss of the step's tokens, in nats."""
-    grad_norm: float
-    """Global gradient norm before clipping; inf or nan if the step was skipped."""
+    loss: Tensor
+    """Mean loss of the step's tokens, in nats, fp64."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping, fp64; inf or nan if the step was skipped and no weight changed."""
     lr: float
-    skipped: bool
-    """True if the gradient was not finite and no weight changed."""
     tokens: int
     """Tokens of this step, over all ranks."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of this step on this rank: total, data, forward_backward, optimizer."""
 
 
 class Callback:
-    """Does something beside training. Hooks run on every rank, in the order of the callbacks; all may use collectives but on_error."""
+    """Does something besides training. Hooks run on every rank, in the order of the callbacks; all may use collectives but on_error."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, after a resume."""
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        """Between backward and the update of each step: `trainer.gradients()` are reduced, and not yet clipped or checked."""
 
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
         """After each optimizer step."""
@@ -41,7 +42,7 @@ class Callback:
         """After a validation, with its mean loss in nats."""
 
     def on_event(self, trainer: Trainer, name: str, fields: dict) -> None:
-        """Something worth a record: a checkpoint, a skipped step, a stop, a sample."""
+        """When something is worth a record: a checkpoint, a skipped step, a stop, a sample."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, or after a clean stop."""

@@ -1,4 +1,6 @@
-"""The jobs beside the training loop that a config asks for."""
+"""The jobs besides the training loop that a config asks for."""
+
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -6,19 +8,24 @@ from based_megatron.config import Config
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.data.sources import Sources
+from based_megatron.model.mixers import layer_mixers
+from based_megatron.monitor.sinks.base import RunFacts
+from based_megatron.monitor.sinks.build import start_sinks
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.callbacks.base import Callback
-from based_megatron.train.callbacks.console import ConsoleLogger
-from based_megatron.train.callbacks.events import EventLog
+from based_megatron.train.callbacks.debug_gradients import DebugGradients
 from based_megatron.train.callbacks.heartbeat import Heartbeat
+from based_megatron.train.callbacks.logger import Logger
+from based_megatron.train.callbacks.norms import Norms
 from based_megatron.train.callbacks.sampler import Sampler
-from based_megatron.train.callbacks.tensorboard import TensorBoardLogger
 from based_megatron.train.callbacks.validator import Validator
 
 
 def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
-    """Validation and samples, where the config asks for them."""
-    jobs: list[Callback] = []
+    """What is measured of the model, and validation and samples where the config asks for them."""
+    jobs: list[Callback] = [Norms([mixer.name for mixer in layer_mixers(config.model)])]
+    if config.monitor.debug_gradients:
+        jobs.append(DebugGradients())
     if config.validation.interval_steps:
         jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
     if config.monitor.sample_interval_steps:
@@ -26,6 +33,7 @@ def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sourc
     return jobs
 
 
-def loggers(config: Config) -> list[Callback]:
-    """What is written while training."""
-    return [ConsoleLogger(), EventLog(), Heartbeat(), *([TensorBoardLogger()] if config.monitor.tensorboard else [])]
+def loggers(config: Config, topology: Topology, start: tuple[int, int]) -> list[Callback]:
+    """What is written while training. start: (steps done, tokens seen)."""
+    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start)
+    return [Logger(start_sinks(facts) if topology.is_logger else []), Heartbeat()]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from based_megatron.checkpoint.carried import carried_fragments
-from based_megatron.checkpoint.load import load_carried, load_checkpoint, read_state
+from based_megatron.checkpoint.fragments import Fragment
+from based_megatron.checkpoint.load import MODEL, load_carried, load_checkpoint, read_state
 from based_megatron.checkpoint.peers import Peers, everyone
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
-from based_megatron.errors import CheckpointError, ConfigError
+from based_megatron.errors import CheckpointError, ConfigError, TrainingError
+from based_megatron.monitor.finite import not_finite
 from based_megatron.parallel.sequence.carried import CarriedStates
 from based_megatron.train.callbacks.base import Callback, StepReport
 
@@ -27,7 +30,11 @@ PAST_TOKENS = "past_tokens"
 
 
 class Checkpointer(Callback):
-    """Saves at every interval, at a stop and at the end. A failed save is told and training goes on; the last one must work."""
+    """Saves at every interval, at a stop and at the end. A failed save is recorded and training goes on; the last one must work.
+
+    While steps are skipped nothing is saved at intervals, and older checkpoints stay: the newest may be from weights that have
+    diverged. Weights that are not finite are never saved.
+    """
 
     def __init__(
         self, engine: Any, config: Config, data_fingerprint: str, carried: CarriedStates | None = None
@@ -60,6 +67,10 @@ class Checkpointer(Callback):
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
         interval_steps = self._config.checkpoint.interval_steps
         if interval_steps and report.step % interval_steps == 0:
+            trainer.check_skips()
+            if trainer.skips.in_a_row:
+                trainer.record("warning", message=f"step {report.step} was skipped: nothing is saved until one is not")
+                return
             try:
                 self._save(trainer)
             except CheckpointError as error:
@@ -70,7 +81,9 @@ class Checkpointer(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        started = time.perf_counter()
         fragments = zero_fragments(self._engine)
+        self._check_finite(trainer, fragments)
         state: dict[str, Any] = {
             "tokens_seen": trainer.tokens_seen,
             "optimizer": optimizer_entry(self._engine),
@@ -83,9 +96,21 @@ class Checkpointer(Callback):
             state[PAST_TOKENS] = self._carried.past_tokens
         path = save_checkpoint(self._folder, trainer.step, fragments, state, self._peers)
         self._saved_step = trainer.step
-        trainer.record("checkpoint", path=str(path))
-        if self._peers.rank == 0:
+        if self._peers.rank == 0 and not trainer.skips.in_a_row:
             self._prune(trainer, path)
+        seconds = time.perf_counter() - started
+        trainer.metrics.record("time/save_seconds", seconds, "max")
+        trainer.record("checkpoint", path=str(path), seconds=seconds)
+
+    def _check_finite(self, trainer: Trainer, fragments: list[Fragment]) -> None:
+        """Raises TrainingError if a weight is an infinity or a nan on any rank (collective)."""
+        weights = [(fragment.spec.name, fragment.tensors[MODEL]) for fragment in fragments]
+        found = [name for names in self._peers.together(lambda: not_finite(weights)) for name in names]
+        if found:
+            raise TrainingError(
+                f"the weights of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
+                f"saved; {trainer.advice(trainer.step)}"
+            )
 
     def _prune(self, trainer: Trainer, saved: Path) -> None:
         try:

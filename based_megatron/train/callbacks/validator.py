@@ -24,7 +24,7 @@ class Validator(Callback):
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
         interval_steps = trainer.config.validation.interval_steps
         if report.step % interval_steps == 0 or report.step == trainer.config.train.steps:
-            trainer.validated(trainer.step_runner.evaluate(self._batches).mean)
+            trainer.validated(float(trainer.step_runner.evaluate(self._batches).mean))
 
 
 def fill_up(batches: Sequence[MicroBatch], multiple: int) -> list[MicroBatch]:

@@ -1,8 +1,7 @@
 """What a person sees: a table of the run, then one live line on a terminal, or plain lines in a log file."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -10,59 +9,49 @@ from rich.table import Table
 
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
-from based_megatron.monitor.throughput import Throughput
-from based_megatron.train.callbacks.base import StepReport
-from based_megatron.train.callbacks.metrics import MetricsLogger, perplexity
-
-if TYPE_CHECKING:
-    from based_megatron.train.trainer import Trainer
+from based_megatron.monitor.sinks.base import RunFacts, Sink, perplexity
 
 
-class ConsoleLogger(MetricsLogger):
-    """Prints on the logging rank. `console` is where to; standard output unless given."""
+class ConsoleSink(Sink):
+    """Prints. `console` is where to; standard output unless given."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
-    def start(self, trainer: Trainer) -> None:
-        self._console.print(run_table(trainer))
+    def start(self, run: RunFacts) -> None:
+        self._run, self._steps = run, run.config.train.steps
+        self._console.print(run_table(run))
         if self._console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=self._console
             )
-            self._task = self._progress.add_task("waiting for the first step", total=trainer.config.train.steps)
-            self._progress.update(self._task, completed=trainer.step)
+            self._task = self._progress.add_task("waiting for the first step", total=self._steps)
+            self._progress.update(self._task, completed=run.step)
             self._progress.start()
 
-    def post_step(self, trainer: Trainer, report: StepReport) -> None:
-        super().post_step(trainer, report)
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        line = status_line(step, self._steps, values)
         if self._progress is not None:
-            self._progress.update(self._task, completed=report.step)
-
-    def log(self, trainer: Trainer, report: StepReport, throughput: Throughput | None) -> None:
-        line = status_line(report, trainer.config.train.steps, throughput)
-        if self._progress is not None:
-            self._progress.update(self._task, description=line)
+            self._progress.update(self._task, description=line, completed=step)
         else:
             self._print(line)
 
-    def on_validation(self, trainer: Trainer, loss: float) -> None:
-        if trainer.topology.is_logger:
-            self._print(f"step {trainer.step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
-
-    def on_event(self, trainer: Trainer, name: str, fields: dict) -> None:
-        if trainer.topology.is_logger:
+    def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
+        if name in ("start", "resume", "error"):
+            return  # The table says it, or the command line's last words.
+        if name == "validation":
+            loss = fields["loss"]
+            self._print(f"step {step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
+        elif name == "end":
+            self._stop_progress()
+            self._print(f"ended at step {step} after {human(fields['tokens_seen'])} tokens; {self._run.run_dir}")
+        else:
             shown = " ".join(f"{key}={_short(value)}" for key, value in fields.items())
-            self._print(f"step {trainer.step} {name} {shown}")
+            self._print(f"step {step} {name} {shown}")
 
-    def on_end(self, trainer: Trainer) -> None:
-        self._stop_progress()
-        if trainer.topology.is_logger:
-            self._print(f"ended at step {trainer.step} after {human(trainer.tokens_seen)} tokens; {trainer.run_dir}")
-
-    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+    def close(self) -> None:
         self._stop_progress()
 
     def _print(self, line: str) -> None:
@@ -75,23 +64,22 @@ class ConsoleLogger(MetricsLogger):
             self._progress = None
 
 
-def run_table(trainer: Trainer) -> Table:
+def run_table(run: RunFacts) -> Table:
     """What runs, where and how big, before the first step."""
-    config = trainer.config
+    config = run.config
     model, parallel, train = config.model, config.parallel, config.train
     length = config.data.sequence_length_tokens
-    world_size = trainer.topology.world_size
     batch_tokens = train.global_batch_sequences * length
     rows = {
         "model": f"{human(parameter_count(model))} parameters, {model.layer_pattern!r}, width {model.hidden_size}",
-        "ranks": f"{world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
-        f"x data {data_parallel_size(parallel, world_size)}, ZeRO {parallel.zero_stage}",
+        "ranks": f"{run.world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
+        f"x data {data_parallel_size(parallel, run.world_size)}, ZeRO {parallel.zero_stage}",
         "batch": f"{train.global_batch_sequences} sequences x {length} = {human(batch_tokens)} tokens, "
         f"micro batch {train.micro_batch_sequences}",
-        "run": f"{train.steps} steps = {human(train.steps * batch_tokens)} tokens, from step {trainer.step}",
+        "run": f"{train.steps} steps = {human(train.steps * batch_tokens)} tokens, from step {run.step}",
         "cost": f"{human(training_flops_per_token(model, length))} FLOPs a token",
-        "device": f"{trainer.device.type}, {train.precision}",
-        "folder": str(trainer.run_dir),
+        "device": f"{run.device.type}, {train.precision}",
+        "folder": str(run.run_dir),
     }
     table = Table(show_header=False)
     for name, value in rows.items():
@@ -99,23 +87,24 @@ def run_table(trainer: Trainer) -> Table:
     return table
 
 
-def status_line(report: StepReport, total_steps: int, throughput: Throughput | None) -> str:
+def status_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
     """One line about a step: where it is, how it learns, how fast it goes."""
     parts = [
-        f"step {report.step}/{total_steps}",
-        f"loss {report.loss:.4f}",
-        f"ppl {perplexity(report.loss):.2f}",
-        f"lr {report.lr:.2e}",
-        f"grad {report.grad_norm:.3f}",
+        f"step {step}/{total_steps}",
+        f"loss {values['train/loss']:.4f}",
+        f"ppl {values['train/perplexity']:.2f}",
+        f"lr {values['train/lr']:.2e}",
+        f"grad {values['train/grad_norm']:.3f}",
     ]
-    if report.skipped:
+    if values["train/skipped"]:
         parts.append("SKIPPED")
-    if throughput:
-        parts.append(f"{human(throughput.tokens_per_second)} tok/s")
-        if throughput.mfu is not None:
-            parts.append(f"MFU {throughput.mfu:.1%}")
-        parts.append(f"data {throughput.data_seconds / throughput.step_seconds:.1%}")
-        parts.append(f"ETA {duration((total_steps - report.step) * throughput.step_seconds)}")
+    if "throughput/tokens_per_second" in values:
+        step_seconds = values["time/step_seconds"]
+        parts.append(f"{human(values['throughput/tokens_per_second'])} tok/s")
+        if "throughput/mfu" in values:
+            parts.append(f"MFU {values['throughput/mfu']:.1%}")
+        parts.append(f"data {values['time/data_seconds'] / step_seconds:.1%}")
+        parts.append(f"ETA {duration((total_steps - step) * step_seconds)}")
     return " | ".join(parts)
 
 

@@ -1,0 +1,52 @@
+"""Where the time of steps goes, measured without waiting for the device."""
+
+import time
+
+import torch
+
+
+class StepClock:
+    """Adds up the seconds of each part of a step.
+
+    A GPU runs behind the host: its marks are events in its queue, and their times are read at log points only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._mark("")
+
+    def mark(self, part: str) -> None:
+        """End a part, which began with the mark before."""
+        self._mark(part)
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each part, and of all as `total`, since the last call, and start over. Waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        seconds = {"total": 0.0}
+        for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
+            if part:
+                passed = _seconds(begin, end)
+                seconds[part] = seconds.get(part, 0.0) + passed
+                seconds["total"] += passed
+        self._marks = []
+        return seconds
+
+    def _mark(self, part: str) -> None:
+        if not self._on_gpu:
+            self._marks.append((part, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((part, event))
+
+
+def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(begin, float) and isinstance(end, float):
+        return end - begin
+    assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+    return begin.elapsed_time(end) / 1000

@@ -1,0 +1,48 @@
+"""What a sink is: the end of the line for metrics and events, on the logging rank."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from based_megatron.config import Config
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run as it begins, or goes on, on the logging rank."""
+
+    config: Config
+    run_dir: Path
+    device: torch.device
+    world_size: int
+    step: int
+    """Steps that an earlier process has done; 0 for a new run."""
+    tokens_seen: int
+
+
+class Sink:
+    """Writes what it is told. Calls come in order, from the logging rank; a subclass overrides those that it has a use for."""
+
+    def start(self, run: RunFacts) -> None:
+        """Open what is written to."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a log point by name, such as `train/loss` (docs/metrics.md lists them)."""
+
+    def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
+        """Write that something happened: start, resume, validation, checkpoint, skip, sample, warning, stop, end, error."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Write text that the model has generated."""
+
+    def close(self) -> None:
+        """Flush and let go, after the end of a run or an error."""
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats; inf beyond the range of a float."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,29 @@
+"""events.jsonl in the run folder: every logged step, validation, checkpoint, skip, stop, resume and error."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from based_megatron.monitor.events import FILE_NAME, append_event
+from based_megatron.monitor.sinks.base import RunFacts, Sink
+
+SHORT = ("train/", "throughput/", "time/")
+"""Sections whose metrics go by their last name: `loss`, not `train/loss`."""
+
+
+class EventsSink(Sink):
+    """One JSON object a line: time (seconds since 1970), step, event, and what belongs to the event."""
+
+    def start(self, run: RunFacts) -> None:
+        self._path = run.run_dir / FILE_NAME
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.event(step, "step", {_field(name): value for name, value in values.items()})
+
+    def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
+        append_event(self._path, {"time": time.time(), "step": step, "event": name, **fields})
+
+
+def _field(name: str) -> str:
+    section, _, rest = name.partition("/")
+    return rest if f"{section}/" in SHORT else name
