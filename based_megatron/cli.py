@@ -11,7 +11,7 @@ from based_megatron.errors import BasedError
 # Each entry: what it does, and module:function taking the remaining arguments. Imported only when used: torch takes seconds.
 COMMANDS = {
     "prep": ("tokenize text, JSON lines, parquet or source files into shards", "based_megatron.data_prep.cli:main"),
-    "train": ("pretrain; every rank runs this", "based_megatron.train.train:main"),
+    "train": ("pretrain; every rank runs this", "based_megatron.train.cli:main"),
     "launch": ("start the ranks of a command, here or on SLURM", "based_megatron.launchers.cli:main"),
     "generate": ("continue a prompt with a trained model", "based_megatron.inference.cli:main"),
     "export": ("write a checkpoint in Hugging Face format, and prove it", "based_megatron.convert.cli:main_export"),
@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BasedError as error:
         _print_error(error)
         return 2
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has seen enough. Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def usage() -> str:

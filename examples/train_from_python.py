@@ -10,7 +10,8 @@ from pathlib import Path
 from based_megatron.config import Config, parse_config
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
-from based_megatron.inference.generate import Sampling, generate, load_model, text_tokenizer
+from based_megatron.inference.generate import generate, load_model, text_tokenizer
+from based_megatron.inference.sampling import Sampling
 from based_megatron.train.train import train
 
 

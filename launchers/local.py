@@ -12,7 +12,8 @@ from types import FrameType
 
 import psutil
 
-from based_megatron.errors import ConfigError
+from based_megatron.config.limits import check_limits, flag
+from based_megatron.config.schema import Count
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -21,7 +22,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 class LocalOptions:
     """Start the ranks on this machine: one process for each GPU, or several on a CPU."""
 
-    nproc: int
+    nproc: Count
     """Number of ranks to start."""
     dry_run: bool = False
     """Print the command and do not run it."""
@@ -32,8 +33,7 @@ def launch_local(options: LocalOptions, command: Sequence[str]) -> int:
 
     The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR2 asks every rank to stop cleanly, the second kills them.
     """
-    if options.nproc < 1:
-        raise ConfigError(f"--nproc is {options.nproc} but must be at least 1")
+    check_limits(options, flag)
     line = torchrun_command(options.nproc, command)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // options.nproc))
     if options.dry_run:

@@ -12,10 +12,13 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+import tyro
+
 from based_megatron.config import Config, parse_config
+from based_megatron.config.limits import check_limits, flag
+from based_megatron.config.schema import Count
 from based_megatron.config.validate import check_run_dir, validate
 from based_megatron.errors import ConfigError
-from based_megatron.model.check import check_mixers
 
 SCRIPT_NAME = "pretrain.sbatch"
 
@@ -24,21 +27,21 @@ SCRIPT_NAME = "pretrain.sbatch"
 class SlurmOptions:
     """Start the ranks as a SLURM job. The script and the log go to the run folder, which all nodes must see."""
 
-    nodes: int
+    nodes: Count
     """Number of nodes."""
     gpus_per_node: int = 8
     """GPUs of each node, and ranks unless tasks_per_node says otherwise; 0 for a CPU cluster."""
     tasks_per_node: int = 0
     """Ranks on each node; 0 means one for each GPU."""
-    cpus_per_task: int = 8
+    cpus_per_task: Count = 8
     """CPU cores of each rank."""
     time: str = "24:00:00"
     """Time limit of one job, in a form that sbatch takes. The run goes on in the next."""
-    stop_seconds: int = 600
+    stop_seconds: Count = 600
     """Seconds before the time limit at which the run is asked to save: more than a step, a validation and a checkpoint take."""
-    hang_seconds: int = 1800
+    hang_seconds: Count = 1800
     """Start again if no step ends for so many seconds: more than start-up, compilation, a validation and a checkpoint take."""
-    max_failures: int = 3
+    max_failures: Count = 3
     """Give up after this number of failures in a row without a newer checkpoint."""
     partition: str = ""
     """Partition to use, if not the cluster's default."""
@@ -50,8 +53,8 @@ class SlurmOptions:
     """Nodes not to use, as a SLURM host list."""
     exclusive: bool = True
     """Take whole nodes, with all of their memory."""
-    sbatch: tuple[str, ...] = ()
-    """More options of sbatch, each as one word such as --sbatch=--constraint=h100."""
+    sbatch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """One more option of sbatch, as one word such as --sbatch=--constraint=h100; repeat the flag for others."""
     setup: str = ""
     """Shell commands to run first, such as `module load cuda`. Your environment is passed on anyway."""
     dry_run: bool = False
@@ -80,6 +83,7 @@ def launch_slurm(options: SlurmOptions, command: Sequence[str]) -> int:
         raise ConfigError("there is no sbatch here; submit from a login node, or look at the script with --dry-run")
     run_dir = Path(config.run_dir).absolute()
     check_run_dir(run_dir, needed_bytes=0)
+    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / SCRIPT_NAME
     path.write_text(script)
     _sbatch("--test-only", str(path))
@@ -96,16 +100,9 @@ def launch_slurm(options: SlurmOptions, command: Sequence[str]) -> int:
 def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config) -> str:
     """Text of the batch script. `config` is what the train command resolves to."""
     tasks_per_node = options.tasks_per_node or options.gpus_per_node
-    for key, value in {
-        "--nodes": options.nodes,
-        "--gpus-per-node or --tasks-per-node": tasks_per_node,
-        "--cpus-per-task": options.cpus_per_task,
-        "--stop-seconds": options.stop_seconds,
-        "--hang-seconds": options.hang_seconds,
-        "--max-failures": options.max_failures,
-    }.items():
-        if value < 1:
-            raise ConfigError(f"{key} is {value} but must be at least 1")
+    check_limits(options, flag)
+    if not tasks_per_node:
+        raise ConfigError("--gpus-per-node and --tasks-per-node are 0, but a node needs a rank; set --tasks-per-node")
     if options.hang_seconds <= config.parallel.timeout_seconds:
         raise ConfigError(
             f"--hang-seconds {options.hang_seconds} must be above parallel.timeout_seconds "
@@ -117,6 +114,9 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
             f"at once; change either"
         )
     validate(config, options.nodes * tasks_per_node)
+    # Mixers take seconds to load: what is wrong with the options shows before.
+    from based_megatron.model.check import check_mixers
+
     check_mixers(config)
     run_dir = Path(config.run_dir).absolute()
     template = resources.files("based_megatron.launchers").joinpath(SCRIPT_NAME).read_text()
@@ -135,8 +135,9 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
 def _directives(options: SlurmOptions, tasks_per_node: int, run_dir: Path) -> list[str]:
     """Lines that SLURM reads. The job's name belongs to one run folder, so that `singleton` keeps a second job out of it."""
     digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
+    name = run_dir.name if run_dir.name.startswith("based") else f"based-{run_dir.name}"
     lines = [
-        f"--job-name={shlex.quote(f'based-{run_dir.name}-{digest}')}",
+        f"--job-name={shlex.quote(f'{name}-{digest}')}",
         "--dependency=singleton",
         f"--nodes={options.nodes}",
         f"--ntasks-per-node={tasks_per_node}",

@@ -1,20 +1,29 @@
-"""Reads a Config from a preset or a YAML file and command line overrides."""
+"""Reads a Config from a preset or a YAML file, and writes it back."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-import tyro
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from based_megatron.config.schema import Config, SourceConfig
+from based_megatron.config.yaml_files import parse_yaml, read_yaml, write_yaml
 from based_megatron.errors import ConfigError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values that one preset or file sets."""
+
+    origin: str
+    """Where they come from, such as `preset tiny`."""
+    values: dict[str, Any]
 
 
 def preset_names() -> list[str]:
@@ -28,26 +37,32 @@ def load_config(name_or_path: str) -> Config:
 
     Raises ConfigError for an unknown name, an unknown key (with a suggestion) or a value of the wrong type.
     """
-    return from_dict(_read(name_or_path), where=name_or_path)
+    return from_layers(read_layers(name_or_path))
 
 
-def parse_config(argv: Sequence[str], prog: str = "based train") -> Config:
-    """Config from a command line: `--config NAME_OR_PATH`, then any field as `--section.field value`."""
-    argv = list(argv)
-    name = None
-    for i, arg in enumerate(argv):
-        if arg == "--config" or arg.startswith("--config="):
-            name = arg.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-            del argv[i : i + (1 if "=" in arg else 2)]
-            break
-    if not name and not {"-h", "--help"} & set(argv):
-        raise ConfigError(f"no config given: add --config with a YAML file or one of {', '.join(preset_names())}")
-    description = (
-        f"Start from --config NAME (a YAML file, or one of: {', '.join(preset_names())}); every field can be set here."
-    )
-    return tyro.cli(
-        Config, prog=prog, description=description, args=argv, default=load_config(name) if name else Config()
-    )
+def read_layers(name_or_path: str) -> list[Layer]:
+    """The preset or file and all that it extends, the one that others build on first. Raises ConfigError."""
+    layers: list[Layer] = []
+    seen: set[str] = set()
+    name: str | None = name_or_path
+    while name is not None:
+        layer = _read(name)
+        if layer.origin in seen:
+            raise ConfigError(f"{name} extends itself, by way of {len(seen)} files; change extends")
+        seen.add(layer.origin)
+        name = layer.values.pop("extends", None)
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"{layer.origin}: extends is {name!r:.80}, not a name or a path; change extends")
+        layers.insert(0, layer)
+    return layers
+
+
+def from_layers(layers: list[Layer]) -> Config:
+    """The config of some layers, the last of which wins. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = _overlaid(values, layer.values)
+    return from_dict(values, where=layers[-1].origin)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -57,42 +72,50 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], where: str = "config") -> Config:
     """The inverse of to_dict; missing keys take their defaults, unknown ones are errors."""
-    data = values.get("data")
-    if not isinstance(data, dict):
-        return _merge(Config, values, where)
+    _check_sections(Config, values, where)
+    data = values.get("data", {})
     entries = data.get("sources") or []
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(
-            f"{where}: data.sources is {entries!r}; change data.sources to a list of entries with path and weight"
+            f"{where}: data.sources is {entries!r:.200}; change data.sources to a list of entries with path and weight"
         )
     sources = tuple(_merge(SourceConfig, entry, where) for entry in entries)
-    config = _merge(Config, {**values, "data": {key: data[key] for key in data if key != "sources"}}, where)
+    if data:
+        values = {**values, "data": {key: data[key] for key in data if key != "sources"}}
+    config = _merge(Config, values, where)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML that load_config reads."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Write the resolved config as YAML that load_config reads, whole or not at all."""
+    write_yaml(to_dict(config), path)
 
 
-def _read(name_or_path: str) -> dict[str, Any]:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+def _read(name_or_path: str) -> Layer:
+    if Path(name_or_path).suffix in (".yaml", ".yml"):
+        if not os.path.exists(name_or_path):
             raise ConfigError(f"no config file {name_or_path}: give a YAML file or one of {', '.join(preset_names())}")
-        text = path.read_text()
-    elif name_or_path in preset_names():
+        return Layer(f"file {os.path.realpath(name_or_path)}", read_yaml(Path(name_or_path)))
+    if name_or_path in preset_names():
         text = resources.files("based_megatron.configs").joinpath(f"{name_or_path}.yaml").read_text()
-    else:
-        raise ConfigError(f"unknown config {name_or_path!r}: give a YAML file or one of {', '.join(preset_names())}")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name_or_path} holds a {type(values).__name__}, not sections and keys")
-    base = values.pop("extends", None)
-    return OmegaConf.to_container(OmegaConf.merge(_read(base), values)) if base else values  # type: ignore[return-value]
+        return Layer(f"preset {name_or_path}", parse_yaml(text, name_or_path))
+    raise ConfigError(f"unknown config {name_or_path!r:.200}: give a YAML file or one of {', '.join(preset_names())}")
+
+
+def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: _overlaid(below[key], above[key]) for key in both}}
+
+
+def _check_sections(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
+    for name, hint in get_type_hints(cls).items():
+        if not dataclasses.is_dataclass(hint) or name not in values:
+            continue
+        if not isinstance(values[name], dict):
+            raise ConfigError(
+                f"{where}: {prefix}{name!r} is {values[name]!r:.200}, not the keys of a {hint.__name__}; change {prefix}{name}"  # type: ignore[union-attr]
+            )
+        _check_sections(hint, values[name], where, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def _merge(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -102,7 +125,7 @@ def _merge(cls: type[T], values: dict[str, Any], where: str) -> T:
         return OmegaConf.to_object(OmegaConf.merge(schema, values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]} (key {key})") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]:.300} (key {key!r:.100})") from error
 
 
 def _unlock(node: DictConfig) -> None:

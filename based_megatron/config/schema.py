@@ -1,9 +1,19 @@
-"""Every setting of a run, as frozen dataclasses. The docstring under a field is its `--help` text."""
+"""Every setting of a run, as frozen dataclasses. The docstring under a field is its `--help` text, `Annotated` states its limits.
+
+A number without a Range is finite and at least 0.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from based_megatron.config.limits import FilePath, Range
+
+Count = Annotated[int, Range(at_least=1)]
+Positive = Annotated[float, Range(above=0)]
+BelowOne = Annotated[float, Range(at_least=0, below=1)]
+MaybePath = Annotated[str, FilePath()]
 
 
 @dataclass(frozen=True)
@@ -15,33 +25,33 @@ class ModelConfig:
     `cLScc*5 cc` is five times cLScc, then cc."""
     mixers: str = ""
     """Modules that define more mixers, by name and separated by commas; those of installed packages need no mention."""
-    hidden_size: int = 1024
+    hidden_size: Count = 1024
     """Width of the residual stream."""
-    ffn_hidden_size: int = 2048
+    ffn_hidden_size: Count = 2048
     """Width of the gated MLP that follows every mixer."""
-    num_heads: int = 16
+    num_heads: Count = 16
     """Heads of every attention mixer. The value head dim is hidden_size / num_heads."""
-    feature_dim: int = 16
+    feature_dim: Annotated[int, Range(at_least=1, at_most=1024)] = 16
     """Query and key dim of a linear attention head, before the Taylor feature map."""
     window_left: int = 128
     """Previous keys that a sliding window query sees besides itself (half of the released `window_size`)."""
-    conv_kernel: int = 3
+    conv_kernel: Count = 3
     """Taps of the causal short convolution."""
-    conv_expand: int = 4
+    conv_expand: Annotated[int, Range(at_least=2, multiple_of=2)] = 4
     """Width of the conv mixer's input projection, in hidden sizes; half of it is convolved, half is the gate."""
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, Range(at_least=1)] = 10000.0
     """Base of the rotary frequencies."""
-    rotary_fraction: float = 1.0
+    rotary_fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Part of each head that is rotated, in window and full attention. Conv and linear attention have no positions."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Range(at_least=1e-30, at_most=1)] = 1e-5
     """Epsilon of every RMSNorm."""
-    vocab_size: int = 50257
+    vocab_size: Count = 50257
     """Entries of the tokenizer."""
-    vocab_multiple: int = 8
+    vocab_multiple: Count = 8
     """The embedding has vocab_size rows rounded up to this; all of these rows take part in the softmax, as released."""
     tie_embeddings: bool = True
     """Use the embedding as the output projection."""
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     """Standard deviation of initial weights; projections back to the residual use init_std / sqrt(2 layers)."""
 
 
@@ -49,9 +59,9 @@ class ModelConfig:
 class SourceConfig:
     """One prepared corpus in a mixture."""
 
-    path: str = ""
+    path: Annotated[str, FilePath(may_be_empty=False)] = ""
     """Folder written by `based prep`, with a manifest.json."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Share of this source in the mixture, relative to the others' weights."""
 
 
@@ -59,18 +69,18 @@ class SourceConfig:
 class DataConfig:
     """The source of tokens, and how they are cut into sequences."""
 
-    path: str = ""
+    path: MaybePath = ""
     """Folder written by `based prep`, with a manifest.json. Give either this or `sources`."""
     sources: tuple[SourceConfig, ...] = ()
-    """A weighted mixture of prepared corpora, in a YAML preset."""
-    sequence_length_tokens: int = 2048
+    """A weighted mixture of prepared corpora: in YAML a list of entries with path and weight, here words PATH or PATH=WEIGHT."""
+    sequence_length_tokens: Count = 2048
     """Tokens of one training sequence, over all context parallel ranks."""
     isolate_documents: bool = True
     """Reset states, windows and convolutions at document starts and do not predict across them. Off reproduces the released recipe."""
     carry_state: bool = False
     """Read the corpus in order, each row of the batch a stream of its own, and start each sequence from the states that the same
     row left in the step before (without gradients), where a document goes on: documents may then be longer than a sequence."""
-    num_workers: int = 1
+    num_workers: Annotated[int, Range(at_least=0, at_most=256)] = 1
     """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
     seed: int = 42
     """Seed of the order of sequences. The order is a pure function of this seed and the step."""
@@ -82,13 +92,13 @@ class DataConfig:
 class ParallelConfig:
     """The layout of the model and the batch over ranks. Data parallel takes what is left of the world size."""
 
-    tensor: int = 1
+    tensor: Count = 1
     """Tensor parallel ranks."""
-    pipeline: int = 1
+    pipeline: Count = 1
     """Pipeline stages."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: Count = 1
     """Model chunks on each stage; above 1 the interleaved schedule runs."""
-    context: int = 1
+    context: Count = 1
     """Ranks that share one sequence, in contiguous slices."""
     state_exchange: Literal["auto", "all_gather", "two_level", "chain"] = "auto"
     """The way that linear attention states cross slices: one all-gather (few ranks), two levels (nodes, then between nodes), or a
@@ -97,9 +107,9 @@ class ParallelConfig:
     """Shard norms and residuals over the tensor parallel ranks; no effect with tensor=1."""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 1 shards optimizer state over data x context ranks; 2 adds gradients, 3 parameters (pipeline=1 only)."""
-    zero_bucket_elements: int = 50_000_000
-    """Elements of one gradient reduction or parameter all-gather bucket."""
-    timeout_seconds: int = 600
+    zero_bucket_elements: Annotated[int, Range(at_least=2, multiple_of=2)] = 50_000_000
+    """Elements of one gradient reduction or parameter all-gather bucket; an even number, as DeepSpeed wants."""
+    timeout_seconds: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 600
     """A collective that takes longer ends the run instead of hanging it."""
 
 
@@ -107,13 +117,13 @@ class ParallelConfig:
 class MuonConfig:
     """Settings that only Muon has. It updates the weights of linear layers inside blocks, AdamW all others."""
 
-    momentum: float = 0.95
+    momentum: BelowOne = 0.95
     """Decay of the average of gradients."""
     nesterov: bool = True
     """Orthogonalise the gradient mixed with its average, instead of the average."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: Annotated[int, Range(at_least=1, at_most=100)] = 5
     """Iterations that bring the singular values of an update near 1."""
-    update_rms: float = 0.2
+    update_rms: Positive = 0.2
     """Root mean square of an update's elements, times the learning rate. AdamW's are near 0.2: one optimizer.lr serves both."""
 
 
@@ -123,13 +133,13 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """The optimizer: a module of train/optimizer."""
-    lr: float = 8e-4
+    lr: Positive = 8e-4
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: BelowOne = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: BelowOne = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(at_least=1e-30)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
@@ -160,11 +170,11 @@ class ScheduleConfig:
 class TrainConfig:
     """The job itself."""
 
-    steps: int = 20_000
+    steps: Count = 20_000
     """Optimizer steps of the whole run."""
-    global_batch_sequences: int = 256
+    global_batch_sequences: Count = 256
     """Sequences of one optimizer step, over all ranks."""
-    micro_batch_sequences: int = 8
+    micro_batch_sequences: Count = 8
     """Sequences of one forward and backward pass on one data parallel rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 weights and activations over fp32 master weights, residual, states and gradient sums."""
@@ -176,7 +186,7 @@ class TrainConfig:
     """Device to run on: auto takes a GPU if there is one."""
     seed: int = 1111
     """Seed of the initial weights."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Count = 10
     """Steps in a row with a non-finite gradient norm (each is skipped) before the run gives up."""
     stop_file: str = "stop"
     """A file of this name in the run folder stops the run after the current step, with a checkpoint."""
@@ -202,7 +212,7 @@ class CheckpointConfig:
     """Newest checkpoints to keep; 0 keeps all."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder if there is one."""
-    load: str = ""
+    load: MaybePath = ""
     """Start from the weights of this checkpoint (a new run, step 0) when the run folder has none."""
 
 
@@ -210,7 +220,7 @@ class CheckpointConfig:
 class MonitorConfig:
     """Logs and samples that are written while training."""
 
-    log_interval_steps: int = 10
+    log_interval_steps: Count = 10
     """Steps between console lines and TensorBoard points."""
     tensorboard: bool = True
     """Write TensorBoard logs to the run folder."""
@@ -226,7 +236,7 @@ class MonitorConfig:
     """Steps between sampled generations; 0 turns them off."""
     sample_prompts: tuple[str, ...] = ("The", "import ")
     """Prompts to continue."""
-    sample_tokens: int = 32
+    sample_tokens: Annotated[int, Range(at_least=1, at_most=100_000)] = 32
     """Tokens to generate for each prompt."""
 
 
@@ -234,7 +244,7 @@ class MonitorConfig:
 class Config:
     """A whole run."""
 
-    run_dir: str = "runs/based"
+    run_dir: Annotated[str, FilePath(may_be_empty=False)] = "runs/based"
     """Folder of this run: config, checkpoints, logs. Running again with the same folder resumes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

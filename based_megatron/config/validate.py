@@ -3,12 +3,27 @@
 What mixers know of themselves is checked in `model/check.py`.
 """
 
+import os
 import shutil
 from pathlib import Path
 
+from based_megatron.config.limits import check_limits
 from based_megatron.config.pattern import parse_layer_pattern
-from based_megatron.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from based_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
+
+RUN_FILES = [
+    "checkpoints",
+    "config.yaml",
+    "done",
+    "events.jsonl",
+    "failures",
+    "heartbeat",
+    "hung",
+    "pretrain.sbatch",
+    "tensorboard",
+]
+"""What the run and its launchers keep in the run folder."""
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -24,8 +39,10 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def validate(config: Config, world_size: int) -> None:
     """Raise ConfigError, in one line, for the first thing that cannot work with this many ranks."""
-    _check_positive(config)
-    _check_optimizer(config.optimizer)
+    check_limits(config)
+    _check_files(config)
+    _check_validation(config)
+    _check_optimizer(config)
     _check_model(config.model)
     _check_tensor_parallel(config)
     _check_pipeline(config, data_parallel_size(config.parallel, world_size))
@@ -33,55 +50,39 @@ def validate(config: Config, world_size: int) -> None:
     _check_zero(config)
 
 
-def _check_positive(config: Config) -> None:
-    model, train, parallel, data = config.model, config.train, config.parallel, config.data
-    for key, value in {
-        "model.hidden_size": model.hidden_size,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.num_heads": model.num_heads,
-        "model.feature_dim": model.feature_dim,
-        "model.conv_expand": model.conv_expand,
-        "model.vocab_size": model.vocab_size,
-        "model.vocab_multiple": model.vocab_multiple,
-        "parallel.tensor": parallel.tensor,
-        "parallel.pipeline": parallel.pipeline,
-        "parallel.virtual_pipeline": parallel.virtual_pipeline,
-        "parallel.context": parallel.context,
-        "parallel.zero_bucket_elements": parallel.zero_bucket_elements,
-        "parallel.timeout_seconds": parallel.timeout_seconds,
-        "train.steps": train.steps,
-        "train.global_batch_sequences": train.global_batch_sequences,
-        "train.micro_batch_sequences": train.micro_batch_sequences,
-        "data.sequence_length_tokens": data.sequence_length_tokens,
-        "monitor.log_interval_steps": config.monitor.log_interval_steps,
-    }.items():
-        if value < 1:
-            raise ConfigError(f"{key} is {value} but must be at least 1; change {key}")
+def _check_files(config: Config) -> None:
+    data, stop_file = config.data, config.train.stop_file
     if bool(data.path) == bool(data.sources):
         raise ConfigError(
             f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path"
         )
+    plain = stop_file.isprintable() and stop_file not in ("", ".", "..") and "/" not in stop_file
+    if not plain or stop_file in RUN_FILES or stop_file.startswith("slurm-"):
+        raise ConfigError(
+            f"train.stop_file is {stop_file!r:.80}, but must be a plain file name that the run itself does not use (it is removed at a "
+            f"stop); change train.stop_file"
+        )
+
+
+def _check_validation(config: Config) -> None:
     if config.validation.interval_steps and config.validation.sequences < 1:
         raise ConfigError(
             f"validation.sequences is {config.validation.sequences}; set it to at least 1, or validation.interval_steps to 0"
         )
 
 
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    muon = optimizer.muon
-    for key, value, legal, wanted in (
-        ("lr", optimizer.lr, optimizer.lr > 0, "above 0"),
-        ("beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "at least 0 and below 1"),
-        ("beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "at least 0 and below 1"),
-        ("eps", optimizer.eps, optimizer.eps >= 0, "at least 0"),
-        ("weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "at least 0"),
-        ("clip_grad_norm", optimizer.clip_grad_norm, optimizer.clip_grad_norm >= 0, "0 (off) or above"),
-        ("muon.momentum", muon.momentum, 0 <= muon.momentum < 1, "at least 0 and below 1"),
-        ("muon.newton_schulz_steps", muon.newton_schulz_steps, muon.newton_schulz_steps >= 1, "at least 1"),
-        ("muon.update_rms", muon.update_rms, muon.update_rms > 0, "above 0"),
-    ):
-        if not legal:
-            raise ConfigError(f"optimizer.{key} is {value}; set optimizer.{key} to {wanted}")
+def _check_optimizer(config: Config) -> None:
+    optimizer, schedule = config.optimizer, config.schedule
+    for key, value in {"warmup_lr": schedule.warmup_lr, "min_lr": schedule.min_lr}.items():
+        if value > optimizer.lr:
+            raise ConfigError(
+                f"schedule.{key} {value} is above the peak, optimizer.lr {optimizer.lr}; lower schedule.{key}"
+            )
+    if optimizer.lr * optimizer.weight_decay >= 1:
+        raise ConfigError(
+            f"optimizer.lr {optimizer.lr} x optimizer.weight_decay {optimizer.weight_decay} is 1 or more: a step would take more than "
+            f"all of a weight away; lower optimizer.weight_decay"
+        )
     if optimizer.name == "muon" and optimizer.implementation == "apex":
         raise ConfigError(
             "optimizer.implementation apex cannot share its groups with optimizer.name muon; set optimizer.implementation to auto"
@@ -94,16 +95,6 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.hidden_size {model.hidden_size} is not a multiple of model.num_heads {model.num_heads}; change either"
         )
-    if model.conv_expand % 2:
-        raise ConfigError(
-            f"model.conv_expand is {model.conv_expand} but half of it is the gate; set model.conv_expand to an even number"
-        )
-    if model.window_left < 0 or model.conv_kernel < 1:
-        raise ConfigError(
-            f"model.window_left {model.window_left} must be at least 0 and model.conv_kernel {model.conv_kernel} at least 1"
-        )
-    if not 0 < model.rotary_fraction <= 1:
-        raise ConfigError(f"model.rotary_fraction is {model.rotary_fraction}; set it above 0 and to at most 1")
 
 
 def _check_tensor_parallel(config: Config) -> None:
@@ -180,7 +171,7 @@ def _check_zero(config: Config) -> None:
             "parallel.zero_stage 0 is wrong in bf16 (DeepSpeed updates once with zero gradients); set parallel.zero_stage=1, "
             "which is the same with one data parallel rank"
         )
-    if stage not in (1, 2, 3):
+    if stage > 3:
         raise ConfigError(f"parallel.zero_stage is {stage}; set it to 1, 2 or 3")
     if stage == 3 and config.optimizer.implementation == "apex":
         raise ConfigError(
@@ -198,12 +189,16 @@ def _check_zero(config: Config) -> None:
 
 
 def check_run_dir(path: Path, needed_bytes: int) -> None:
-    """Raise ConfigError if the run folder cannot be made or has no room for one checkpoint."""
+    """Raise ConfigError if the run folder cannot be made or written, or has no room for one checkpoint. Writes nothing."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
     except OSError as error:
-        raise ConfigError(f"cannot make the run folder {path}: {error.strerror}; change run_dir") from error
-    free = shutil.disk_usage(path).free
+        raise ConfigError(f"cannot make the run folder {path!s:.200}: {error.strerror}; change run_dir") from error
+    if not there.is_dir():
+        raise ConfigError(f"cannot make the run folder {path}: {there} is a file; change run_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to the run folder {path}: no permission for {there}; change run_dir")
     if free < needed_bytes:
         raise ConfigError(
             f"{path} has {free / 2**30:.1f} GiB free but one checkpoint needs {needed_bytes / 2**30:.1f} GiB; change run_dir"

@@ -1,22 +1,12 @@
-"""The commands `based import` and `based export`."""
+"""The commands `based import` and `based export`. What takes seconds to load is imported after the command line is read."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from based_megatron.checkpoint.full import read_full, write_full
 from based_megatron.config import Config
-from based_megatron.config.schema import ModelConfig
-from based_megatron.convert.hf_files.configuration_based import BasedConfig
-from based_megatron.convert.huggingface import export_huggingface, from_hf
-from based_megatron.convert.layout import count_parameters
-from based_megatron.convert.released import from_released, to_released
 from based_megatron.errors import CheckpointError
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -43,6 +33,11 @@ def import_weights(source: Source, output: Path, mixers: str = "") -> None:
     """
     if output.exists():
         raise CheckpointError(f"{output} exists already: choose another --output, or remove it")
+    from based_megatron.checkpoint.full import write_full
+    from based_megatron.convert.exported import is_export, read_export
+    from based_megatron.convert.layout import count_parameters
+    from based_megatron.convert.released import from_released
+
     weights, model = read_export(source, mixers) if is_export(source) else from_released(source)
     checkpoint = write_full(output, weights, Config(run_dir=str(output), model=model))
     print(f"{model.layer_pattern}, {count_parameters(model):,} parameters\nwrote {checkpoint}")
@@ -63,6 +58,11 @@ def export_weights(
         tokenizer: Folder of the tokenizer to put into an hf export. Default: the data folder that the model was
             trained on, where that is still there.
     """
+    from based_megatron.checkpoint.full import read_full
+    from based_megatron.convert.exported import data_folder
+    from based_megatron.convert.huggingface import export_huggingface
+    from based_megatron.convert.released import to_released
+
     weights, config = read_full(checkpoint)
     if format == "released":
         to_released(weights, config.model, output)
@@ -77,29 +77,3 @@ def export_weights(
         if tokenizer is None:
             print("no tokenizer was exported: the data folder of the run is not here; add one with --tokenizer")
     print(f"wrote {output}")
-
-
-def is_export(folder: Path) -> bool:
-    """True if a folder is a Hugging Face export of ours."""
-    try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == BasedConfig.model_type
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], ModelConfig]:
-    """State dict and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
-    weights: dict[str, Tensor] = {}
-    try:
-        for file in folder.glob("*.safetensors"):
-            weights |= load_file(file)
-        config = BasedConfig.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the export {folder}: {' '.join(str(error).split())[:200]}") from error
-    return from_hf(weights, config, mixers)
-
-
-def data_folder(config: Config) -> Path | None:
-    """The data folder that holds the tokenizer of a run, if it is still there: all sources of a mixture have the same one."""
-    paths = [config.data.path, *(source.path for source in config.data.sources)]
-    return next((Path(path) for path in paths if path and (Path(path) / "tokenizer.json").is_file()), None)

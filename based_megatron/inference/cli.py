@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from based_megatron.errors import ConfigError
-from based_megatron.inference.generate import Sampling, generate, load_model, text_tokenizer
+from based_megatron.inference.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,11 @@ class GenerateConfig:
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, generate and print. Raises BasedError for what a user can fix."""
     config = tyro.cli(GenerateConfig, args=list(argv), prog="based generate")
+    # They take seconds to load, which neither --help nor a typo should wait for.
+    import torch
+
+    from based_megatron.inference.generate import generate, load_model, text_tokenizer
+
     model, folder = load_model(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = config.tokenizer or folder
     if folder is None:

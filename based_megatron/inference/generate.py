@@ -10,27 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from based_megatron.checkpoint.full import read_full
-from based_megatron.convert.cli import data_folder, is_export, read_export
+from based_megatron.convert.exported import data_folder, is_export, read_export
 from based_megatron.convert.hf_files.modeling_based import CACHE_NAME, BasedForCausalLM
 from based_megatron.convert.huggingface import hf_model
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings by which the next token is chosen."""
-
-    max_new_tokens: int = 64
-    """Tokens to generate at most; an end-of-document token ends a text before."""
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the most likely token."""
-    top_k: int = 0
-    """Sample from this many most likely tokens; 0 means all."""
-    top_p: float = 1.0
-    """Sample from the fewest tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the sampling."""
+from based_megatron.inference.sampling import Sampling
 
 
 @dataclass(frozen=True)

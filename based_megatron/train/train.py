@@ -1,34 +1,24 @@
-"""`based train`: config -> topology -> model -> optimizer -> data -> checkpoint -> loop."""
+"""A training run on one rank: config -> topology -> model -> optimizer -> data -> checkpoint -> loop."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from based_megatron.config import Config, parse_config, save_config
-from based_megatron.config.validate import check_run_dir, slice_multiple, validate
+from based_megatron.config import Config, save_config
+from based_megatron.config.limits import absolute_paths
+from based_megatron.config.validate import slice_multiple
 from based_megatron.data.loader import Loader
-from based_megatron.data.manifest import check_tokenizer
 from based_megatron.data.sources import Sources
 from based_megatron.model.build import build_model
-from based_megatron.model.check import check_mixers
-from based_megatron.monitor.flops import parameter_count
 from based_megatron.monitor.hub import build_metrics
-from based_megatron.monitor.sinks.build import check_trackers
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
+from based_megatron.train.accept import accept, check_memory, memory_bytes
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
-from based_megatron.train.carried import build_carried_states, carried_bytes
+from based_megatron.train.carried import build_carried_states
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
 from based_megatron.train.trainer import Trainer
-
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
-
-
-def main(argv: Sequence[str]) -> None:
-    """Parse the command line and train on this rank."""
-    train(parse_config(argv))
 
 
 def train(config: Config) -> None:
@@ -36,22 +26,17 @@ def train(config: Config) -> None:
 
     Raises BasedError, before any work is done, for what the user can fix.
     """
+    config = absolute_paths(config)
     run_dir = Path(config.run_dir)
     stop = StopVote(run_dir / config.train.stop_file)
     rank = rank_from_environment()
-    validate(config, rank.world_size)
-    check_mixers(config)
-    check_trackers(config.monitor)
-    sources = Sources(config.data, config.train.global_batch_sequences)
-    for manifest in sources.manifests:
-        check_tokenizer(manifest, config.model.vocab_size)
-    if config.validation.interval_steps:
-        sources.validation_sequences(config.validation.sequences)
-    check_run_dir(run_dir, CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model) + carried_bytes(config))
-
+    sources = accept(config, rank.world_size)
     device = pick_device(config.train.device, rank.local_rank)
+    check_memory(config, rank.world_size, memory_bytes(device))
+
     join(rank, device, config.parallel.timeout_seconds)
     topology = build_topology(config.parallel, device, rank.node_ranks)
+    run_dir.mkdir(parents=True, exist_ok=True)
     if topology.is_logger:
         save_config(config, run_dir / "config.yaml")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from based_megatron.bench.bars import draw_bars
-from based_megatron.bench.cli import draw, write
 from based_megatron.bench.keys import Baseline, Method, Operation, Passes, Quantity, Sizes
 from based_megatron.bench.report import Case, Check, Failure, Report, Row, Target, relative_error
+from based_megatron.bench.run import draw, write
 from based_megatron.bench.table import summary, to_markdown
 from based_megatron.bench.timing import Timing
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from based_megatron.checkpoint import Fragment, save_checkpoint
+from based_megatron.checkpoint.fragments import Fragment
+from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.config import Config, ModelConfig, to_dict
 from based_megatron.parallel.sharding import ShardSpec
 

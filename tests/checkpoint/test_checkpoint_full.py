@@ -4,8 +4,10 @@ import pytest
 import torch
 from ckpt_fragments import CONFIG, SHAPES, full_tensors, save, shard
 
-from based_megatron.checkpoint import load_checkpoint, read_full, verify, write_full
 from based_megatron.checkpoint.cli import main
+from based_megatron.checkpoint.full import read_full, write_full
+from based_megatron.checkpoint.load import load_checkpoint
+from based_megatron.checkpoint.store import verify
 from based_megatron.errors import CheckpointError
 
 

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from ckpt_engines import run_cases
 from ckpt_fragments import flat, full_tensors, shard
 
-from based_megatron.checkpoint import load_checkpoint, newest_valid, prune, save_checkpoint
+from based_megatron.checkpoint.load import load_checkpoint
+from based_megatron.checkpoint.save import save_checkpoint
+from based_megatron.checkpoint.store import newest_valid, prune
 
 CALLS = {"fsync", "open", "rename", "mkdir", "unlink", "rmdir"}
 WRITES_BETWEEN_KILLS = 97  # there are about 1,200 writes, all to unfinished files

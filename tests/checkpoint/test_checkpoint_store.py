@@ -10,16 +10,10 @@ import torch
 from ckpt_fragments import CONFIG, flat, full_tensors, save, shard
 
 from based_megatron import __version__
-from based_megatron.checkpoint import (
-    Fragment,
-    find_checkpoint,
-    load_checkpoint,
-    newest_valid,
-    prune,
-    resolve_checkpoint,
-    save_checkpoint,
-)
-from based_megatron.checkpoint.store import list_checkpoints
+from based_megatron.checkpoint.fragments import Fragment
+from based_megatron.checkpoint.load import load_checkpoint
+from based_megatron.checkpoint.save import save_checkpoint
+from based_megatron.checkpoint.store import find_checkpoint, list_checkpoints, newest_valid, prune, resolve_checkpoint
 from based_megatron.config import from_dict
 from based_megatron.errors import CheckpointError
 from based_megatron.parallel.sharding import ShardSpec

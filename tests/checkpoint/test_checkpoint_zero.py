@@ -13,16 +13,11 @@ import torch
 import torch.distributed as dist
 from ckpt_engines import Layout, make_alone, make_engine, run_cases, train
 
-from based_megatron.checkpoint import (
-    after_load,
-    load_checkpoint,
-    newest_valid,
-    optimizer_entry,
-    read_full,
-    save_checkpoint,
-    saved_optimizer,
-    zero_fragments,
-)
+from based_megatron.checkpoint.full import read_full
+from based_megatron.checkpoint.load import load_checkpoint
+from based_megatron.checkpoint.save import save_checkpoint
+from based_megatron.checkpoint.store import newest_valid
+from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError
 from based_megatron.parallel.deepspeed import ZeroEngine

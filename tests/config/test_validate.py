@@ -43,6 +43,16 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "momentum of one": ({"optimizer.muon.momentum": 1.0}, 1, ["optimizer.muon.momentum is 1.0"]),
     "no iteration": ({"optimizer.muon.newton_schulz_steps": 0}, 1, ["optimizer.muon.newton_schulz_steps is 0"]),
     "updates of no size": ({"optimizer.muon.update_rms": 0.0}, 1, ["optimizer.muon.update_rms is 0.0"]),
+    "rate below its end": ({"optimizer.lr": 1e-5}, 1, ["schedule.min_lr 0.0003", "optimizer.lr 1e-05"]),
+    "decay of all": ({"optimizer.weight_decay": 1e9}, 1, ["optimizer.lr 0.003 x optimizer.weight_decay 1000000000.0"]),
+    "adam without eps": ({"optimizer.eps": 0.0}, 1, ["optimizer.eps is 0.0"]),
+    "stop file elsewhere": (
+        {"train.stop_file": "/etc/passwd"},
+        1,
+        ["train.stop_file is '/etc/passwd'", "plain file name"],
+    ),
+    "stop file of ours": ({"train.stop_file": "events.jsonl"}, 1, ["train.stop_file is 'events.jsonl'"]),
+    "no stop file": ({"train.stop_file": ""}, 1, ["train.stop_file is ''"]),
     "muon with apex": (
         {"optimizer.name": "muon", "optimizer.implementation": "apex"},
         1,
@@ -62,8 +72,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "pattern empty": ({"model.layer_pattern": " "}, 1, ["empty", "model.layer_pattern"]),
     "heads": ({"model.hidden_size": 130}, 1, ["model.hidden_size 130", "model.num_heads 4"]),
     "expand odd": ({"model.conv_expand": 3}, 1, ["model.conv_expand is 3"]),
-    "window below zero": ({"model.window_left": -1}, 1, ["model.window_left -1"]),
-    "no taps": ({"model.conv_kernel": 0}, 1, ["model.conv_kernel 0"]),
+    "window below zero": ({"model.window_left": -1}, 1, ["model.window_left is -1"]),
+    "no taps": ({"model.conv_kernel": 0}, 1, ["model.conv_kernel is 0"]),
     "rotary none": ({"model.rotary_fraction": 0.0}, 1, ["model.rotary_fraction is 0.0"]),
     "rotary too much": ({"model.rotary_fraction": 1.01}, 1, ["model.rotary_fraction is 1.01"]),
     "tensor and heads": ({"parallel.tensor": 8}, 8, ["model.num_heads 4", "parallel.tensor 8"]),
@@ -250,9 +260,9 @@ def test_layer_pattern_refuses_what_it_cannot_read(pattern):
         parse_layer_pattern(pattern)
 
 
-def test_the_run_folder_is_made(tmp_path):
+def test_a_run_folder_that_can_be_made_passes_and_is_not_made(tmp_path):
     check_run_dir(tmp_path / "a" / "b", needed_bytes=1)
-    assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_run_folder_under_a_file_is_refused(tmp_path):

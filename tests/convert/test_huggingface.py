@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert import huggingface, proof
-from based_megatron.convert.cli import read_export
+from based_megatron.convert.exported import read_export
 from based_megatron.convert.huggingface import export_huggingface, from_hf, hf_config, hf_model, model_config, to_hf
 from based_megatron.convert.layout import count_parameters, our_shapes, short_pattern
 from based_megatron.data_prep.tokenizer import train_tokenizer

@@ -13,7 +13,8 @@ from based_megatron.convert.layout import our_shapes
 from based_megatron.data_prep.tokenizer import train_tokenizer
 from based_megatron.errors import BasedError, ConfigError
 from based_megatron.inference.cli import main
-from based_megatron.inference.generate import Sampling, generate, load_model, text_tokenizer
+from based_megatron.inference.generate import generate, load_model, text_tokenizer
+from based_megatron.inference.sampling import Sampling
 
 MODEL = ModelConfig(
     layer_pattern="cLSc", hidden_size=32, ffn_hidden_size=48, num_heads=4, feature_dim=4, window_left=5, vocab_size=261

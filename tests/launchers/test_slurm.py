@@ -186,6 +186,16 @@ def test_a_machine_without_slurm_is_named(tmp_path, monkeypatch):
         launch(tmp_path / "run")
 
 
+def test_every_option_of_sbatch_is_kept(tmp_path, capsys):
+    launch(tmp_path / "run", "--sbatch=--constraint=h100", "--sbatch=--reservation=lab", "--dry-run")
+    assert directives(capsys.readouterr().out)[-2:] == ["--constraint=h100", "--reservation=lab"]
+
+
+def test_a_job_of_a_preset_says_based_once():
+    config = dataclasses.replace(CONFIG, run_dir="/data/runs/based-360m")
+    assert directives(render_sbatch(OPTIONS, COMMAND, config))[0].startswith("--job-name=based-360m-")
+
+
 def test_only_training_is_submitted():
     with pytest.raises(ConfigError, match="'generate'"):
         main(["slurm", "--nodes", "1", "--", "generate"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from based_megatron.checkpoint.full import read_full
 from based_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig
-from based_megatron.convert.cli import read_export
+from based_megatron.convert.exported import read_export
 from based_megatron.convert.huggingface import export_huggingface, hf_model
 from based_megatron.convert.layout import our_shapes
 from based_megatron.convert.released import to_released

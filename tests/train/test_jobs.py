@@ -137,7 +137,7 @@ def test_bad_input_is_one_line_before_any_work(corpus, tmp_path, capsys, overrid
 
 
 DIVERGES = (
-    "--optimizer.lr 1e18 --optimizer.clip-grad-norm 0 --schedule.warmup-steps 3 "
+    "--optimizer.lr 1e18 --optimizer.weight-decay 0 --optimizer.clip-grad-norm 0 --schedule.warmup-steps 3 "
     "--checkpoint.interval-steps 1 --checkpoint.keep-last 2 --train.max-skipped-steps 5"
 )
 

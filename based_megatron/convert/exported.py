@@ -1,0 +1,40 @@
+"""What a Hugging Face export of ours, or the run it comes from, has on the disk."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from based_megatron.config import Config
+from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.hf_files.configuration_based import BasedConfig
+from based_megatron.convert.huggingface import from_hf
+from based_megatron.errors import CheckpointError
+
+
+def is_export(folder: Path) -> bool:
+    """True if a folder is a Hugging Face export of ours."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == BasedConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], ModelConfig]:
+    """State dict and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
+    weights: dict[str, Tensor] = {}
+    try:
+        for file in folder.glob("*.safetensors"):
+            weights |= load_file(file)
+        config = BasedConfig.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the export {folder}: {' '.join(str(error).split())[:200]}") from error
+    return from_hf(weights, config, mixers)
+
+
+def data_folder(config: Config) -> Path | None:
+    """The data folder that holds the tokenizer of a run, if it is still there: all sources of a mixture have the same one."""
+    paths = [config.data.path, *(source.path for source in config.data.sources)]
+    return next((Path(path) for path in paths if path and (Path(path) / "tokenizer.json").is_file()), None)

@@ -1,0 +1,36 @@
+"""The command `based train`: what it refuses by its settings alone, it refuses before the seconds that PyTorch takes to load."""
+
+import time
+from collections.abc import Sequence
+
+from based_megatron import __version__
+from based_megatron.config.command_line import describe, parse_command
+from based_megatron.config.limits import absolute_paths
+from based_megatron.config.validate import validate
+from based_megatron.parallel.environment import rank_from_environment
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the settings, check them, or train on this rank."""
+    command = parse_command(argv)
+    if command.print_config:
+        print(describe(argv), end="")
+        return
+    config, rank = absolute_paths(command.settings), rank_from_environment()
+    validate(config, rank.world_size)
+    if rank.rank == 0:
+        now = time.strftime("%H:%M:%S")
+        ranks = "1 rank" if rank.world_size == 1 else f"{rank.world_size} ranks"
+        print(f"{now} based {__version__}: {ranks}, run folder {config.run_dir}; loading PyTorch", flush=True)
+    if not command.dry_run:
+        from based_megatron.train.train import train
+
+        train(config)
+        return
+    from based_megatron.train.accept import accept
+
+    accept(config, rank.world_size)
+    if rank.rank == 0:
+        print(
+            "this run can start: settings, data, run folder and the least memory have been checked, nothing was written"
+        )
