@@ -157,7 +157,7 @@ def row_of(case: Case, device: torch.device, quick: bool) -> dict[str, Any]:
 
 
 def train_steps(config: Config, topology: Topology, accumulation: int) -> dict[str, int]:
-    """Bytes of this rank by the moment: before the model is built, between steps, at the peaks of forward and backward, of the update, of all."""
+    """Bytes of this rank by the moment: before the model is built, between steps, and at the peaks."""
     on_gpu = topology.device.type == "cuda"
     measured = {"before": torch.cuda.memory_allocated()} if on_gpu else {}
     chunks = build_model(config, topology)

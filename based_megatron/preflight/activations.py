@@ -42,7 +42,7 @@ class ChunkActivations:
 
 def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
     """Bytes of a model chunk, with the kernels of a GPU."""
-    model, train, mode = config.model, config.train, config.train.recompute
+    model, mode = config.model, config.train.recompute
     D, F, tensor = model.hidden_size, model.ffn_hidden_size, config.parallel.tensor
     piece = micro_batch_piece(config)
     b, N = piece.number_bytes, piece.sequences * piece.tokens
