@@ -33,8 +33,8 @@ PIPELINE_SHARE = 82 / 89
 CONTEXT_SHARE = 0.94
 """Of the time of ranks that share nothing: based-1b, CP 2, 16,384 tokens a rank."""
 HOST_SECONDS_OF_A_LAYER, HOST_SECONDS_OF_A_SLICED_LAYER = 0.096 / 36, 0.152 / 36
-"""Forward and backward of a micro batch take no less, however few its tokens: the host launches kernels. based-1b, 2048 tokens a rank, alone
-and with sequences shared by two ranks (benchmarks/results/h100-two-ranks.json)."""
+"""Forward and backward of a micro batch take no less, however few its tokens: the host launches kernels. based-1b, 2048 tokens a rank,
+alone and with sequences shared by two ranks (benchmarks/results/h100-two-ranks.json)."""
 ZERO_SHARES = {1: 1.0, 2: 100_400 / 107_500, 3: 84_400 / 107_500}
 """Tokens per second of ZeRO stages, relative to stage 1: based-1b on two GPUs."""
 RECOMPUTE_SHARES = {"none": 1.0, "mixer": 6 / 7, "full": 3 / 4}

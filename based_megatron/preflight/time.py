@@ -96,11 +96,11 @@ def _step_seconds(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu, mfu:
     model = parallel.tensor * parallel.pipeline
     micro_batch = tokens * flops / model / (mfu * gpu.peak_flops) / measured.RECOMPUTE_SHARES[train.recompute]
     layers = -(-len(layer_mixers(config.model)) // parallel.pipeline)
+    split = (parallel.tensor - 1) / parallel.tensor
+    micro_batch += measured.TENSOR_SECONDS_PER_ELEMENT * layers * tokens * config.model.hidden_size * split
     shared = parallel.tensor > 1 or parallel.context > 1
     host = measured.HOST_SECONDS_OF_A_SLICED_LAYER if shared else measured.HOST_SECONDS_OF_A_LAYER
     micro_batch = max(micro_batch, layers * host)
-    split = (parallel.tensor - 1) / parallel.tensor
-    micro_batch += measured.TENSOR_SECONDS_PER_ELEMENT * layers * tokens * config.model.hidden_size * split
     if parallel.context > 1:
         micro_batch /= measured.CONTEXT_SHARE
     if parallel.pipeline > 1:
