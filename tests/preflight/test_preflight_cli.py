@@ -1,12 +1,15 @@
 """The page of `based preflight`, its refusals, its proposals, and predictions against what was measured."""
 
 import dataclasses
+import json
 
 import pytest
 
 from based_megatron.cli import main
 from based_megatron.config import Config, load_config
 from based_megatron.config.validate import validate
+from based_megatron.data_prep.config import PrepConfig
+from based_megatron.data_prep.prepare import prepare
 from based_megatron.kernels.taylor_attention import sizes
 from based_megatron.monitor.flops import parameter_count
 from based_megatron.preflight.checks import with_data
@@ -102,14 +105,18 @@ def test_page_says_all_refusals_and_what_to_change(capsys):
     assert "layouts that run and fit" in page and "#SBATCH" not in page
 
 
-def test_page_of_a_run_that_can_start_ends_with_the_batch_script(capsys, tmp_path, small_corpus):
+def test_page_of_a_run_that_can_start_ends_with_the_batch_script(capsys, tmp_path):
+    lines = [json.dumps({"text": f"document {i}: " + " ".join(f"{j * i % 97}" for j in range(90))}) for i in range(300)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    inputs, data = (str(tmp_path / "text.jsonl"),), tmp_path / "data"
+    prepare(PrepConfig(inputs=inputs, output=str(data), vocab_size=300, validation_fraction=0.1))
     arguments = [
         "--nodes",
         "2",
         "--gpus-per-node",
         "4",
         "--data.path",
-        str(small_corpus),
+        str(data),
         "--run-dir",
         str(tmp_path / "run"),
     ]

