@@ -56,10 +56,9 @@ def preflight(options: PreflightOptions, config: Config, command: Sequence[str])
         has_room = fits(memory, gpu)
         lines = memory_lines(memory, gpu) + time_lines(time, ranks, kept_bytes(config, time.save_bytes))
         refusals += disk_refusals(config, time.save_bytes)
-    may_change = not has_room
     refusals += data_refusals(config, options.read_shards)
     lines = refusal_lines(refusals) + lines
-    if may_change:
+    if not has_room:
         lines += proposal_lines(propose(config, nodes, gpus, gpu))
     print("\n".join(lines))
     runs = has_room and not refusals

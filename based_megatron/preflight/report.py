@@ -28,7 +28,7 @@ def memory_lines(memory: RankMemory, gpu: Gpu) -> list[str]:
 def time_lines(time: RunTime, gpus: int, kept_bytes: int) -> list[str]:
     """Rates, durations, saves, and what they assume."""
     return [
-        f"time of {time.tokens / 1e9:.2f} G tokens on {gpus} GPUs",
+        f"time of {time.tokens / 1e9:.2f} G tokens on {gpus} GPU{'s' if gpus > 1 else ''}",
         f"  {time.tokens_per_second:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %, {time.step_seconds:.3f} s a step",
         f"  {time.total_seconds / DAY_SECONDS:.2f} days, {time.gpu_hours:,.0f} GPU hours, saves and validation included",
         f"  a save: {time.save_bytes / GIB:.1f} GiB, {time.save_seconds:.0f} s; kept at most: {kept_bytes / GIB:.1f} GiB",
