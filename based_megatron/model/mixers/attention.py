@@ -27,7 +27,7 @@ from based_megatron.model.mixers.base import (
     merge_heads,
     split_heads,
 )
-from based_megatron.model.mixers.facts import Shape, qkv_parts
+from based_megatron.model.mixers.facts import SavedPiece, Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
@@ -107,6 +107,12 @@ class SoftmaxAttention(Mixer):
     ) -> Tensor:
         """`attend` where the keys and values before the slice are a halo [B, N, 2, H, V] on its way; S = N + L."""
         raise NotImplementedError
+
+    @classmethod
+    def saved_bytes(cls, model: ModelConfig, piece: SavedPiece) -> int:
+        """The fused projection, whose values are a view of it, rotated q and k, the outputs, and the log sums of exponentials."""
+        sums_bytes = piece.sequences * piece.tokens * (model.num_heads // piece.tensor) * 4
+        return piece.numbers(6 * model.hidden_size) + sums_bytes
 
     @staticmethod
     def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -219,6 +225,17 @@ class FullAttention(SoftmaxAttention):
     ) -> Tensor:
         k_BSHV, v_BSHV = joined_keys(k_BLHV, v_BLHV, halo)
         return self.attend(q_BLHV, k_BSHV, v_BSHV, key_document_ids_BS)
+
+    @classmethod
+    def saved_bytes(cls, model: ModelConfig, piece: SavedPiece) -> int:
+        """Besides: a copy of the outputs in the order of the projection; heads padded to a multiple of 8; a mask of documents."""
+        D, head_dim = model.hidden_size, model.hidden_size // model.num_heads
+        total = super().saved_bytes(model, piece) + (piece.numbers(D) if piece.sequences > 1 else 0)
+        if head_dim % 8:
+            total += piece.numbers(4 * model.num_heads * (-(-head_dim // 8) * 8))
+        if piece.documents:
+            total += piece.sequences * piece.tokens**2 * piece.number_bytes
+        return total
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:

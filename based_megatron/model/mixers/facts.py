@@ -4,6 +4,7 @@ Names of parameters are local to the mixer, such as `out_proj.weight`; shapes ar
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -16,6 +17,25 @@ from based_megatron.model.config import residual_std
 from based_megatron.parallel.sequence.carried import CarriedForm
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SavedPiece:
+    """What one rank keeps activations of: a slice of some sequences, and a part of the heads or channels."""
+
+    sequences: int
+    tokens: int
+    """Of each sequence, on this rank."""
+    number_bytes: int
+    """Bytes of a number of the activations."""
+    tensor: int = 1
+    """Tensor parallel ranks that share heads and channels."""
+    documents: bool = False
+    """Whether documents are told apart."""
+
+    def numbers(self, width: int) -> int:
+        """Bytes of a tensor of so many channels a token, before they are shared."""
+        return self.sequences * self.tokens * width // self.tensor * self.number_bytes
 
 
 class MixerFacts(ABC):
@@ -41,6 +61,19 @@ class MixerFacts(ABC):
     @abstractmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
         """Forward operations of a token besides those of linear layers; a multiply-add is 2."""
+
+    @classmethod
+    def saved_bytes(cls, model: ModelConfig, piece: SavedPiece) -> int:
+        """Bytes that one layer keeps for its backward: outputs of its first projection up to inputs of its last, on one rank.
+
+        The usual answer, an estimate, counts the output of every projection once and the input of the last.
+        """
+        widths = [
+            shape[0]
+            for name, shape in cls.parameter_shapes(model).items()
+            if name.endswith(".weight") and len(shape) == 2
+        ]
+        return piece.numbers(sum(widths))
 
     @classmethod
     def linear_weights(cls, model: ModelConfig) -> int:

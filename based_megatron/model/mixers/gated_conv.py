@@ -15,7 +15,7 @@ from based_megatron.kernels.decode import ConvState, conv_step
 from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_slices
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs
-from based_megatron.model.mixers.facts import Shape
+from based_megatron.model.mixers.facts import SavedPiece, Shape
 from based_megatron.parallel.linear import Projection, shard_parameter
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
@@ -97,6 +97,11 @@ class GatedConv(Mixer):
             "out_proj.weight": (D, C),
             "out_proj.bias": (D,),
         }
+
+    @classmethod
+    def saved_bytes(cls, model: ModelConfig, piece: SavedPiece) -> int:
+        """[u | gate] and y."""
+        return piece.numbers(3 * _channels(model))
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:

@@ -19,6 +19,7 @@ from based_megatron.kernels.taylor_attention import (
     taylor_attention,
 )
 from based_megatron.kernels.taylor_attention.attention import Watch
+from based_megatron.kernels.taylor_attention.sizes import saved_state_numbers
 from based_megatron.model.mixers.base import (
     Continuation,
     Mixer,
@@ -27,7 +28,7 @@ from based_megatron.model.mixers.base import (
     merge_heads,
     split_heads,
 )
-from based_megatron.model.mixers.facts import Shape, qkv_parts
+from based_megatron.model.mixers.facts import SavedPiece, Shape, qkv_parts
 from based_megatron.parallel.linear import Projection
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -122,6 +123,16 @@ class TaylorLinearAttention(Mixer):
     def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
         D = model.hidden_size
         return {"qkv.weight": (sum(_qkv_rows(model)), D), "out_proj.weight": (D, D)}
+
+    @classmethod
+    def saved_bytes(cls, model: ModelConfig, piece: SavedPiece) -> int:
+        """q, k, v, the outputs, their normalisers in fp32, and the states of chunks."""
+        heads, head_dim = model.num_heads // piece.tensor, model.hidden_size // model.num_heads
+        states = saved_state_numbers(piece.sequences * heads, piece.tokens, model.feature_dim, head_dim)
+        normalisers_bytes = piece.sequences * piece.tokens * heads * 4
+        return (
+            piece.numbers(sum(_qkv_rows(model)) + model.hidden_size) + normalisers_bytes + states * piece.number_bytes
+        )
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:

@@ -29,8 +29,9 @@ def decayed_names(module: nn.Module, mode: str) -> frozenset[str]:
     mixers = [mixer for mixer in module.modules() if isinstance(mixer, Mixer)]
     of_mixers = {shard_spec(p).name: mixer.decays(name) for mixer in mixers for name, p in mixer.named_parameters()}
     names = {shard_spec(parameter).name for parameter in module.parameters()}
-    return frozenset(name for name in names if of_mixers.get(name, _decays(name, mode)))
+    return frozenset(name for name in names if of_mixers.get(name, decays_outside_mixers(name, mode)))
 
 
-def _decays(name: str, mode: str) -> bool:
+def decays_outside_mixers(name: str, mode: str) -> bool:
+    """Whether weight decay applies to a parameter that is no mixer's."""
     return name != "embedding.weight" and (mode == "reference" or not name.endswith("norm.weight"))

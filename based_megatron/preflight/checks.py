@@ -1,0 +1,78 @@
+"""What a start would refuse, all of it at once: layout, mixers, data, tokenizer, disk. Nothing is written."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from based_megatron.config import Config
+from based_megatron.config.validate import validate
+from based_megatron.data.manifest import check_tokenizer, verify
+from based_megatron.data.sources import Sources
+from based_megatron.errors import BasedError, ConfigError
+from based_megatron.model.check import check_mixers
+
+GIB = 2**30
+
+
+def layout_refusals(config: Config, ranks: int) -> list[str]:
+    """Reasons why this config cannot run on so many ranks, whatever its data."""
+    return _messages(lambda: validate(with_data(config), ranks), lambda: check_mixers(config))
+
+
+def with_data(config: Config) -> Config:
+    """The config with a name for its data, so that its layout can be looked at before there is any."""
+    if config.data.path or config.data.sources:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path="not given"))
+
+
+def data_refusals(config: Config, read_all: bool) -> list[str]:
+    """Reasons why the prepared data cannot be used. read_all: compare every byte with its hash."""
+    if not config.data.path and not config.data.sources:
+        return ["no data: set data.path to a folder written by `based prep`"]
+    return _messages(lambda: _check_data(config, read_all))
+
+
+def disk_refusals(config: Config, save_bytes: int) -> list[str]:
+    """Whether the run folder's disk has room for the checkpoints that are kept, and for one more while it is written."""
+    return _messages(lambda: _check_disk(config, save_bytes))
+
+
+def kept_bytes(config: Config, save_bytes: int) -> int:
+    """Bytes of checkpoints at most."""
+    settings, steps = config.checkpoint, config.train.steps
+    saves = 1 + (steps // settings.interval_steps if settings.interval_steps else 0)
+    return save_bytes * (min(saves, settings.keep_last + 1) if settings.keep_last else saves)
+
+
+def _check_data(config: Config, read_all: bool) -> None:
+    sources = Sources(config.data, config.train.global_batch_sequences)
+    for manifest in sources.manifests:
+        check_tokenizer(manifest, config.model.vocab_size)
+        if read_all:
+            verify(manifest)
+    if config.validation.interval_steps:
+        sources.validation_sequences(config.validation.sequences)
+
+
+def _check_disk(config: Config, save_bytes: int) -> None:
+    folder = Path(config.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, kept_bytes(config, save_bytes)
+    if free < needed:
+        raise ConfigError(
+            f"{folder} has {free / GIB:.1f} GiB free but the checkpoints of this run need {needed / GIB:.1f} GiB; change run_dir, or "
+            f"lower checkpoint.keep_last {config.checkpoint.keep_last}"
+        )
+
+
+def _messages(*checks: Callable[[], None]) -> list[str]:
+    found = []
+    for check in checks:
+        try:
+            check()
+        except BasedError as error:
+            found.append(str(error))
+    return found

@@ -1,0 +1,123 @@
+"""Time of a step and of the whole run: arithmetic at the measured share of the peak, then what each form of parallelism adds."""
+
+from dataclasses import dataclass
+
+from based_megatron.config import Config
+from based_megatron.config.validate import data_parallel_size
+from based_megatron.model.mixers import layer_mixers
+from based_megatron.monitor.flops import parameter_count, training_flops_per_token
+from based_megatron.preflight import measured
+from based_megatron.preflight.gpus import Gpu
+from based_megatron.preflight.shapes import local_parameters
+from based_megatron.train.carried import carried_bytes
+
+NUMBERS_OF_A_SAVE = 3
+FP32_BYTES, WEIGHT_BYTES = 4, 2
+FORWARD_SHARE = 1 / 3
+"""A token of validation takes a forward pass, a third of one of training."""
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Seconds, rates and sizes of a run."""
+
+    tokens: int
+    """Of the whole run."""
+    step_seconds: float
+    tokens_per_second: float
+    """Over all GPUs, inside steps."""
+    mfu: float
+    total_seconds: float
+    """With saves and validation."""
+    gpu_hours: float
+    save_bytes: int
+    save_seconds: float
+    """For which training stands still at each save."""
+    assumptions: tuple[str, ...]
+
+
+def run_time(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu) -> RunTime:
+    """Predict a run; the config must be valid for so many GPUs."""
+    train, parallel, ranks = config.train, config.parallel, nodes * gpus_per_node
+    length = config.data.sequence_length_tokens
+    step_tokens = train.global_batch_sequences * length
+    base = _nearest_rate(parameter_count(config.model))
+    flops = training_flops_per_token(config.model, length)
+    seconds = _step_seconds(config, nodes, gpus_per_node, gpu, base.mfu, flops)
+    save_bytes = NUMBERS_OF_A_SAVE * FP32_BYTES * parameter_count(config.model) + carried_bytes(config)
+    speed = min(
+        ranks * measured.SAVE_BYTES_PER_SECOND,
+        max(measured.SAVE_BYTES_PER_SECOND, measured.FILE_SYSTEM_BYTES_PER_SECOND),
+    )
+    save_seconds = save_bytes / speed
+    interval, validation = config.checkpoint.interval_steps, config.validation
+    saves = 1 + (train.steps // interval if interval else 0)
+    validations = train.steps // validation.interval_steps if validation.interval_steps else 0
+    validation_seconds = seconds * FORWARD_SHARE * validation.sequences / train.global_batch_sequences
+    total = train.steps * seconds + saves * save_seconds + validations * validation_seconds
+    rate = step_tokens / seconds
+    assumptions = [
+        f"{100 * base.mfu:.0f} % of the peak on one {gpu.name}, as {base.config} on {measured.GPU} "
+        f"(micro batch {base.micro_batch} x {base.accumulation}: {measured.LOOP})"
+    ]
+    if measured.GPU.lower() != gpu.name:
+        assumptions.append(f"{gpu.name} reaches the share of its peak that {measured.GPU} reaches: not measured")
+    if parallel.tensor > 2 or parallel.pipeline > 2 or parallel.context > 2 or ranks > 2:
+        assumptions.append("more than two GPUs: modelled from measurements on one and two, not measured")
+    if nodes > 1:
+        assumptions.append(
+            f"network: {measured.NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a node for large sums: not measured"
+        )
+    if train.recompute != "none":
+        assumptions.append(f"recompute {train.recompute}: by counted arithmetic, not measured")
+    assumptions.append(f"saves at {speed / 1e9:.1f} GB/s over all ranks; no restarts, no waiting in the queue")
+    return RunTime(
+        tokens=train.steps * step_tokens,
+        step_seconds=seconds,
+        tokens_per_second=rate,
+        mfu=rate * flops / (ranks * gpu.peak_flops),
+        total_seconds=total,
+        gpu_hours=total * ranks / 3600,
+        save_bytes=save_bytes,
+        save_seconds=save_seconds,
+        assumptions=tuple(assumptions),
+    )
+
+
+def _nearest_rate(parameters: int) -> measured.Rate:
+    return min(measured.RATES, key=lambda rate: max(rate.parameters / parameters, parameters / rate.parameters))
+
+
+def _step_seconds(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu, mfu: float, flops: float) -> float:
+    train, parallel, ranks = config.train, config.parallel, nodes * gpus_per_node
+    data = data_parallel_size(parallel, ranks)
+    micro_batches = train.global_batch_sequences // (train.micro_batch_sequences * data)
+    tokens = train.micro_batch_sequences * config.data.sequence_length_tokens // parallel.context
+    model = parallel.tensor * parallel.pipeline
+    micro_batch = tokens * flops / model / (mfu * gpu.peak_flops) / measured.RECOMPUTE_SHARES[train.recompute]
+    layers = -(-len(layer_mixers(config.model)) // parallel.pipeline)
+    split = (parallel.tensor - 1) / parallel.tensor
+    micro_batch += measured.TENSOR_SECONDS_PER_ELEMENT * layers * tokens * config.model.hidden_size * split
+    shared = parallel.tensor > 1 or parallel.context > 1
+    host = measured.HOST_SECONDS_OF_A_SLICED_LAYER if shared else measured.HOST_SECONDS_OF_A_LAYER
+    micro_batch = max(micro_batch, layers * host)
+    if parallel.context > 1:
+        micro_batch /= measured.CONTEXT_SHARE
+    if parallel.pipeline > 1:
+        micro_batch /= measured.PIPELINE_SHARE
+    bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline
+    passes = (micro_batches + bubble) * micro_batch / measured.ZERO_SHARES[parallel.zero_stage]
+    return passes + _reduction_seconds(config, data * parallel.context, gpus_per_node, nodes)
+
+
+def _reduction_seconds(config: Config, shards: int, gpus_per_node: int, nodes: int) -> float:
+    """An all-reduce of fp32 gradients and an all-gather of bf16 weights, after the last backward; nothing hides them."""
+    if shards == 1:
+        return 0.0
+    elements = max(sum(p.numel for p in local_parameters(config, stage)) for stage in range(config.parallel.pipeline))
+    sent = (2 * FP32_BYTES + WEIGHT_BYTES) * elements * (shards - 1) / shards
+    if nodes == 1:
+        return sent / measured.NODE_BYTES_PER_SECOND
+    # The tensor parallel groups of a node reduce their own parts over the same adapters.
+    together = min(config.parallel.tensor, gpus_per_node)
+    return sent * together / measured.NETWORK_BYTES_PER_SECOND
