@@ -31,7 +31,7 @@ of which 146 are those of the arithmetic."""
 PIPELINE_SHARE = 82 / 89
 """What messages leave of a pipeline's time beyond its bubble: based-1b, PP 2, 1F1B, 4 x 8."""
 CONTEXT_SHARE = 0.94
-"""Of the time of ranks that share nothing: based-1b, CP 2, 16,384 tokens a rank."""
+"""Share of the time of ranks that share nothing: based-1b, CP 2, 16,384 tokens a rank."""
 HOST_SECONDS_OF_A_LAYER, HOST_SECONDS_OF_A_SLICED_LAYER = 0.096 / 36, 0.152 / 36
 """Forward and backward of a micro batch take no less, however few its tokens: the host launches kernels. based-1b, 2048 tokens a rank,
 alone and with sequences shared by two ranks (benchmarks/results/h100-two-ranks.json)."""
@@ -43,9 +43,9 @@ RECOMPUTE_SHARES = {"none": 1.0, "mixer": 6 / 7, "full": 3 / 4}
 NODE_BYTES_PER_SECOND = 400e9
 """Bus bandwidth of a large all-reduce inside a node (NVLink)."""
 NETWORK_BYTES_PER_SECOND = 280e9
-"""Of a node with eight 400 Gb/s adapters, at 70 % of their sum: assumed, not measured."""
+"""Rate of a node with eight 400 Gb/s adapters, at 70 % of their sum: assumed, not measured."""
 
 SAVE_BYTES_PER_SECOND = 16.2e9 / 20.5
 """A synchronous save of one rank to a local disk: based-1b, 16 GB."""
 FILE_SYSTEM_BYTES_PER_SECOND = 10e9
-"""Of all ranks together on a shared file system: assumed, not measured."""
+"""Rate of all ranks together on a shared file system: assumed, not measured."""

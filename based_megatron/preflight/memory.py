@@ -85,9 +85,9 @@ class ModelMemory:
     partition_elements: int
     """Padded elements of this rank's share."""
     reduction_copy: int
-    """Of the optimizer step, when no activations are held."""
+    """Buffers of the optimizer step, when no activations are held."""
     buckets: int
-    """Of backward, while gradients are reduced or weights gathered."""
+    """Buffers of backward, while gradients are reduced or weights gathered."""
 
 
 def worst_rank(config: Config, world_size: int) -> RankMemory:

@@ -22,7 +22,7 @@ class RunTime:
     """Seconds, rates and sizes of a run."""
 
     tokens: int
-    """Of the whole run."""
+    """Seconds of the whole run."""
     step_seconds: float
     tokens_per_second: float
     """Over all GPUs, inside steps."""

@@ -25,13 +25,13 @@ class SavedPiece:
 
     sequences: int
     tokens: int
-    """Of each sequence, on this rank."""
+    """Tokens of each sequence on this rank."""
     number_bytes: int
     """Bytes of a number of the activations."""
     tensor: int = 1
     """Tensor parallel ranks that share heads and channels."""
     documents: bool = False
-    """Whether documents are told apart."""
+    """Whether tokens see their own document only."""
 
     def numbers(self, width: int) -> int:
         """Bytes of a tensor of so many channels a token, before they are shared."""
