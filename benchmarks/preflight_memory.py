@@ -10,12 +10,12 @@ into the device is reported, not an error.
 
 import argparse
 import dataclasses
-import gc
 import json
+import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,20 +91,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--quick", action="store_true", help="tiny models on a CPU")
     arguments = parser.parse_args(argv)
-    rank = rank_from_environment() if "RANK" in os.environ else RankInfo(0, 1, 0, "127.0.0.1", _free_port())
-    device = pick_device("auto", rank.local_rank)
+    rank = rank_from_environment()
+    cases = [case for case in CASES if case.ranks == rank.world_size and arguments.only in case.name]
+    if arguments.quick:
+        rows = measure(cases, rank, quick=True)
+    else:
+        # A process of its own for each case: what one has left in memory would count for the next.
+        rows = []
+        for number, case in enumerate(cases, start=1):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                here = dataclasses.replace(rank, master_port=rank.master_port + number)
+                rows += process.submit(measure, [case], here).result()
+    if rank.rank == 0:
+        write(arguments.output, rows, rank.world_size)
+    return 0
+
+
+def measure(cases: Sequence[Case], rank: RankInfo, quick: bool = False) -> list[dict[str, Any]]:
+    """Rows of cases, one after another, with a line printed for each."""
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # its store is that of the launcher, at another port
+    device = pick_device("cpu" if quick else "auto", rank.local_rank)
     join(rank, device, timeout_seconds=120)
     rows = []
-    for case in CASES:
-        if case.ranks != rank.world_size or arguments.only not in case.name:
-            continue
-        rows.append(row_of(case, device, arguments.quick))
+    for case in cases:
+        rows.append(row_of(case, device, quick))
         if rank.rank == 0:
             print(line_of(rows[-1]), flush=True)
-    if rank.rank == 0:
-        write(arguments.output, rows, device, rank.world_size)
     leave()
-    return 0
+    return rows
 
 
 def config_of(case: Case, quick: bool) -> Config:
@@ -143,11 +157,9 @@ def row_of(case: Case, device: torch.device, quick: bool) -> dict[str, Any]:
         failure = ""
     except torch.OutOfMemoryError:
         measured, failure = {}, "out of memory"
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return {
         "case": case.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         **dataclasses.asdict(case),
         "predicted": {**dataclasses.asdict(predicted), "allocated": predicted.allocated},
         "measured": measured,
@@ -202,9 +214,9 @@ def line_of(row: dict[str, Any]) -> str:
     return f"| {row['case']} | {predicted['allocated'] / GIB:.2f} | {' | '.join(peaks)} |"
 
 
-def write(output: Path, rows: list[dict[str, Any]], device: torch.device, ranks: int) -> None:
+def write(output: Path, rows: list[dict[str, Any]], ranks: int) -> None:
     """The table and all digits."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = ", ".join(sorted({row["device"] for row in rows}))
     head = "| case | predicted GiB | measured peak | forward, backward | update | between steps | error |\n|---|---|---|---|---|---|---|\n"
     output.mkdir(parents=True, exist_ok=True)
     stem = f"preflight-memory-{ranks}"
@@ -213,12 +225,6 @@ def write(output: Path, rows: list[dict[str, Any]], device: torch.device, ranks:
     )
     facts = {"device": name, "ranks": ranks, "torch": torch.__version__}
     (output / f"{stem}.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":
