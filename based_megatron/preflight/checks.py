@@ -7,10 +7,10 @@ from pathlib import Path
 
 from based_megatron.config import Config
 from based_megatron.config.validate import validate
-from based_megatron.data.manifest import check_tokenizer, verify
-from based_megatron.data.sources import Sources
+from based_megatron.data.manifest import verify
 from based_megatron.errors import BasedError, ConfigError
 from based_megatron.model.check import check_mixers
+from based_megatron.train.accept import corpora
 
 GIB = 2**30
 
@@ -47,13 +47,10 @@ def kept_bytes(config: Config, save_bytes: int) -> int:
 
 
 def _check_data(config: Config, read_all: bool) -> None:
-    sources = Sources(config.data, config.train.global_batch_sequences)
-    for manifest in sources.manifests:
-        check_tokenizer(manifest, config.model.vocab_size)
-        if read_all:
+    found = corpora(config)
+    if read_all:
+        for manifest in found.manifests:
             verify(manifest)
-    if config.validation.interval_steps:
-        sources.validation_sequences(config.validation.sequences)
 
 
 def _check_disk(config: Config, save_bytes: int) -> None:

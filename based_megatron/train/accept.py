@@ -30,14 +30,20 @@ def accept(config: Config, world_size: int) -> Sources:
     check_mixers(config)
     check_trackers(config.monitor)
     check_memory(config, world_size, LARGEST_DEVICE_BYTES)
+    sources = corpora(config)
+    _check_load(config.checkpoint, Path(config.run_dir))
+    checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model) + carried_bytes(config)
+    check_run_dir(Path(config.run_dir), checkpoint_bytes)
+    return sources
+
+
+def corpora(config: Config) -> Sources:
+    """The prepared data of a run. Raises BasedError if it is not there, or does not fit the model or the validation."""
     sources = Sources(config.data, config.train.global_batch_sequences)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)
     if config.validation.interval_steps:
         sources.validation_sequences(config.validation.sequences)
-    _check_load(config.checkpoint, Path(config.run_dir))
-    checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model) + carried_bytes(config)
-    check_run_dir(Path(config.run_dir), checkpoint_bytes)
     return sources
 
 
