@@ -1,7 +1,6 @@
 """A mixer of another package (examples/moving_average) works everywhere, and no file of ours knows of it."""
 
 import dataclasses
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +17,6 @@ from based_megatron.convert.exported import read_export
 from based_megatron.convert.huggingface import export_huggingface, hf_model
 from based_megatron.convert.layout import our_shapes
 from based_megatron.convert.released import to_released
-from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.prepare import prepare
 from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.inference.engine import Engine
 from based_megatron.model.build import build_model
@@ -30,7 +27,7 @@ from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.train.optimizer import parameter_groups
 from support.layouts import build_run, gather_unsharded, parameters_of, small_config, topology_of
-from support.runs import losses, train_in_pool
+from support.runs import losses, prepare_corpus, train_in_pool
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "moving_average"
 MODULE = "moving_average"
@@ -118,14 +115,7 @@ def test_it_is_built_decayed_and_decoded_as_its_class_says(worker_pool):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = [json.dumps({"text": f"document {i}: " + " ".join(f"{j * i % 97}" for j in range(40))}) for i in range(100)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    output = folder / "data"
-    prepare(
-        PrepConfig(inputs=(str(folder / "text.jsonl"),), output=str(output), vocab_size=300, validation_fraction=0.1)
-    )
-    return output
+    return prepare_corpus(tmp_path_factory.mktemp("corpus"), documents=100)
 
 
 @pytest.fixture(scope="module")

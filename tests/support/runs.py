@@ -1,5 +1,6 @@
 """Whole `based train` jobs on a tiny corpus, in forked processes or on the ranks of a pool."""
 
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from based_megatron.cli import main
 from based_megatron.config import parse_config
 from based_megatron.data.sources import Sources
+from based_megatron.data_prep.config import PrepConfig
+from based_megatron.data_prep.prepare import prepare
 from based_megatron.monitor.events import read_events
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.stop import StopVote
@@ -29,6 +32,17 @@ TINY = [
     "--checkpoint.interval-steps", "2", "--checkpoint.keep-last", "0", "--monitor.log-interval-steps", "1",
     "--monitor.sample-interval-steps", "0",
 ]  # fmt: skip
+
+
+def prepare_corpus(folder: Path, documents: int) -> Path:
+    """A prepared corpus of short documents, in a folder of the given one."""
+    lines = [
+        json.dumps({"text": f"document {i}: " + " ".join(f"{j * i % 97}" for j in range(40))}) for i in range(documents)
+    ]
+    text, output = folder / "text.jsonl", folder / "data"
+    text.write_text("\n".join(lines))
+    prepare(PrepConfig(inputs=(str(text),), output=str(output), vocab_size=300, validation_fraction=0.1))
+    return output
 
 
 def command(run_dir: Path, data: Path, *overrides: str, nproc: int = 1) -> list[str]:
