@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,9 @@ class FakeTrainer:
     def check_skips(self) -> None:
         """Count the steps that a test wants to be skipped."""
         self.skips.in_a_row = int(self.step in self.skipped)
+
+    def saving(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def advice(self, step: int) -> str:
         return f"look at step {step}"
