@@ -136,7 +136,7 @@ class Trainer:
         set_learning_rate(self.step_runner.engine, lr)
         loss = self.step_runner.accumulate(batches).mean
         self.clock.begin("optimizer")
-        grad_norm = self.step_runner.update(self._on_gradients)
+        grad_norm = self.step_runner.update(self._on_gradients).grad_norm
         self.clock.end()
         tokens = config.train.global_batch_sequences * config.data.sequence_length_tokens
         self.step += 1

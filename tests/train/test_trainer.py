@@ -14,7 +14,7 @@ from based_megatron.errors import TrainingError
 from based_megatron.monitor.hub import Metrics
 from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.schedule import learning_rate
-from based_megatron.train.step import LossSum
+from based_megatron.train.step import LossSum, Update
 from based_megatron.train.trainer import Trainer
 
 STEPS, LIMIT = 4, 3
@@ -34,10 +34,11 @@ class FakeStep:
         self.rates.append(self._rate())
         return LossSum(torch.tensor(30.0 * len(self.batches)).double(), torch.tensor(10.0).double())
 
-    def update(self, on_gradients: Callable[[], None]) -> torch.Tensor:
+    def update(self, on_gradients: Callable[[], None]) -> Update:
         assert self._rate() == self.rates[-1]
         on_gradients()
-        return torch.tensor(next(self.norms)).double()
+        norm = next(self.norms)
+        return Update(torch.tensor(norm).double(), math.isfinite(norm))
 
     def _rate(self) -> float:
         return self.engine.optimizer.param_groups[0]["lr"]
