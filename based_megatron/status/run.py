@@ -105,7 +105,7 @@ class RunStatus:
     """Ranks on each host, in the order of ranks."""
     slowest: SlowestRank | None = None
     stragglers: list[Straggler] = field(default_factory=list)
-    """Of the last start, one for each rank: hosts that the next one may leave out."""
+    """Those of the last start, one for each rank: hosts that the next one may leave out."""
     hang: dict[str, Any] | None = None
     """The event of a hang of the last start."""
 
