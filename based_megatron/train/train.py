@@ -58,7 +58,8 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
     start = checkpointer.restore()
 
-    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config, topology, start)]
+    # A checkpoint comes after the log of its step; at the end and at an error the order is the opposite.
+    callbacks = [*side_jobs(config, topology, loader, sources), *loggers(config, topology, start), checkpointer]
     try:
         return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()
     finally:
