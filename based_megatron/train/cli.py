@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from based_megatron import __version__
 from based_megatron.config.command_line import describe, parse_command
 from based_megatron.config.limits import absolute_paths
 from based_megatron.config.validate import validate
 from based_megatron.parallel.environment import rank_from_environment
+from based_megatron.run_folder.lock import check_free
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,9 +30,12 @@ def main(argv: Sequence[str]) -> None:
         train(config)
         return
     from based_megatron.train.accept import accept
+    from based_megatron.train.identity import identify
 
-    accept(config, rank.world_size)
+    sources = accept(config, rank.world_size)
     if rank.rank == 0:
+        check_free(Path(config.run_dir))
+        identify(config, sources.fingerprint)
         print(
             "this run can start: settings, data, run folder and the least memory have been checked, nothing was written"
         )

@@ -22,7 +22,7 @@ from based_megatron.data_prep.prepare import prepare
 from based_megatron.monitor.events import read_events
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.stop import StopVote
-from based_megatron.train.train import train_over
+from based_megatron.train.train import train_in_folder
 from support.pool import fork_context, rank_device
 
 TINY = [
@@ -121,7 +121,7 @@ def train_in_pool(run_dir: Path, data: Path, *overrides: str) -> bool:
     config = parse_config(command(run_dir, data, *overrides)[4:])
     topology = build_topology(config.parallel, rank_device(dist.get_rank()))
     sources = Sources(config.data, config.train.global_batch_sequences)
-    return train_over(config, topology, sources, StopVote(run_dir / config.train.stop_file))
+    return train_in_folder(config, topology, sources, StopVote(run_dir / config.train.stop_file))
 
 
 def losses(run_dir: Path) -> dict[int, float]:
