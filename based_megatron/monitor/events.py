@@ -1,6 +1,6 @@
 """events.jsonl: what happened in a run, one JSON object a line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from based_megatron.run_folder.files import EVENTS as FILE_NAME
 from based_megatron.run_folder.json_lines import append_line as append_event
 from based_megatron.run_folder.json_lines import read_lines
 
-__all__ = ["FILE_NAME", "append_event", "read_events"]
+__all__ = ["FILE_NAME", "append_event", "each_step", "read_events"]
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -17,3 +17,14 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     Steps that a resumed run did again occur twice: the later ones count.
     """
     yield from read_lines(path)
+
+
+def each_step(events: Iterable[dict[str, Any]]) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of each step, the last word on each, from the events `steps`."""
+    found: dict[int, tuple[float, float]] = {}
+    for event in events:
+        if event.get("event") == "steps":
+            first_step = event["step"] - len(event["loss"]) + 1
+            pairs = zip(map(float, event["loss"]), map(float, event["grad_norm"]), strict=True)
+            found.update(enumerate(pairs, start=first_step))
+    return found

@@ -76,11 +76,12 @@ def train_over(
     start = checkpointer.restore()
     record_start(config, identity, start[0], all_ranks())
 
+    # A checkpoint comes after the log of its step; at the end and at an error the order is the opposite.
     callbacks = [
         Owner(identity, lock),
         *side_jobs(config, topology, loader, sources),
-        checkpointer,
         *loggers(config, topology, start, identity),
+        checkpointer,
     ]
     try:
         return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()

@@ -18,7 +18,7 @@ from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_op
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.finite import not_finite
-from based_megatron.parallel.sequence.carried import CarriedStates
+from based_megatron.parallel.sequence.carried import CarriedStates, Past
 from based_megatron.train.callbacks.base import Callback, StepReport
 from based_megatron.train.identity import check_changes
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 PAST_TOKENS = "past_tokens"
-"""Entry of a checkpoint's state: the tokens of each row that its carried states know of. Absent where it has none."""
+"""Entry of a checkpoint's state: the runs of tokens of each row that its carried states know of. Absent where it has none."""
 
 
 class Checkpointer(Callback):
@@ -88,8 +88,14 @@ class Checkpointer(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        with trainer.saving():
+            self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> None:
         started = time.perf_counter()
         fragments = zero_fragments(self._engine)
+        if self._carried is not None:
+            fragments += carried_fragments(self._carried)
         self._check_finite(trainer, fragments)
         state: dict[str, Any] = {
             "run_id": self._run_id,
@@ -100,8 +106,7 @@ class Checkpointer(Callback):
             "config": to_dict(self._config),
         }
         if self._carried is not None:
-            fragments += carried_fragments(self._carried)
-            state[PAST_TOKENS] = self._carried.past_tokens
+            state[PAST_TOKENS] = self._carried.past.runs
         path = save_checkpoint(self._folder, trainer.step, fragments, state, self._ranks)
         self._saved_step = trainer.step
         if self._ranks.rank == 0 and not trainer.skips.in_a_row:
@@ -111,12 +116,16 @@ class Checkpointer(Callback):
         trainer.record("checkpoint", path=str(path), seconds=seconds)
 
     def _check_finite(self, trainer: Trainer, fragments: list[Fragment]) -> None:
-        """Raises TrainingError if a weight is an infinity or a nan on any rank (collective)."""
-        weights = [(fragment.spec.name, fragment.tensors[MODEL]) for fragment in fragments]
-        found = [name for names in self._ranks.together(lambda: not_finite(weights)) for name in names]
+        """Raises TrainingError if a number to be saved is an infinity or a nan on any rank (collective)."""
+        tensors = [
+            (fragment.spec.name if kind == MODEL else f"{kind} of {fragment.spec.name}", tensor)
+            for fragment in fragments
+            for kind, tensor in fragment.tensors.items()
+        ]
+        found = [name for names in self._ranks.together(lambda: not_finite(tensors)) for name in names]
         if found:
             raise TrainingError(
-                f"the weights of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
+                f"the weights or states of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
                 f"saved; {trainer.advice(trainer.step)}"
             )
 
@@ -150,7 +159,7 @@ class Checkpointer(Callback):
             self._warnings.append(f"the first step starts without carried states: {path} {reason}")
             return
         load_carried(path, carried_fragments(self._carried), self._ranks)
-        self._carried.past_tokens = state[PAST_TOKENS]
+        self._carried.past = saved_past(state[PAST_TOKENS])
 
     def _carried_do_not_fit(self, state: dict[str, Any]) -> str | None:
         if PAST_TOKENS not in state:
@@ -160,3 +169,8 @@ class Checkpointer(Callback):
         saved, now = state["config"]["model"], to_dict(self._config)["model"]
         changes = [f"model.{key} {saved[key]}, now {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
         return f"was saved with {'; '.join(changes)}" if changes else None
+
+
+def saved_past(entry: int | list[tuple[int, int]]) -> Past:
+    """The past of carried states as a checkpoint has it: runs, or one number of known tokens in older ones."""
+    return Past().seen(entry) if isinstance(entry, int) else Past(tuple((known, missing) for known, missing in entry))

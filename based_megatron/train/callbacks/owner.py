@@ -24,12 +24,6 @@ class Owner(Callback):
             trainer.record("changed_settings", changes=self._identity.changes)
 
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
-        self._check(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        self._check(trainer)
-
-    def _check(self, trainer: Trainer) -> None:
         if self._lock.lost:
             raise TrainingError(
                 f"{trainer.run_dir} was taken by {self._lock.lost} while this process did not touch its lock: this run ends at step "
