@@ -1,7 +1,9 @@
 """The jobs besides the training loop that a config asks for."""
 
+import socket
 from pathlib import Path
 
+import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from based_megatron.config import Config
@@ -38,4 +40,6 @@ def loggers(config: Config, topology: Topology, start: tuple[int, int], identity
     """What is written while training. start: (steps done, tokens seen)."""
     names = (identity.run_id, identity.run_name)
     facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names)
-    return [Logger(start_sinks(facts) if topology.is_logger else []), Heartbeat()]
+    hosts = [""] * topology.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    return [Logger(start_sinks(facts) if topology.is_logger else [], hosts), Heartbeat()]
