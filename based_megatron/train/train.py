@@ -14,7 +14,9 @@ from based_megatron.parallel.topology import Topology, build_topology, join, lea
 from based_megatron.train.accept import accept, check_memory, memory_bytes
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
+from based_megatron.train.callbacks.outcome import Outcome
 from based_megatron.train.carried import build_carried_states
+from based_megatron.train.guard import Guard
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
@@ -54,12 +56,15 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
     metrics = build_metrics(topology)
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
-    checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
+    guard = Guard(config, topology.device)
+    checkpointer = Checkpointer(engine, config, loader.fingerprint, guard, carried)
     start = checkpointer.restore()
 
-    callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config, topology, start)]
+    jobs = side_jobs(config, topology, loader, sources)
+    callbacks = [*jobs, checkpointer, Outcome(), *loggers(config, topology, start)]
     try:
-        return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()
+        go_back = checkpointer.go_back
+        return Trainer(config, topology, step, loader, metrics, callbacks, stop, guard, go_back, start).fit()
     finally:
         loader.close()
 

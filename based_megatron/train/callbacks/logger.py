@@ -34,6 +34,7 @@ class Logger(Callback):
             tokens_seen=trainer.tokens_seen,
             world_size=topology.world_size,
             parameters=parameter_count(config.model),
+            data_jumps=trainer.guard.data.jumps,
         )
 
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -57,7 +58,7 @@ class Logger(Callback):
                 sink.text(trainer.step, f"sample/{fields['prompt']}", f"{fields['prompt']}|{fields['text']}")
 
     def on_end(self, trainer: Trainer) -> None:
-        self._tell(trainer, "end", tokens_seen=trainer.tokens_seen)
+        self._tell(trainer, "end", tokens_seen=trainer.tokens_seen, skipped_steps=trainer.skips.total)
         self._close()
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
@@ -80,6 +81,8 @@ class Logger(Callback):
             "train/perplexity": perplexity(values["train/loss"]),
             "train/lr": report.lr,
             "train/skipped": trainer.skips.in_a_row > 0,
+            "train/skipped_steps": trainer.skips.total,
+            "train/rollbacks": trainer.guard.rollbacks,
             "train/tokens_seen": trainer.tokens_seen,
             **speed,
         }
