@@ -13,6 +13,7 @@ COMMANDS = {
     "prep": ("tokenize text, JSON lines, parquet or source files into shards", "based_megatron.data_prep.cli:main"),
     "train": ("pretrain; every rank runs this", "based_megatron.train.cli:main"),
     "preflight": ("predict memory, time and disk of a run, without a GPU", "based_megatron.preflight.cli:main"),
+    "nodes": ("measure the nodes of a job, and name those that are slow or wrong", "based_megatron.nodes.cli:main"),
     "launch": ("start the ranks of a command, here or on SLURM", "based_megatron.launchers.cli:main"),
     "generate": ("continue a prompt with a trained model", "based_megatron.inference.cli:main"),
     "export": ("write a checkpoint in Hugging Face format, and prove it", "based_megatron.convert.cli:main_export"),

@@ -75,6 +75,7 @@ CASES = (
     Case("based-1b", 2, 8192, "full"),
     Case("based-1b", 4, ranks=2),
     Case("based-1b", 4, zero_stage=2, ranks=2),
+    Case("based-1b", 4, zero_stage=2, ranks=2, accumulation=2),
     Case("based-1b", 4, zero_stage=3, ranks=2),
     Case("based-1b", 8, tensor=2, ranks=2),
     Case("based-1b", 4, pipeline=2, ranks=2, accumulation=4),

@@ -187,7 +187,8 @@ class TrainConfig:
     seed: int = 1111
     """Seed of the initial weights."""
     max_skipped_steps: Count = 10
-    """Steps in a row that are skipped, for a gradient that is not finite or a spike, before the run goes back (guards.rollback) or gives up."""
+    """Steps in a row that are skipped, for a gradient that is not finite or a spike, before the run goes back (guards.rollback)
+    or gives up."""
     stop_file: str = "stop"
     """A file of this name in the run folder stops the run after the current step, with a checkpoint."""
 

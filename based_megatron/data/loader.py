@@ -24,7 +24,6 @@ from based_megatron.errors import ConfigError
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.slices import even_bounds, slice_of
 
-
 SEQUENCES_NAMED = 8
 
 

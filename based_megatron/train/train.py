@@ -60,8 +60,9 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     checkpointer = Checkpointer(engine, config, loader.fingerprint, guard, carried)
     start = checkpointer.restore()
 
-    jobs = side_jobs(config, topology, loader, sources)
-    callbacks = [*jobs, checkpointer, Outcome(), *loggers(config, topology, start)]
+    jobs, logs = side_jobs(config, topology, loader, sources), loggers(config, topology, start)
+    # A checkpoint comes after the log of its step; at the end and at an error the order is the opposite.
+    callbacks = [*jobs, *logs, Outcome(), checkpointer]
     try:
         go_back = checkpointer.go_back
         return Trainer(config, topology, step, loader, metrics, callbacks, stop, guard, go_back, start).fit()

@@ -1,7 +1,8 @@
 """The training loop. Everything besides a step hangs on callbacks (train/callbacks/)."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +17,10 @@ from based_megatron.monitor.hub import Metrics
 from based_megatron.parallel.partitions import Piece
 from based_megatron.parallel.topology import Topology
 from based_megatron.train.callbacks.base import Callback, StepReport
+from based_megatron.train.guard import Guard, Return
 from based_megatron.train.optimizer import set_learning_rate
 from based_megatron.train.schedule import learning_rate
 from based_megatron.train.skips import SkipCount
-from based_megatron.train.guard import Guard, Return
 from based_megatron.train.step import Step
 from based_megatron.train.stop import StopVote
 from based_megatron.train.suspects import Suspects
@@ -79,14 +80,16 @@ class Trainer:
                     continue
                 for callback in self.callbacks:
                     callback.post_step(self, report)
-                if reason := self.stop.agreed():
+                with self.doing("stop vote"):
+                    reason = self.stop.agreed()
+                if reason:
                     self.record("stop", reason=reason)
                     break
             self._record_spikes()
-            for callback in self.callbacks:
+            for callback in reversed(self.callbacks):
                 callback.on_end(self)
         except BaseException as error:
-            for callback in self.callbacks:
+            for callback in reversed(self.callbacks):
                 callback.on_error(self, error)
             raise
         return self.step >= self.config.train.steps
@@ -104,6 +107,18 @@ class Trainer:
         """Tell the callbacks of a validation loss."""
         for callback in self.callbacks:
             callback.on_validation(self, loss)
+
+    def doing(self, phase: str) -> AbstractContextManager[None]:
+        """Says that this rank is in a phase, to those who watch for hangs and add up where time goes."""
+        return self.clock.progress.inside(phase)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside it a checkpoint is made; the callbacks hear of it before."""
+        for callback in self.callbacks:
+            callback.pre_save(self)
+        with self.doing("save"):
+            yield
 
     def gradients(self) -> Iterable[tuple[Piece, Tensor]]:
         """The reduced gradients that this rank's part of the optimizer will take, fp32 and flat; for `on_gradients`."""
@@ -128,19 +143,17 @@ class Trainer:
     def _take_step(self) -> StepReport | None:
         """Take one step. None if the run has gone back to an earlier one."""
         self.metrics.wanted = self.logs(self.step + 1)
-        self.clock.start()
+        self.clock.begin("data", self.step + 1)
         batches = self.loader.micro_batches(self.guard.data.data_step(self.step))
-        self.clock.mark("data")
+        self.clock.begin("forward_backward")
         config = self.config
         lr = learning_rate(self.step, config.optimizer, config.schedule, config.train.steps)
         set_learning_rate(self.step_runner.engine, lr)
         loss = self.step_runner.accumulate(batches).mean
-        self.clock.mark("forward_backward")
+        self.clock.begin("optimizer")
         suspects = Suspects(self.gradients)
-        update = self.step_runner.update(
-            self._on_gradients, lambda norm: self.guard.judge(loss, norm), suspects.look
-        )
-        self.clock.mark("optimizer")
+        update = self.step_runner.update(self._on_gradients, lambda norm: self.guard.judge(loss, norm), suspects.look)
+        self.clock.end()
         tokens = config.train.global_batch_sequences * config.data.sequence_length_tokens
         self.step += 1
         self.tokens_seen += tokens
@@ -182,7 +195,8 @@ class Trainer:
         """Go back to a good checkpoint and step over the data since. Raises TrainingError if that is not to be."""
         guard, bad_step, advice = self.guard, self.step, self.advice(self.step - max(self.skips.in_a_row, 1) + 1)
         rollbacks, data_step = guard.rollbacks + 1, guard.data.data_step(bad_step)
-        found = self._go_back(wish.latest_step) if guard.may_return else None
+        with self.doing("rollback"):
+            found = self._go_back(wish.latest_step) if guard.may_return else None
         if found is None:
             tried = f" after {guard.rollbacks} rollbacks" if guard.rollbacks else ""
             raise TrainingError(f"{wish.reason}{tried}; {advice}")

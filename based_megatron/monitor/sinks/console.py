@@ -1,5 +1,6 @@
 """What a person sees: a table of the run, then one live line on a terminal, or plain lines in a log file."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.table import Table
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.sinks.base import RunFacts, Sink, perplexity
+
+BAR_WIDTH = 20
 
 
 class ConsoleSink(Sink):
@@ -25,14 +28,15 @@ class ConsoleSink(Sink):
         self._console.print(run_table(run))
         if self._console.is_terminal:
             self._progress = Progress(
-                BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=self._console
+                BarColumn(BAR_WIDTH), TextColumn("{task.description}", markup=False), console=self._console
             )
             self._task = self._progress.add_task("waiting for the first step", total=self._steps)
             self._progress.update(self._task, completed=run.step)
             self._progress.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        line = status_line(step, self._steps, values)
+        before = BAR_WIDTH + 1 if self._progress is not None else len(time_of_day()) + 1
+        line = status_line(step, self._steps, values, self._console.width - before)
         if self._progress is not None:
             self._progress.update(self._task, description=line, completed=step)
         else:
@@ -58,7 +62,7 @@ class ConsoleSink(Sink):
         self._stop_progress()
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._console.print(f"{time_of_day()} {line}", soft_wrap=True, markup=False, highlight=False)
 
     def _stop_progress(self) -> None:
         """Give the terminal its cursor back."""
@@ -90,25 +94,31 @@ def run_table(run: RunFacts) -> Table:
     return table
 
 
-def status_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """One line about a step: where it is, how it learns, how fast it goes."""
-    parts = [
-        f"step {step}/{total_steps}",
-        f"loss {values['train/loss']:.4f}",
-        f"ppl {values['train/perplexity']:.2f}",
-        f"lr {values['train/lr']:.2e}",
-        f"grad {values['train/grad_norm']:.3f}",
-    ]
-    if values["train/skipped"]:
-        parts.append("SKIPPED")
+def status_line(step: int, total_steps: int, values: Mapping[str, float], width: int) -> str:
+    """One line about a step: where it is, how it learns, how fast it goes. What does not fit into the width is left out, the
+    least needed first."""
+    parts = {
+        "step": f"step {step}/{total_steps}",
+        "loss": f"loss {values['train/loss']:.4f}",
+        "grad": f"grad {values['train/grad_norm']:.3g}",
+        "skipped": "SKIPPED" if values["train/skipped"] else "",
+    }
     if "throughput/tokens_per_second" in values:
-        step_seconds = values["time/step_seconds"]
-        parts.append(f"{human(values['throughput/tokens_per_second'])} tok/s")
+        parts["speed"] = f"{human(values['throughput/tokens_per_second'])} tok/s"
         if "throughput/mfu" in values:
-            parts.append(f"MFU {values['throughput/mfu']:.1%}")
-        parts.append(f"data {values['time/data_seconds'] / step_seconds:.1%}")
-        parts.append(f"ETA {duration((total_steps - step) * step_seconds)}")
-    return " | ".join(parts)
+            parts["mfu"] = f"MFU {values['throughput/mfu']:.0%}"
+        parts["goodput"] = f"good {values['throughput/goodput']:.0%}"
+        parts["eta"] = f"ETA {duration(values['time/eta_seconds'])}"
+    parts |= {"lr": f"lr {values['train/lr']:.2e}", "ppl": f"ppl {values['train/perplexity']:.2f}"}
+    for least_needed in ("ppl", "lr", "mfu", "goodput", "grad"):
+        if len(" ".join(filter(None, parts.values()))) > width:
+            parts.pop(least_needed, None)
+    return " ".join(filter(None, parts.values()))
+
+
+def time_of_day() -> str:
+    """The local time, as lines of a log begin."""
+    return time.strftime("%H:%M:%S")
 
 
 def human(number: float) -> str:

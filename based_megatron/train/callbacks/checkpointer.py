@@ -98,6 +98,10 @@ class Checkpointer(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        with trainer.saving():
+            self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> None:
         started = time.perf_counter()
         fragments = zero_fragments(self._engine)
         if self._carried is not None:
