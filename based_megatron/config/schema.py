@@ -209,7 +209,7 @@ class GuardsConfig:
     rollback: bool = True
     """After train.max_skipped_steps skipped steps in a row, or when the loss has risen and stays (the median of a window above the lowest
     one, by threshold): go back to the last good checkpoint and step over the data since."""
-    max_rollbacks: int = 5
+    max_rollbacks: Count = 5
     """Rollbacks of a run before it gives up."""
     replica_check_interval_steps: int = 1000
     """Steps between comparisons of the weights of all ranks that hold the same ones; 0 turns them off. ZeRO-3 keeps one copy of each

@@ -45,7 +45,7 @@ class Guard:
         self._settings, self._limit_steps = config.guards, config.train.max_skipped_steps
         self._window = SpikeWindow(config.guards, device)
         self._unread: list[tuple[int, Tensor]] = []
-        """Of steps since the last `spikes`, the number, and loss, norm and verdict on the device."""
+        """Steps since the last `spikes`: the number of each, and its loss, norm and verdict on the device."""
         self._returned_to: int | None = None
         """Step of the last rollback, while no step after it was good."""
         self.skips, self.data, self.rollbacks = SkipCount(), DataJumps(), 0

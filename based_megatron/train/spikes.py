@@ -18,7 +18,7 @@ SMALLEST = 1e-30
 NORMAL = 1.4826
 """Standard deviation of normal numbers with median deviation 1."""
 LEAST_DEVIATION = (0.01, 0.2)
-"""Of the logarithms of loss and norm: a window may be smoother than what comes after it."""
+"""Smallest deviations of the logarithms of loss and norm to go by: a window may be smoother than what comes after it."""
 HAS_RISEN = "the loss has risen and stays"
 REASONS = ("the loss is not finite", "the loss is a spike", "the gradient norm is a spike", HAS_RISEN)
 
