@@ -199,9 +199,9 @@ class GuardsConfig:
 
     spike: Literal["off", "record", "skip"] = "skip"
     """Loss or gradient norm far above those of the last good steps: record it, or skip the step too."""
-    window_steps: Annotated[int, Range(at_least=8, at_most=10_000)] = 128
+    window_steps: Annotated[int, Range(at_least=2, at_most=10_000)] = 128
     """Last good steps that a step is compared with."""
-    warmup_steps: Annotated[int, Range(at_least=8)] = 64
+    warmup_steps: Annotated[int, Range(at_least=2)] = 64
     """Good steps of a run before the first is judged."""
     threshold: Annotated[float, Range(at_least=1)] = 8.0
     """Standard deviations above the median that are too far. Of logarithms, by the median deviation of the window; a deviation
