@@ -17,11 +17,15 @@ RUN_FILES = [
     "config.yaml",
     "done",
     "events.jsonl",
+    "excluded_nodes",
     "failures",
     "heartbeat",
     "hung",
+    "logs",
+    "pause",
     "pretrain.sbatch",
     "rolled-back",
+    "stopped",
     "tensorboard",
 ]
 """What the run and its launchers keep in the run folder."""

@@ -70,7 +70,7 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the end or to a stop. Returns whether the run is done."""
-        self.stop.clear()
+        self.stop.forget_last()
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -88,6 +88,7 @@ class Trainer:
             self._record_spikes()
             for callback in reversed(self.callbacks):
                 callback.on_end(self)
+            self.stop.honoured()
         except BaseException as error:
             for callback in reversed(self.callbacks):
                 callback.on_error(self, error)
