@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,10 +13,19 @@ import torch.distributed.checkpoint as dcp
 
 from based_megatron import __version__
 from based_megatron.checkpoint.fragments import Fragment
-from based_megatron.checkpoint.manifest import FileEntry, seal_file, sync_folder, write_durably, write_manifest
-from based_megatron.checkpoint.ranks import Ranks, all_ranks
+from based_megatron.checkpoint.manifest import (
+    METADATA,
+    STATE,
+    FileEntry,
+    seal_file,
+    sync_folder,
+    write_durably,
+    write_manifest,
+)
+from based_megatron.checkpoint.ranks import Ranks, all_ranks, without_dcp_warning
 from based_megatron.checkpoint.rectangles import FragmentSavePlanner
-from based_megatron.checkpoint.store import STATE, step_name
+from based_megatron.checkpoint.store import step_name
+from based_megatron.checkpoint.writer import PartWriter
 from based_megatron.errors import CheckpointError
 
 FORMAT = 1
@@ -72,12 +80,13 @@ def _make_empty(path: Path) -> None:
 
 
 def _write_tensors(path: Path, fragments: Sequence[Fragment], ranks: Ranks) -> None:
+    # DCP looks ahead on the current device of the thread, which need not be that of the tensors.
+    on_host = all(tensor.is_cpu for fragment in fragments for tensor in fragment.tensors.values())
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with without_dcp_warning(ranks):
             dcp.save(
                 {},
-                storage_writer=dcp.FileSystemWriter(path, sync_files=False),
+                storage_writer=PartWriter(path, look_ahead=not on_host),
                 planner=FragmentSavePlanner(fragments),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
@@ -95,7 +104,7 @@ def _commit(unfinished: Path, final: Path, sealed: list[FileEntry], document: di
                 f"rank 0 does not see {path} as written: --run-dir must be on a disk shared by all nodes"
             )
     write_durably(unfinished / STATE, json.dumps(document, indent=1))
-    write_manifest(unfinished, [*sealed, seal_file(unfinished / ".metadata"), seal_file(unfinished / STATE)])
+    write_manifest(unfinished, [*sealed, seal_file(unfinished / METADATA), seal_file(unfinished / STATE)])
     sync_folder(unfinished)
     replaced = final.with_name(final.name + ".old")
     if final.exists():

@@ -54,7 +54,7 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
     metrics = build_metrics(topology)
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
-    checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
+    checkpointer = Checkpointer(engine, config, loader.fingerprint, topology.device, carried)
     start = checkpointer.restore()
 
     callbacks = [*side_jobs(config, topology, loader, sources), checkpointer, *loggers(config, topology, start)]

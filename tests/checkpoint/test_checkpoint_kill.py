@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ckpt_fragments import flat, full_tensors, shard
 
 from based_megatron.checkpoint.load import load_checkpoint
 from based_megatron.checkpoint.save import save_checkpoint
-from based_megatron.checkpoint.store import newest_valid, prune
+from based_megatron.checkpoint.store import Kept, newest_valid, prune
 
 CALLS = {"fsync", "open", "rename", "mkdir", "unlink", "rmdir"}
 WRITES_BETWEEN_KILLS = 97  # there are about 1,200 writes, all to unfinished files
@@ -22,7 +23,7 @@ WRITES_BETWEEN_KILLS = 97  # there are about 1,200 writes, all to unfinished fil
 
 def save_and_prune(folder: Path, step: int) -> None:
     path = save_checkpoint(folder, step, flat(shard(full_tensors(step), 1, 2)), {"consumed_tokens": step})
-    prune(folder, 1, saved=path)
+    prune(folder, Kept(last=1), saved=path)
 
 
 def save_killed_at(event: int, folder: Path, step: int) -> bool:
@@ -41,6 +42,7 @@ def save_killed_at(event: int, folder: Path, step: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(count)
+        threading.setprofile(count)
         save_and_prune(folder, step)
         os._exit(0)
     _, status = os.waitpid(child, 0)
