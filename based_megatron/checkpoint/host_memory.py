@@ -129,5 +129,7 @@ def _host_tensor(numel: int, dtype: torch.dtype, pinned: bool) -> Tensor:
     pages.madvise(mmap.MADV_DONTFORK)
     tensor = torch.frombuffer(pages, dtype=dtype, count=numel)
     if pinned:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size_bytes, 0)))
+        error = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size_bytes, 0))
+        if error:
+            raise OSError(f"CUDA cannot pin {size_bytes / 2**20:,.0f} MiB of host memory (error {error})")
     return tensor

@@ -89,7 +89,7 @@ def all_ranks(group: dist.ProcessGroup | None = None) -> Ranks:
 def without_dcp_warning(ranks: Ranks) -> Iterator[None]:
     """Surroundings for torch.distributed.checkpoint, which warns of a process that is alone.
 
-    Filters of warnings belong to the whole process: in a thread beside training, where ranks have a group, they are left as they are.
+    Filters of warnings belong to the whole process: threads that save have a group, and leave them as they are.
     """
     if ranks.group is not None:
         yield

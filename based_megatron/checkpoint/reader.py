@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class RangeReader(FileSystemReader):
 
 
 class _Window:
-    """A part of a file as a file, for torch's reader of its own format."""
+    """A part of a file as a file of its own, for torch's reader of archives."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self._descriptor, self._offset, self._length, self._at = file.fileno(), offset, length, 0
@@ -77,8 +77,8 @@ class _Window:
 
 def _data_offset(file: BinaryIO, offset: int, length: int) -> int:
     """Where the numbers of a tensor begin in what torch.save wrote of it: an archive that keeps them as they are."""
-    archive = torch._C.PyTorchFileReader(_Window(file, offset, length))
-    return archive.get_record_offset("data/0")
+    archive = torch._C.PyTorchFileReader(cast(BinaryIO, _Window(file, offset, length)))
+    return archive.get_record_offset("data/0")  # type: ignore[attr-defined]
 
 
 def _read_box(

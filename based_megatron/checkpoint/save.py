@@ -80,13 +80,11 @@ def _make_empty(path: Path) -> None:
 
 
 def _write_tensors(path: Path, fragments: Sequence[Fragment], ranks: Ranks) -> None:
-    # DCP looks ahead on the current device of the thread, which need not be that of the tensors.
-    on_host = all(tensor.is_cpu for fragment in fragments for tensor in fragment.tensors.values())
     try:
         with without_dcp_warning(ranks):
             dcp.save(
                 {},
-                storage_writer=PartWriter(path, look_ahead=not on_host),
+                storage_writer=PartWriter(path),
                 planner=FragmentSavePlanner(fragments),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,

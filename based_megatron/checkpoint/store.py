@@ -37,7 +37,7 @@ class Kept:
     last: int = 0
     """Newest ones; 0 keeps all."""
     every_steps: int = 0
-    """Of every so many steps, the first one that was saved; 0 keeps none for that."""
+    """The first checkpoint of every so many steps stays for good; 0 keeps none for that."""
 
 
 def step_name(step: int) -> str:
@@ -88,7 +88,7 @@ def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
 def newest_valid(folder: Path, on_skip: Callable[[str], None], ranks: Ranks | None = None) -> Path | None:
     """The newest checkpoint whose files are as written, or None if there is no checkpoint at all (collective).
 
-    Every newer one that is passed over is reported to `on_skip` on rank 0, one line each: damaged ones, and what holds a
+    Every newer one that is skipped is reported to `on_skip` on rank 0, one line each: damaged ones, and what holds a
     checkpoint under another name. Raises CheckpointError if there are only such: whether to start over in their place is for
     the user to decide.
     """
@@ -101,7 +101,7 @@ def newest_valid(folder: Path, on_skip: Callable[[str], None], ranks: Ranks | No
         if not wrong:
             for other, step in others:
                 if step is None or step > step_of(path):
-                    tell(f"{other} was passed over: {_renamed(step)}")
+                    tell(f"{other} was skipped: {_renamed(step)}")
             return path
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         tell(f"checkpoint {path} is damaged and was skipped: {wrong[0]}{more}")

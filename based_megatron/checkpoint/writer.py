@@ -23,10 +23,9 @@ class PartWriter(FileSystemWriter):
     DCP has such threads too, but loses their errors: a checkpoint without the tensors of a thread that found the disk full.
     """
 
-    def __init__(self, path: Path, look_ahead: bool) -> None:
-        """look_ahead: copy tensors from the current device of this thread ahead of their turn; off for tensors on the host."""
-        # Files are synced when they are hashed.
-        super().__init__(path, sync_files=False, **({} if look_ahead else {"per_thread_copy_ahead": 0}))
+    def __init__(self, path: Path) -> None:
+        # Files are synced when they are hashed. DCP would copy ahead on the current device of its thread, which is the first one.
+        super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         def write(part: tuple[int, list[WriteItem]]) -> list[WriteResult]:

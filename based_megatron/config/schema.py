@@ -213,9 +213,9 @@ class CheckpointConfig:
     keep_last: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
     keep_every_steps: int = 0
-    """Of every so many steps, keep the first checkpoint for good; 0 keeps none for that."""
+    """Keep the first checkpoint of every so many steps for good; 0 keeps none for that."""
     asynchronous: bool = True
-    """Copy weights and moments to host memory and write them while training goes on. Without room for the copy, training waits for saves."""
+    """Copy weights and moments to host memory and write them while training goes on. Training waits for saves if there is no room for a copy."""
     max_failed_saves: Count = 3
     """Saves in a row that fail before the run stops."""
     resume: bool = True

@@ -27,7 +27,7 @@ class StepReport:
 
 
 class Callback:
-    """Does something besides training. Hooks run on every rank, in the order of the callbacks; all may use collectives but settle and on_error."""
+    """Does something besides training. Hooks run on every rank, in the order of the callbacks; settle and on_error use no collectives."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, after a resume."""

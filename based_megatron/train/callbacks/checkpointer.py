@@ -14,6 +14,7 @@ from based_megatron.checkpoint.carried import carried_fragments
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, load_carried, load_checkpoint, read_state
 from based_megatron.checkpoint.ranks import all_ranks
+from based_megatron.checkpoint.rectangles import stored_name
 from based_megatron.checkpoint.saver import Saver
 from based_megatron.checkpoint.store import FOLDER, GOOD, Kept, newest_valid, resolve_checkpoint
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
@@ -184,12 +185,16 @@ class Checkpointer(Callback):
             self._warnings.append(line)
 
     def _check_finite(self, trainer: Trainer, fragments: list[Fragment]) -> None:
-        """Raises TrainingError if a weight is an infinity or a nan on any rank (collective)."""
-        weights = [(fragment.spec.name, fragment.tensors[MODEL]) for fragment in fragments]
-        found = [name for names in self._ranks.together(lambda: not_finite(weights)) for name in names]
+        """Raises TrainingError if a weight, moment or carried state is an infinity or a nan on any rank (collective)."""
+        values = [
+            (fragment.spec.name if kind == MODEL else stored_name(kind, fragment.spec.name), tensor)
+            for fragment in fragments
+            for kind, tensor in sorted(fragment.tensors.items(), key=lambda item: item[0] != MODEL)
+        ]
+        found = [name for names in self._ranks.together(lambda: not_finite(values)) for name in names]
         if found:
             raise TrainingError(
-                f"the weights of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
+                f"the weights or moments of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
                 f"saved; {trainer.advice(trainer.step)}"
             )
 
