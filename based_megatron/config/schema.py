@@ -215,7 +215,7 @@ class CheckpointConfig:
     keep_every_steps: int = 0
     """Keep the first checkpoint of every so many steps for good; 0 keeps none for that."""
     asynchronous: bool = True
-    """Copy weights and moments to host memory and write them while training goes on. Training waits for saves if there is no room for a copy."""
+    """Copy weights and moments to host memory and write them while training goes on. Without room for a copy, training waits."""
     max_failed_saves: Count = 3
     """Saves in a row that fail before the run stops."""
     resume: bool = True
