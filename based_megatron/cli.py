@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 
 from based_megatron import __version__
 from based_megatron.errors import BasedError
+from based_megatron.process import end_with_torchrun, leave_cause, rank_name
 
 # Each entry: what it does, and module:function taking the remaining arguments. Imported only when used: torch takes seconds.
 COMMANDS = {
     "prep": ("tokenize text, JSON lines, parquet or source files into shards", "based_megatron.data_prep.cli:main"),
     "train": ("pretrain; every rank runs this", "based_megatron.train.cli:main"),
+    "status": ("say how runs are, while they run and after, from their files", "based_megatron.status.cli:main"),
     "preflight": ("predict memory, time and disk of a run, without a GPU", "based_megatron.preflight.cli:main"),
+    "nodes": ("measure the nodes of a job, and name those that are slow or wrong", "based_megatron.nodes.cli:main"),
     "launch": ("start the ranks of a command, here or on SLURM", "based_megatron.launchers.cli:main"),
     "generate": ("continue a prompt with a trained model", "based_megatron.inference.cli:main"),
     "export": ("write a checkpoint in Hugging Face format, and prove it", "based_megatron.convert.cli:main_export"),
@@ -35,15 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"based: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    end_with_torchrun()
     try:
         return int(_function(argv[0])(argv[1:]) or 0)
     except BasedError as error:
         _print_error(error)
+        leave_cause(error)
         return 2
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has seen enough. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        leave_cause(error)
+        raise
 
 
 def usage() -> str:
@@ -59,6 +67,6 @@ def _function(command: str) -> Callable[[list[str]], int | None]:
 
 
 def _print_error(error: BasedError) -> None:
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", ""))
+    rank = rank_name()
     where = f" rank {rank}" if rank not in ("", "0") else ""
     print(f"based{where}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -60,6 +60,7 @@ class Case:
             *layout,
             f"ZeRO-{self.zero_stage}",
             f"recompute {self.recompute}",
+            *([f"{self.accumulation} micro batches"] if self.accumulation > 1 else []),
         ]
         return f"{self.config}, {', '.join(parts)}, {self.ranks} GPU{'s' if self.ranks > 1 else ''}"
 
@@ -75,6 +76,7 @@ CASES = (
     Case("based-1b", 2, 8192, "full"),
     Case("based-1b", 4, ranks=2),
     Case("based-1b", 4, zero_stage=2, ranks=2),
+    Case("based-1b", 4, zero_stage=2, ranks=2, accumulation=2),
     Case("based-1b", 4, zero_stage=3, ranks=2),
     Case("based-1b", 8, tensor=2, ranks=2),
     Case("based-1b", 4, pipeline=2, ranks=2, accumulation=4),

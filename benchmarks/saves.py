@@ -84,7 +84,7 @@ class SavesAtIntervals(Checkpointer):
         started = time.perf_counter()
         super().on_start(trainer)
         if self._saver._allocation is not None:
-            self._saver._allocation.wait()
+            self._saver._allocation.result()
         self.memory_seconds = time.perf_counter() - started
 
     def on_end(self, trainer: Trainer) -> None:
@@ -98,8 +98,11 @@ class StopWhen:
     def __init__(self, steps: int, checkpointer: SavesAtIntervals | None) -> None:
         self._left, self._checkpointer = steps, checkpointer
 
-    def clear(self) -> None:
+    def forget_last(self) -> None:
         """No file to remove."""
+
+    def honoured(self) -> None:
+        """Nor one to remove at the end."""
 
     def agreed(self) -> str:
         """A reason, if it is time."""

@@ -20,10 +20,6 @@ class Background(Generic[T]):
         """Whether `result` has its answer."""
         return self._future.done()
 
-    def wait(self) -> None:
-        """Wait for the end, whatever it is."""
-        self._future.exception()
-
     def result(self) -> T:
         """Wait for the end; returns what the action did, or raises its error."""
         return self._future.result()

@@ -111,10 +111,9 @@ class Saver:
         """Whether the save in flight has ended on all ranks (collective), so that `finish` will not wait."""
         return self._writing is not None and bool(self._ranks.lowest(int(self._writing.finished)))
 
-    def settle(self) -> None:
-        """Wait for the save in flight on this rank, whatever becomes of it; files then tell the truth. Not collective."""
-        if self._writing is not None:
-            self._writing.wait()
+    def settle(self) -> Saved | None:
+        """Wait for the save in flight, and say how it ended on this rank; None if there is none. Not collective."""
+        return None if self._writing is None else self._writing.result()
 
     def finish(self) -> Saved:
         """Wait for the save in flight, and say how it ended (collective)."""

@@ -4,31 +4,36 @@ import time
 
 import torch
 
+from based_megatron.monitor.progress import BETWEEN, Progress
+
 
 class StepClock:
-    """Adds up the seconds of each part of a step.
+    """Adds up the seconds of each part of a step, and says in `progress` which one it is.
 
     A GPU runs behind the host: its marks are events in its queue, and their times are read at log points only.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.progress = Progress()
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
-    def start(self) -> None:
-        """Begin a step."""
-        self._mark("")
-
-    def mark(self, part: str) -> None:
-        """End a part, which began with the mark before."""
+    def begin(self, part: str, step: int | None = None) -> None:
+        """Begin a part, which ends the one before; the first part of a step says its number."""
         self._mark(part)
+        self.progress.enter(part, step)
+
+    def end(self) -> None:
+        """End the last part of a step."""
+        self._mark("")
+        self.progress.enter(BETWEEN)
 
     def take(self) -> dict[str, float]:
         """Seconds of each part, and of all as `total`, since the last call, and start over. Waits for the device."""
         if self._on_gpu:
             torch.cuda.synchronize()
         seconds = {"total": 0.0}
-        for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (part, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             if part:
                 passed = _seconds(begin, end)
                 seconds[part] = seconds.get(part, 0.0) + passed

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(event, dict):
                 yield event
+
+
+def each_step(events: Iterable[dict[str, Any]]) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of each step, the last word on each, from the events `steps`."""
+    found: dict[int, tuple[float, float]] = {}
+    for event in events:
+        if event.get("event") == "steps":
+            first_step = event["step"] - len(event["loss"]) + 1
+            pairs = zip(map(float, event["loss"]), map(float, event["grad_norm"]), strict=True)
+            found.update(enumerate(pairs, start=first_step))
+    return found
 
 
 def _legal(value: Any) -> Any:

@@ -74,8 +74,11 @@ class ZeroEngine:
         with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
 
-    def step(self, on_gradients: Callable[[], None] | None = None) -> None:
-        """Reduce, call `on_gradients`, clip, update; leaves the weights alone if a gradient is not finite."""
+    def step(self, on_gradients: Callable[[], None] | None = None) -> bool:
+        """Reduce, call `on_gradients`, clip, update; leaves the weights alone if a gradient is not finite.
+
+        Returns whether it has updated. DeepSpeed reads the norm on the host to know it: nobody waits once more.
+        """
         zero = self._engine.optimizer
         clip_and_update = zero.step
 
@@ -86,6 +89,7 @@ class ZeroEngine:
 
         with deepspeed_runs(self._device), replaced(zero, step=step):
             self._engine.step()
+        return self._engine.was_step_applied()
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """The fp32 master weights of each piece of this rank's partitions, flat."""

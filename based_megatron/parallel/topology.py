@@ -101,7 +101,7 @@ def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: i
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, -(-parallel.timeout_seconds // 60)),
+        distributed_timeout_minutes=parallel.timeout_seconds / 60,  # it makes a timedelta of them
     )
     pipeline = _axis(parallel_state.get_pipeline_model_parallel_group())
     context = _axis(parallel_state.get_context_parallel_group())

@@ -10,7 +10,7 @@ ZeRO over P data x context ranks, n parameters of the rank, each group padded to
                                              + what is gathered
 
 Muon keeps one moment of matrices, so 4 instead of 8. The peak is the largest of backward's start at the head, of a block's
-backward, of the embedding's gradient, and of the optimizer step.
+backward, of the embedding's gradient, and of the optimizer step. Stage 2 has no gradients when the first backward of a step begins.
 """
 
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ def rank_memory(config: Config, world_size: int, pipeline_rank: int) -> RankMemo
     groups = sum(size > 1 for size in (parallel.tensor, parallel.context, parallel.pipeline, data))
     return RankMemory(
         weights=model.weights,
-        gradients=model.gradients,
+        gradients=phase.gradients,
         optimizer=model.optimizer,
         activations=phase.activations,
         logits=phase.logits,
@@ -175,10 +175,11 @@ class _Phase:
     activations: int
     logits: int
     buffers: int
+    gradients: int
 
     @property
     def bytes(self) -> int:
-        return self.activations + self.logits + self.buffers
+        return self.activations + self.logits + self.buffers + self.gradients
 
 
 def _largest_phase(config: Config, pipeline_rank: int, micro_batches: int, model: ModelMemory) -> _Phase:
@@ -190,14 +191,19 @@ def _largest_phase(config: Config, pipeline_rank: int, micro_batches: int, model
     embedding = columns * config.model.hidden_size * DTYPES[config.train.precision].itemsize
     holds_embedding = pipeline_rank == 0
     tied = embedding if last.logits and config.model.tie_embeddings else 0
+    # DeepSpeed's stage 2 frees its gradients at the update: the first backward of a step begins without any.
+    at_head = 0 if config.parallel.zero_stage == 2 and micro_batches == 1 else model.gradients
+    block_work = max(c.rematerialised + c.block_work for c in chunks)
     phases = [
-        _Phase(saved + last.head_saved, last.logits + last.head_work, model.buckets),
-        _Phase(saved + max(c.rematerialised + c.block_work for c in chunks), tied, model.buckets),
-        _Phase(0, 0, model.reduction_copy),
+        _Phase(saved + last.head_saved, last.logits + last.head_work, model.buckets, at_head),
+        _Phase(saved + block_work, tied, model.buckets, at_head),
+        _Phase(block_work, tied, model.buckets, model.gradients),
+        _Phase(0, 0, model.reduction_copy, model.gradients),
     ]
     if holds_embedding:
         # The gradient, the tied projection's, and their sum on its way into the fp32 gradient.
-        phases.append(_Phase(0, tied, 2 * embedding + FP32_BYTES * columns * config.model.hidden_size + model.buckets))
+        summed = 2 * embedding + FP32_BYTES * columns * config.model.hidden_size
+        phases.append(_Phase(0, tied, summed + model.buckets, model.gradients))
     return max(phases, key=lambda phase: phase.bytes)
 
 

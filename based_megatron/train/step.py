@@ -37,6 +37,16 @@ class LossSum:
         return self.total / self.tokens.clamp(min=1)
 
 
+@dataclass(frozen=True)
+class Update:
+    """What became of the gradient of a step."""
+
+    grad_norm: Tensor
+    """Its global norm before clipping, an fp64 scalar on the device; infinite if it was not finite."""
+    applied: bool
+    """False if the step was skipped: weights, optimizer and carried states are as before. The host knows, without waiting."""
+
+
 class Step:
     """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
 
@@ -50,16 +60,18 @@ class Step:
     ) -> None:
         self.chunks, self.engine, self.topology, self._carried = chunks, engine, topology, carried
         self.recorder = recorder
+        self._length_tokens = 0
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`.
 
-        With carried states, steps must come in order: each begins with what the one before left.
+        With carried states, steps must come in order: each begins with what the last one that was not skipped has left.
         """
         record_batches(self.recorder, micro_batches)
         loss = self._accumulate(micro_batches)
         if self._carried is not None:
-            self._carried.advance(micro_batches[0].bounds[-1])
+            self._carried.receive()
+            self._length_tokens = micro_batches[0].bounds[-1]
         return loss
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
@@ -73,14 +85,13 @@ class Step:
         """This rank's logits [L, B, U] of one micro batch on the last stage, None on others."""
         raise NotImplementedError
 
-    def update(self, on_gradients: Callable[[], None] | None = None) -> Tensor:
-        """Reduce, call `on_gradients`, clip, step; leaves the weights alone if the gradient is not finite.
-
-        Returns: the global norm before clipping, an fp64 scalar on the device.
-        """
-        self.engine.step(on_gradients)
+    def update(self, on_gradients: Callable[[], None] | None = None) -> Update:
+        """Reduce, call `on_gradients`, clip, step; leaves weights and carried states alone if the gradient is not finite."""
+        applied = self.engine.step(on_gradients)
+        if self._carried is not None:
+            self._carried.advance(self._length_tokens, counts=applied)
         norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float64, device=self.topology.device)
+        return Update(torch.as_tensor(norm, dtype=torch.float64, device=self.topology.device), applied)
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
         """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""
@@ -90,7 +101,7 @@ class Step:
             carried = self._carried.by_row[batch.row]
         if documents is not None:
             # A run that begins here, or resumes without carried states, has no past.
-            documents = documents.with_past(carried.past_tokens)
+            documents = documents.with_past(carried.past.known)
         return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carried)
 
     def to_device(self, tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The training loop. Everything besides a step hangs on callbacks (train/callbacks/)."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +54,7 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the end or to a stop. Returns whether the run is done."""
-        self.stop.clear()
+        self.stop.forget_last()
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -61,14 +62,17 @@ class Trainer:
                 report = self._take_step()
                 for callback in self.callbacks:
                     callback.post_step(self, report)
-                if reason := self.stop.agreed():
+                with self.doing("stop vote"):
+                    reason = self.stop.agreed()
+                if reason:
                     self.record("stop", reason=reason)
                     break
             self.check_skips()
-            for callback in self.callbacks:
+            for callback in reversed(self.callbacks):
                 callback.on_end(self)
+            self.stop.honoured()
         except BaseException as error:
-            for callback in self.callbacks:
+            for callback in reversed(self.callbacks):
                 callback.on_error(self, error)
             raise
         return self.step >= self.config.train.steps
@@ -91,6 +95,18 @@ class Trainer:
         """Tell the callbacks of a validation loss."""
         for callback in self.callbacks:
             callback.on_validation(self, loss)
+
+    def doing(self, phase: str) -> AbstractContextManager[None]:
+        """Says that this rank is in a phase, to those who watch for hangs and add up where time goes."""
+        return self.clock.progress.inside(phase)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside it a checkpoint is made; the callbacks hear of it before."""
+        for callback in self.callbacks:
+            callback.pre_save(self)
+        with self.doing("save"):
+            yield
 
     def gradients(self) -> Iterable[tuple[Piece, Tensor]]:
         """The reduced gradients that this rank's part of the optimizer will take, fp32 and flat; for `on_gradients`."""
@@ -120,16 +136,16 @@ class Trainer:
 
     def _take_step(self) -> StepReport:
         self.metrics.wanted = self.logs(self.step + 1)
-        self.clock.start()
+        self.clock.begin("data", self.step + 1)
         batches = self.loader.micro_batches(self.step)
-        self.clock.mark("data")
+        self.clock.begin("forward_backward")
         config = self.config
         lr = learning_rate(self.step, config.optimizer, config.schedule, config.train.steps)
         set_learning_rate(self.step_runner.engine, lr)
         loss = self.step_runner.accumulate(batches).mean
-        self.clock.mark("forward_backward")
-        grad_norm = self.step_runner.update(self._on_gradients)
-        self.clock.mark("optimizer")
+        self.clock.begin("optimizer")
+        grad_norm = self.step_runner.update(self._on_gradients).grad_norm
+        self.clock.end()
         tokens = config.train.global_batch_sequences * config.data.sequence_length_tokens
         self.step += 1
         self.tokens_seen += tokens

@@ -112,6 +112,14 @@ def test_loss_is_the_mean_over_labels_that_count():
     assert model(ids, labels=labels).loss.item() == pytest.approx(-logp.sum().item() / 11, abs=1e-6)
 
 
+def test_what_a_trainer_gathers_from_an_evaluation_is_the_logits_alone():
+    """transformers.Trainer adds a list to these keys, and gathers every output that is not among them."""
+    model, ids = tiny_model("cLS"), tokens(2, 9)
+    outputs = model(ids, labels=ids, use_cache=True)
+    ignored = model.config.keys_to_ignore_at_inference + ["loss"]  # noqa: RUF005  as Trainer does
+    assert [key for key in outputs if key not in ignored] == ["logits"]
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):

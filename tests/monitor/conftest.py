@@ -1,6 +1,7 @@
 """Runs for sinks, and a stand-in for the trainer: what the logger and the heartbeat may use of it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 
 from based_megatron.config import Config, ModelConfig, MonitorConfig, TrainConfig
 from based_megatron.monitor.hub import Metrics
+from based_megatron.monitor.progress import Progress
 from based_megatron.monitor.sinks.base import RunFacts
 from based_megatron.train.callbacks.base import StepReport
 from based_megatron.train.skips import SkipCount
@@ -55,6 +57,8 @@ def values_of(step: int, **changes: float) -> dict[str, float]:
 SPEED = {
     "throughput/tokens_per_second": 256.0,
     "throughput/mfu": 0.064,
+    "throughput/goodput": 0.9,
+    "time/eta_seconds": 196.0,
     "time/step_seconds": 2.0,
     "time/data_seconds": 0.5,
 }
@@ -65,6 +69,7 @@ class FakeClock:
 
     def __init__(self) -> None:
         self.seconds = {"total": 0.0}
+        self.progress = Progress()
 
     def step(self, number: int) -> None:
         parts = {"total": 100.0 if number == 1 else 2.0, "data": 0.5, "forward_backward": 1.0, "optimizer": 0.25}
@@ -94,6 +99,9 @@ class FakeTrainer:
     @property
     def tokens_seen(self) -> int:
         return self.step * TOKENS_PER_STEP
+
+    def doing(self, phase: str) -> AbstractContextManager[None]:
+        return self.clock.progress.inside(phase)
 
     def logs(self, step: int) -> bool:
         return step in (1, self.config.train.steps) or step % self.config.monitor.log_interval_steps == 0

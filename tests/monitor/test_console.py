@@ -1,9 +1,11 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from based_megatron.monitor.sinks.console import ConsoleSink, duration, human, status_line
+from based_megatron.monitor.sinks.console import ConsoleSink, status_line
+from based_megatron.monitor.words import duration, human
 
 
 def log_file() -> Console:
@@ -22,23 +24,36 @@ def test_log_file_gets_one_line_for_each_log_point(make_run, values):
     sink.start(make_run())
     for step in (1, 2, 4):
         sink.log(step, values(step))
-    lines = [line for line in text_of(console).splitlines() if line.startswith("step ")]
-    assert [line.split(" | ")[0] for line in lines] == ["step 1/10", "step 2/10", "step 4/10"]
+    lines = [line.split() for line in text_of(console).splitlines() if re.match(r"\d\d:\d\d:\d\d step ", line)]
+    assert [words[2] for words in lines] == ["1/10", "2/10", "4/10"], "each begins with the time of day"
 
 
 def test_status_line(values, speed):
-    assert status_line(2, 100, values(2, **speed)) == (
-        "step 2/100 | loss 0.5000 | ppl 2.50 | lr 2.00e-03 | grad 4.000 | 256 tok/s | MFU 6.4% | data 25.0% | ETA 3m16s"
+    assert status_line(2, 100, values(2, **speed), width=200) == (
+        "step 2/100 loss 0.5000 grad 4 256 tok/s MFU 6% good 90% ETA 3m16s lr 2.00e-03 ppl 2.50"
     )
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (77, "step 12345/100000 loss 0.5000 grad 4 256 tok/s MFU 6% good 90% ETA 3m16s"),
+        (71, "step 12345/100000 loss 0.5000 grad 4 256 tok/s good 90% ETA 3m16s"),
+        (60, "step 12345/100000 loss 0.5000 grad 4 256 tok/s ETA 3m16s"),
+        (50, "step 12345/100000 loss 0.5000 256 tok/s ETA 3m16s"),
+    ],
+)
+def test_what_does_not_fit_is_left_out_whole(values, speed, width, shown):
+    assert status_line(12345, 100000, values(2, **speed), width) == shown and len(shown) <= width
+
+
 def test_status_line_before_anything_is_measured(values):
-    assert status_line(1, 100, values(1)) == "step 1/100 | loss 1.0000 | ppl 2.50 | lr 1.00e-03 | grad 2.000"
+    assert status_line(1, 100, values(1), 80) == "step 1/100 loss 1.0000 grad 2 lr 1.00e-03 ppl 2.50"
 
 
 def test_skipped_step_is_marked(values):
-    line = status_line(3, 100, values(3, **{"train/skipped": True, "train/grad_norm": float("nan")}))
-    assert "grad nan | SKIPPED" in line
+    line = status_line(3, 100, values(3, **{"train/skipped": True, "train/grad_norm": float("nan")}), 80)
+    assert "grad nan SKIPPED" in line
 
 
 def test_table_shows_the_layout_and_the_size(make_run):
@@ -56,7 +71,7 @@ def test_validation_and_events_are_lines():
     sink = ConsoleSink(console)
     sink.event(6, "validation", {"loss": 2.0, "perplexity": 7.39})
     sink.event(6, "checkpoint", {"path": "a" * 100, "seconds": 1.23456})
-    assert text_of(console).splitlines() == [
+    assert [line[9:] for line in text_of(console).splitlines()] == [
         "step 6 validation loss 2.0000 ppl 7.39",
         f"step 6 checkpoint path='{'a' * 100}' seconds=1.235",
     ]
@@ -72,7 +87,7 @@ def test_what_the_table_or_the_last_line_says_is_not_said_twice(name):
 def test_square_brackets_are_not_markup():
     console = log_file()
     ConsoleSink(console).event(0, "sample", {"text": "x[bold]\ny"})
-    assert text_of(console) == "step 0 sample text='x[bold]\\ny'\n"
+    assert text_of(console)[9:] == "step 0 sample text='x[bold]\\ny'\n"
 
 
 def test_terminal_gets_a_live_line_that_is_closed(make_run, values):
@@ -83,7 +98,7 @@ def test_terminal_gets_a_live_line_that_is_closed(make_run, values):
     sink.event(10, "end", {"tokens_seen": 5120})
     sink.close()
     shown = text_of(console)
-    assert "step 10/10 | loss 0.1000" in shown and "after 5.12k tokens" in shown
+    assert "step 10/10 loss 0.1000" in shown and "after 5.12k tokens" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is hidden, then shown again
 
 

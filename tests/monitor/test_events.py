@@ -2,7 +2,7 @@ import json
 import math
 from pathlib import Path
 
-from based_megatron.monitor.events import append_event, read_events
+from based_megatron.monitor.events import append_event, each_step, read_events
 from based_megatron.monitor.sinks.events import EventsSink
 
 
@@ -23,6 +23,8 @@ def test_fields_of_a_step_go_by_their_short_names(make_run, values, speed):
         "tokens_seen": 1024,
         "tokens_per_second": 256.0,
         "mfu": 0.064,
+        "goodput": 0.9,
+        "eta_seconds": 196.0,
         "step_seconds": 2.0,
         "data_seconds": 0.5,
         "memory/rss_gib": 0.5,
@@ -68,3 +70,22 @@ def test_losses_are_kept_to_the_last_bit(tmp_path):
     path = tmp_path / "events.jsonl"
     append_event(path, {"loss": 0.1 + 0.2})
     assert next(read_events(path))["loss"] == 0.1 + 0.2
+
+
+def test_each_step_is_read_back_to_the_last_bit(make_run):
+    run, sink = make_run(), EventsSink()
+    sink.start(run)
+    sink.steps(1, [0.1 + 0.2], [1.0])
+    sink.log(1, {"train/loss": 5.0})
+    sink.steps(2, [2.0, math.nan, 4.0], [math.inf, 3.0, 4.0])
+    sink.steps(4, [4.5], [4.25])
+    events = list(read_events(run.run_dir / "events.jsonl"))
+    assert [(event["event"], event["step"]) for event in events] == [
+        ("steps", 1),
+        ("step", 1),
+        ("steps", 4),
+        ("steps", 4),
+    ]
+    found = each_step(events)
+    assert found[1] == (0.1 + 0.2, 1.0) and found[2] == (2.0, math.inf) and found[4] == (4.5, 4.25)
+    assert math.isnan(found[3][0]) and list(found) == [1, 2, 3, 4]

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from based_megatron.config import MonitorConfig
+from based_megatron.config import CheckpointConfig, MonitorConfig, ValidationConfig
+from based_megatron.monitor import throughput
+from based_megatron.monitor.progress import PhaseTime
 from based_megatron.monitor.sinks.base import Sink
 from based_megatron.train.callbacks.logger import Logger
 
@@ -18,10 +20,17 @@ class Notes(Sink):
         self.logged: dict[int, dict] = {}
         self.events: list[tuple[int, str, dict]] = []
         self.texts: list[tuple[int, str, str]] = []
-        self.closed = 0
+        self.each_step: list[tuple[int, list[float], list[float]]] = []
+        self.closed = self.flushed = 0
 
     def log(self, step, values):
         self.logged[step] = dict(values)
+
+    def steps(self, first_step, losses, grad_norms):
+        self.each_step.append((first_step, list(losses), list(grad_norms)))
+
+    def flush(self):
+        self.flushed += 1
 
     def event(self, step, name, fields):
         self.events.append((step, name, dict(fields)))
@@ -53,6 +62,9 @@ def test_values_of_a_log_point(make_trainer):
     assert first.pop("memory/rss_gib") > 0
     assert first == {
         "train/loss": 1.0,
+        "train/loss_mean": 1.0,
+        "train/loss_max": 1.0,
+        "train/grad_norm_max": 2.0,
         "train/grad_norm": 2.0,
         "train/perplexity": math.e,
         "train/lr": 1e-3,
@@ -77,17 +89,16 @@ def test_what_was_recorded_anywhere_is_logged_once(make_trainer):
 
 def test_every_hook_has_its_event(make_trainer):
     trainer, notes = make_trainer(step=7), Notes()
-    logger = Logger([notes])
+    logger = Logger([notes], hosts=["a", "a", "b", "b"])
     logger.on_start(trainer)
     logger.on_validation(trainer, 2.0)
     logger.on_event(trainer, "checkpoint", {"path": "x"})
     logger.on_event(trainer, "skip", {"step": 5, "in_a_row": 1})
     logger.on_end(trainer)
     logger.on_error(trainer, ValueError("no more data"))
-    parameters = notes.events[0][2].pop("parameters")
-    assert parameters > 1000
+    assert notes.events[0][2].pop("parameters") > 1000 and notes.events[0][2].pop("process_seconds") > 0
     assert notes.events == [
-        (7, "resume", {"tokens_seen": 3584, "world_size": 4}),
+        (7, "resume", {"tokens_seen": 3584, "world_size": 4, "hosts": {"a": 2, "b": 2}}),
         (7, "validation", {"loss": 2.0, "perplexity": math.exp(2.0)}),
         (7, "checkpoint", {"path": "x"}),
         (5, "skip", {"in_a_row": 1}),
@@ -113,19 +124,127 @@ def test_samples_are_texts_too(make_trainer):
     assert notes.events[-1][1] == "sample" and notes.texts == [(6, "sample/import ", "import |os")]
 
 
-def test_skipped_steps_are_marked_and_are_no_goodput(make_trainer, report):
+@pytest.fixture
+def wall(monkeypatch) -> list[float]:
+    """The time on the wall, which a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_skipped_steps_are_marked_and_are_no_goodput(make_trainer, report, wall):
+    trainer, notes = make_trainer(), Notes()
+    logger = Logger([notes])
+    logger.on_start(trainer)
+    for step in (1, 2, 3, 4):
+        trainer.step = step
+        trainer.clock.step(step)
+        wall[0] += 2.0
+        if step == 4:
+            trainer.skips.in_a_row = 2
+            for skipped in (3, 4):
+                logger.on_event(trainer, "skip", {"step": skipped})
+        logger.post_step(trainer, report(step))
+    assert notes.logged[4]["train/skipped"] is True
+    assert notes.logged[4]["throughput/goodput"] == 0.0
+    assert notes.logged[2]["throughput/goodput"] == 0.75, "of 2 s, 0.5 s waited for data"
+
+
+def test_every_step_is_kept(make_trainer):
+    """Spikes between log points are in the record, and the largest in the metrics."""
+    trainer, notes = make_trainer(), Notes()
+    trainer.config = dataclasses.replace(trainer.config, monitor=MonitorConfig(log_interval_steps=5))
+    trainer.run([Logger([notes])], until=10)
+    assert notes.each_step == [
+        (1, [1.0], [2.0]),
+        (2, [1 / 2, 1 / 3, 1 / 4, 1 / 5], [4.0, 6.0, 8.0, 10.0]),
+        (6, [1 / 6, 1 / 7, 1 / 8, 1 / 9, 1 / 10], [12.0, 14.0, 16.0, 18.0, 20.0]),
+    ]
+    fifth = notes.logged[5]
+    assert fifth["train/loss_mean"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4)
+    assert (fifth["train/loss_max"], fifth["train/grad_norm_max"], fifth["train/loss"]) == (0.5, 10.0, 0.2)
+
+
+def test_a_nan_between_log_points_is_the_largest(make_trainer, report):
+    trainer, notes = make_trainer(), Notes()
+    logger = Logger([notes])
+    logger.on_start(trainer)
+    for step, loss in enumerate([1.0, 1.0, math.nan, 1.0], start=1):
+        trainer.step = step
+        logger.post_step(trainer, dataclasses.replace(report(step), loss=torch.tensor(loss, dtype=torch.float64)))
+    assert notes.logged[4]["train/loss_max"] == math.inf and math.isnan(notes.logged[4]["train/loss_mean"])
+
+
+def test_a_save_between_log_points_has_all_of_its_steps_in_the_log(make_trainer, report):
     trainer, notes = make_trainer(), Notes()
     logger = Logger([notes])
     trainer.run([logger], until=3)
-    trainer.skips.in_a_row = 2
-    logger.on_event(trainer, "skip", {"step": 3})
-    logger.on_event(trainer, "skip", {"step": 4})
+    assert notes.each_step[-1][0] == 2, "step 3 is still on the device"
+    logger.pre_save(trainer)
+    assert notes.each_step[-1] == (3, [1 / 3], [6.0]) and notes.flushed == 1
     trainer.step = 4
-    trainer.clock.step(4)
     logger.post_step(trainer, report(4))
-    assert notes.logged[4]["train/skipped"] is True
-    assert notes.logged[4]["throughput/goodput"] == 0.0
-    assert notes.logged[2]["throughput/goodput"] == 1.0, "the clock of this test runs ahead of the wall"
+    assert notes.each_step[-1] == (4, [1 / 4], [8.0])
+    assert notes.logged[4]["train/loss_max"] == 1 / 3, "what was written before a save is part of the interval"
+
+
+@pytest.mark.parametrize("end", ["on_end", "on_error"])
+def test_the_last_steps_are_written_however_a_run_ends(make_trainer, end):
+    trainer, notes = make_trainer(), Notes()
+    logger = Logger([notes])
+    trainer.run([logger], until=3)
+    getattr(logger, end)(trainer, *([ValueError("lost")] if end == "on_error" else []))
+    assert notes.each_step[-1] == (3, [1 / 3], [6.0]) and notes.closed == 1
+
+
+def test_a_broken_device_is_not_asked(make_trainer):
+    trainer, notes = make_trainer(), Notes()
+    logger = Logger([notes])
+    trainer.run([logger], until=3)
+    trainer.device = torch.device("cuda", 0)
+    logger.on_error(trainer, RuntimeError("CUDA error"))
+    assert notes.each_step[-1][0] == 2
+
+
+def test_steps_that_are_done_again_are_written_as_such(make_trainer, report):
+    trainer, notes = make_trainer(), Notes()
+    trainer.config = dataclasses.replace(trainer.config, monitor=MonitorConfig(log_interval_steps=9))
+    logger = Logger([notes])
+    trainer.run([logger], until=5)
+    logger.post_step(trainer, report(3))
+    logger.post_step(trainer, report(9))
+    assert [first for first, *_ in notes.each_step] == [1, 2, 3, 9]
+
+
+def test_the_eta_counts_saves_and_validation(make_trainer, report, wall):
+    """10 steps of 2 s; a validation of 10 s at steps 4 and 8 and at the end, a save of 30 s at 3, 6, 9 and the end; a log takes 1 s."""
+    trainer, notes = make_trainer(), Notes()
+    trainer.config = dataclasses.replace(
+        trainer.config,
+        validation=ValidationConfig(interval_steps=4),
+        checkpoint=CheckpointConfig(interval_steps=3),
+        monitor=MonitorConfig(log_interval_steps=1),
+    )
+    logger = Logger([notes])
+    logger.on_start(trainer)
+    costs = {4: ("validation", 10.0), 3: ("save", 30.0)}
+    for step in range(1, 7):
+        trainer.step = step
+        trainer.clock.step(step)
+        wall[0] += 100.0 if step == 1 else 2.0
+        logger.post_step(trainer, report(step))
+        wall[0] += 1.0
+        if step in costs:
+            phase, seconds = costs[step]
+            trainer.clock.progress._ended[phase] = PhaseTime(1, seconds)
+            wall[0] += seconds
+    eta = {step: values.get("time/eta_seconds") for step, values in notes.logged.items()}
+    assert eta[1] is None and eta[2] == 8 * 2.0 + 8 * 1.0, "what nothing is known of costs nothing"
+    assert eta[4] == 6 * 3.0 + 3 * 30.0, "saves at 6, 9 and at the end are known, the validation at 4 comes after"
+    assert eta[5] == 5 * 3.0 + 3 * 30.0 + 2 * 10.0
+    assert notes.logged[6]["wall_seconds/save"] == 30.0 and notes.logged[6]["wall_seconds/validation"] == 10.0
+    assert notes.logged[6]["wall_seconds/steps"] == 5 * 1.5 and notes.logged[6]["wall_seconds/data"] == 5 * 0.5
+    assert notes.logged[6]["wall_seconds/other"] == 5.0
 
 
 @pytest.mark.parametrize("is_logger", [True, False])

@@ -18,7 +18,7 @@ from based_megatron.data.batch import MicroBatch
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
-from based_megatron.parallel.sequence.carried import CarriedState
+from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.plan import SequencePlan, whole_sequence
 from based_megatron.parallel.topology import Topology, build_topology
@@ -67,7 +67,8 @@ def model_of_steps(recompute: str = "none") -> tuple[BasedModel, Topology]:
 
 def tokens_of(ids: Tensor) -> Tensor:
     """Random tokens, and one more for the last label."""
-    return torch.randint(0, VOCAB, (len(ids), ids.shape[1] + 1), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(0, VOCAB, (len(ids), ids.shape[1] + 1), generator=torch.Generator().manual_seed(3))
+    return tokens.to(rank_device(dist.get_rank()))
 
 
 def carried_losses(bounds: tuple[int, ...], recompute: str) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -114,6 +115,42 @@ def test_steps_that_carry_states_are_one_long_sequence(worker_pool, of_one_rank,
             assert gap(gradient, of_one_rank[name]) < 1e-11 * max(1.0, float(gradient.abs().max())), name
 
 
+def errors_after_a_gap(bounds: tuple[int, ...], missing: tuple[int, ...]) -> list[float]:
+    """Errors of this slice's losses of the steps after those that did not count, whose states are NaN."""
+    model, topology = model_of_steps()
+    ids = long_ids()
+    tokens = tokens_of(ids)
+    kept = [i for i in range(LENGTH * STEPS) if i // LENGTH not in missing]
+    with torch.no_grad():
+        without = whole_sequence(Documents.from_ids(ids[:, kept]), len(kept), topology.device)
+        whole = model(tokens[:, :-1][:, kept].contiguous(), without, tokens[:, 1:][:, kept].contiguous())
+    carried, errors = CarriedStates({0: CarriedState()}, {}), []
+    for step in range(STEPS):
+        before, documents = carried.by_row[0], part_of(ids, step).with_past(carried.past.known)
+        plan = SequencePlan(topology.sequence, bounds, documents, topology.device, before)
+        here = slice(step * LENGTH + plan.start, step * LENGTH + plan.end)
+        with torch.no_grad():
+            losses = model(tokens[:, :-1][:, here].contiguous(), plan, tokens[:, 1:][:, here].contiguous())
+        carried.receive()
+        if step in missing:
+            for left in before.receive().values():
+                left.fill_(torch.nan)
+        else:
+            begin = kept.index(here.start)
+            errors.append(gap(losses, whole[:, begin : begin + plan.length]))
+        carried.advance(LENGTH, counts=step not in missing)
+    return errors
+
+
+@pytest.mark.parametrize("missing", [(1,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("bounds", [(0, 12), (0, 1, 12)])
+def test_a_step_that_did_not_count_never_was(worker_pool, bounds, missing):
+    """A document that goes through it goes on from before it; one that began in it begins anew, and sees nothing of an older one."""
+    for errors in worker_pool(len(bounds) - 1).run(errors_after_a_gap, bounds, missing):
+        # The tables of rotary angles are fp32, and carried keys are rotated twice.
+        assert len(errors) == STEPS - len(missing) and all(error < 1e-6 for error in errors), errors
+
+
 def nan_errors(bounds: tuple[int, ...]) -> dict[str, float]:
     """How far losses, gradients and the next carried state differ if all that no document goes on with is NaN."""
     model, topology = model_of_steps()
@@ -131,7 +168,7 @@ def nan_errors(bounds: tuple[int, ...]) -> dict[str, float]:
 
     carried, errors = CarriedState(), {}
     for step in range(STEPS):
-        spoiled = CarriedState({key: x.clone() for key, x in carried.before.items()}, carried.past_tokens)
+        spoiled = CarriedState({key: x.clone() for key, x in carried.before.items()}, carried.past)
         layers = spoil_what_has_ended(spoiled, part_of(ids, step))
         assert layers == (5 if step and topology.context.rank == 0 else 0)
         losses, gradients, after = run(step, carried)
@@ -160,7 +197,7 @@ def detached_gradient_errors() -> dict[str, float]:
     carried = first.carried.next(LENGTH)
 
     def loss() -> Tensor:
-        again = CarriedState(carried.before, LENGTH)
+        again = CarriedState(carried.before, carried.past)
         plan = SequencePlan(topology.sequence, (0, LENGTH), part_of(ids, 1), topology.device, again)
         return model(tokens[:, LENGTH:-1], plan, tokens[:, LENGTH + 1 :]).sum()
 
@@ -169,6 +206,7 @@ def detached_gradient_errors() -> dict[str, float]:
     parameters: Any = model.named_parameters()
     for name, parameter in parameters:
         direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        direction = direction.to(parameter.device)
         with torch.no_grad():
             values = []
             for step in (1e-6, -2e-6):
@@ -207,6 +245,7 @@ def losses_of_long_rows() -> tuple[list[float], list[float]]:
     config, (tokens, ids) = config_of_rows(), rows_and_ids()
     topology = build_topology(config.parallel, rank_device(0))
     (model,) = build_model(config, topology, torch.float64)
+    tokens = tokens.to(topology.device)
 
     def losses(part: slice) -> Tensor:
         inputs, labels = tokens[:, :-1][:, part].contiguous(), tokens[:, 1:][:, part].contiguous()
@@ -241,6 +280,7 @@ def losses_of_steps(parallel: ParallelConfig, precision: str) -> tuple[list[floa
             for row in range(ROWS)
         ]
         losses.append(float(step_runner.accumulate(batches).mean))
+        carried.advance(LENGTH, counts=True)
         evaluated.append(float(step_runner.evaluate(batches).mean))
     return losses, evaluated, forms(carried.by_row) == declared
 

@@ -20,7 +20,8 @@ from based_megatron.kernels.exchange import Halo, ReceivedHalo
 from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_slices
 from based_megatron.kernels.sliding_window import sliding_window_attention, sliding_window_over_slices
 from based_megatron.kernels.taylor_attention import finish_sliced_attention, start_sliced_attention, taylor_attention
-from based_megatron.parallel.sequence.carried import CarriedState, NothingCarried
+from based_megatron.parallel.sequence.carried import CarriedState, NothingCarried, Past
+from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.halos import HaloExchange
 from based_megatron.parallel.sequence.in_process import in_process_ranks
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -359,3 +360,20 @@ def test_operations_step_after_step_are_those_of_one_long_sequence(name, spoil):
             for i, whole in enumerate(expected[step]):
                 found = torch.cat([of_rank[step][i] for of_rank in of_ranks], dim=1)
                 assert gap(found, whole) < EXACT, (bounds, step, i)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=8), st.integers(0, 60))
+def test_the_past_knows_the_tokens_of_the_steps_that_counted(history, tokens):
+    past, stream = Past(), []
+    for counts, length in history:
+        past = past.seen(length) if counts else past.missed(length)
+        stream += [counts] * length
+    assert past.known(tokens) == sum(stream[len(stream) - min(tokens, len(stream)) :])
+
+
+def test_documents_go_back_no_further_than_what_is_known():
+    documents = Documents((torch.tensor([0]),) * 3, (3, 40, 100))
+    assert documents.with_past(Past().seen(16).known).tokens_before == (3, 16, 16)
+    assert documents.with_past(Past().seen(16).missed(10).seen(2).known).tokens_before == (2, 18, 18)
+    assert documents.with_past(Past().known).tokens_before == (0, 0, 0)

@@ -11,7 +11,7 @@ from based_megatron.errors import ConfigError
 from based_megatron.parallel.deepspeed import DeepSpeedGroups
 from based_megatron.parallel.topology import Axis, build_topology, pick_device
 from support.cases import each
-from support.pool import rank_device
+from support.pool import JOIN_SECONDS, rank_device
 
 AXES = ["tensor", "context", "data", "pipeline", "data_context", "model", "embedding"]
 
@@ -134,6 +134,22 @@ def test_deepspeed_shards_over_data_and_context(worker_pool):
         assert found[model]["data_parallel"] == [rank] and found[model]["model_parallel"] == [0, 1, 2, 3]
         assert found[model]["tensor_model_parallel"] == [rank // 2 * 2, rank // 2 * 2 + 1]
         assert found[model]["pipeline_model_parallel"] == [rank % 2, rank % 2 + 2]
+
+
+def timeouts_seconds(timeout_seconds: int) -> dict[str, float]:
+    """By group, the seconds after which a collective of it raises."""
+    device = rank_device(dist.get_rank())
+    topology = build_topology(ParallelConfig(tensor=2, pipeline=2, timeout_seconds=timeout_seconds), device)
+    groups = {name: axis.group for name in AXES if (axis := getattr(topology, name)) is not None}
+    groups |= {"world": dist.group.WORLD}
+    return {name: group._get_backend(device).options._timeout.total_seconds() for name, group in groups.items()}
+
+
+def test_every_group_has_the_timeout_of_the_config(worker_pool):
+    """Not in whole minutes, as Megatron-core counts, and not torch's 10 or 30."""
+    for found in worker_pool(4).run(timeouts_seconds, 47):
+        assert found.pop("world") == JOIN_SECONDS
+        assert set(found.values()) == {47.0} and len(found) >= len(AXES) - 1
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from based_megatron.config import Config, ParallelConfig
 from based_megatron.parallel.deepspeed import gradient
 from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.preflight.activations import chunk_activations
-from based_megatron.preflight.memory import model_memory, states_bytes
+from based_megatron.preflight.memory import model_memory, rank_memory, states_bytes
 from based_megatron.preflight.shapes import local_parameters, stages_of_rank
 from support.layouts import build_run, global_batch, local_micro_batches, small_config
 
@@ -125,3 +125,16 @@ def test_saved_activations(worker_pool, pattern, recompute, precision, parallel)
     predicted, real = max(found, key=lambda pair: pair[1])
     # PyTorch's full attention keeps a little less on a CPU than on a GPU; rotary tables, which are not counted, show where all is tiny.
     assert predicted == pytest.approx(real, rel=0.05 if "A" in pattern else 0.04 if recompute == "full" else 0.02)
+
+
+@pytest.mark.parametrize(("micro_batches", "held"), [(1, 0), (2, 1)])
+def test_stage_2_begins_a_step_without_gradients(micro_batches, held):
+    """A long sequence has its peak at the head, where only the second micro batch finds the gradients of the first."""
+    config = config_of(ParallelConfig(zero_stage=2), "bf16")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sequence_length_tokens=65536),
+        train=dataclasses.replace(config.train, global_batch_sequences=4 * micro_batches),
+    )
+    predicted, kept_bytes = rank_memory(config, 2, 0), model_memory(config, 2, local_parameters(config, 0)).gradients
+    assert (predicted.gradients, kept_bytes > 0) == (held * kept_bytes, True)

@@ -98,7 +98,7 @@ class Run:
             global_batch(number, packed), self.topology, self.config.train.micro_batch_sequences, self.bounds
         )
         loss = self.step.accumulate(batches)
-        return float(loss.mean), float(self.step.update())
+        return float(loss.mean), float(self.step.update().grad_norm)
 
 
 _newest: list[tuple[ParallelConfig, Topology]] = []

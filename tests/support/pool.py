@@ -15,6 +15,8 @@ import torch
 RUNS_ON_CPU, RUNS_ON_GPU = 1, 4
 """A pool is replaced after so many: groups of earlier layouts are never freed, and their threads or buffers add up.
 A fork of what is already imported costs 0.1 s, a process with CUDA many seconds."""
+JOIN_SECONDS = 120
+"""Timeout of the ranks' world."""
 PRELOAD = ["based_megatron.train.optimizer.muon", "based_megatron.train.step", "deepspeed"]
 
 
@@ -117,7 +119,7 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)
     if not on_gpu():
         patch_once_a_launch()
-    join(RankInfo(rank, world_size, rank, "127.0.0.1", port), rank_device(rank), timeout_seconds=120)
+    join(RankInfo(rank, world_size, rank, "127.0.0.1", port), rank_device(rank), timeout_seconds=JOIN_SECONDS)
     while True:
         try:
             function, args, kwargs = pipe.recv()

@@ -1,6 +1,7 @@
 """With carried states, a run that resumes does what an undisturbed one does, in its own layout bit for bit, in others to rounding."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
+from support.faults import Faults, train_with_faults
 from support.runs import events, kill_when, losses, start_job, train_in_pool
 
 MIDDLE, LAST = 4, 6
@@ -100,6 +102,21 @@ def test_the_same_layout_resumes_bit_for_bit(worker_pool, uninterrupted, corpus,
 def test_another_layout_resumes(worker_pool, uninterrupted, corpus, tmp_path, writer, reader):
     found, expected = resume(worker_pool, uninterrupted(writer), tmp_path, corpus, reader)
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["single", "cp2", "tp2-bf16", "pp2-interleaved-dp2"])
+def test_a_nan_in_one_step_is_gone_in_the_next(worker_pool, corpus, tmp_path, layout):
+    """Carried states stay as they were before the step; a run that resumes after it goes on bit for bit."""
+    size, overrides = LAYOUTS[layout]
+    job = (corpus, Faults(outputs={MIDDLE - 1: math.nan}), *CARRY, *overrides)
+    worker_pool(size).run(train_with_faults, tmp_path / "disturbed", *job)
+    assert [event["step"] for event in events(tmp_path / "disturbed", "skip")] == [MIDDLE - 1]
+    expected = losses(tmp_path / "disturbed")
+    assert [step for step, loss in expected.items() if not math.isfinite(float(loss))] == [MIDDLE - 1]
+    name = f"checkpoints/step-{MIDDLE:08d}"
+    shutil.copytree(tmp_path / "disturbed" / name, tmp_path / "resumed" / name)
+    worker_pool(size).run(train_in_pool, tmp_path / "resumed", corpus, *CARRY, *overrides)
+    assert losses(tmp_path / "resumed") == {step: loss for step, loss in expected.items() if step > MIDDLE}
 
 
 def test_a_killed_job_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tmp_path):

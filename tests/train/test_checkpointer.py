@@ -5,6 +5,7 @@ Saves run in their thread here too, but a test's step ends after them: what it s
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from based_megatron.checkpoint.store import Kept, step_name
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.hub import Metrics
-from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates
+from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, Past
 from based_megatron.train.callbacks import checkpointer as module
 from based_megatron.train.callbacks.checkpointer import Checkpointer
 from based_megatron.train.skips import SkipCount
@@ -83,6 +84,9 @@ class FakeTrainer:
     def check_skips(self) -> None:
         """Count the steps that a test wants to be skipped."""
         self.skips.in_a_row = int(self.step in self.skipped)
+
+    def saving(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @property
     def is_healthy(self) -> bool:
@@ -214,7 +218,7 @@ def test_weights_that_are_not_finite_are_not_saved(disk, monkeypatch, bad, other
     callback = make(config_with(interval_steps=2, asynchronous=False))
     callback._ranks = SimpleNamespace(together=lambda action: [action(), others])  # type: ignore[assignment]
     first = others[0] if others else "bad"
-    line = rf"weights or moments of step 2 are not finite \({first} is the first.*look at step 2"
+    line = rf"weights or states of step 2 are not finite \({first} is the first.*look at step 2"
     with pytest.raises(TrainingError, match=line):
         train(callback, 2)
     assert disk.saved == []
@@ -398,15 +402,20 @@ def test_other_data_is_refused_unless_allowed(disk):
     assert make(allowed).restore() == (6, 600)
 
 
-def test_the_known_past_of_carried_states_is_saved_and_restored(disk):
-    carried = CarriedStates({row: CarriedState(past_tokens=192) for row in (0, 4)}, {})
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [([[64, 8], [32, 0]], Past(((64, 8), (32, 0)))), (384, Past(((384, 0),)))],
+    ids=["runs", "older"],
+)
+def test_the_known_past_of_carried_states_is_saved_and_restored(disk, saved, expected):
+    carried = CarriedStates({row: CarriedState(past=Past(((192, 0),))) for row in (0, 4)}, {})
     config = config_with(interval_steps=0)
     train(Checkpointer(None, config, FINGERPRINT, torch.device("cpu"), carried), 3)
-    assert disk.saved[0][1]["past_tokens"] == 192
-    disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=384)
+    assert disk.saved[0][1]["past_tokens"] == ((192, 0),)
+    disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=saved)
     Checkpointer(None, config, FINGERPRINT, torch.device("cpu"), carried).restore()
     assert disk.carried == ["run/step-6"]
-    assert {state.past_tokens for state in carried.by_row.values()} == {384}
+    assert [state.past for state in carried.by_row.values()] == [expected] * 2
 
 
 @pytest.mark.parametrize(
@@ -425,7 +434,7 @@ def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected)
     assert callback.restore() == (6, 600)
     ((_, told),) = train(callback, 0).records[:1]
     assert "the first step starts without carried states: run/step-6" in told["message"] and expected in told["message"]
-    assert disk.carried == [] and carried.past_tokens == 0
+    assert disk.carried == [] and carried.past == Past()
 
 
 def test_a_run_that_carries_nothing_asks_for_nothing(disk):

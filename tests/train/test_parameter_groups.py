@@ -17,6 +17,7 @@ from based_megatron.parallel.deepspeed import deepspeed_settings, gradient
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.optimizer import build_engine, parameter_groups, set_learning_rate
+from based_megatron.train.optimizer.adamw import adam_settings
 from support.cases import each
 from support.layouts import small_config
 from support.pool import rank_device
@@ -122,3 +123,20 @@ def test_the_rate_is_set_in_every_group():
     groups = [{"lr": 1.0}, {"lr": 2.0}]
     set_learning_rate(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0.5)
     assert groups == [{"lr": 0.5}, {"lr": 0.5}]
+
+
+def test_adamw_takes_its_constants_from_the_config():
+    """Two steps of the formula in Loshchilov and Hutter, written out, with other constants than the defaults."""
+    config = OptimizerConfig(lr=0.1, beta1=0.5, beta2=0.75, eps=0.01)
+    module = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    expected, first, second = module.weight.detach().clone(), torch.zeros(2, 2), torch.zeros(2, 2)
+    client = torch.optim.AdamW([{"params": [module.weight], "weight_decay": 0.25}], **adam_settings(config))
+    for step in (1, 2):
+        gradient_22 = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64) * step
+        module.weight.grad = gradient_22
+        client.step()
+        first = 0.5 * first + 0.5 * gradient_22
+        second = 0.75 * second + 0.25 * gradient_22**2
+        expected *= 1 - 0.1 * 0.25
+        expected -= 0.1 * (first / (1 - 0.5**step)) / ((second / (1 - 0.75**step)).sqrt() + 0.01)
+        torch.testing.assert_close(module.weight.detach(), expected, rtol=1e-12, atol=1e-12)

@@ -54,12 +54,18 @@ def step_with_a_nan(parallel: ParallelConfig, precision: str) -> tuple[float, fl
         parameter = run.step.chunks[0].final_norm.weight
         handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
     run.step.accumulate(batches)
-    bad = float(run.step.update())
+    update = run.step.update()
     if run.topology.data_context.rank == run.topology.data_context.size - 1:
         handle.remove()
     unchanged = all(torch.equal(before[name], now) for name, now in weights(run).items())
     _, good = run.train_step(1, True, LR)
-    return bad, good, unchanged, any(not torch.equal(before[name], now) for name, now in weights(run).items())
+    assert not update.applied
+    return (
+        float(update.grad_norm),
+        good,
+        unchanged,
+        any(not torch.equal(before[name], now) for name, now in weights(run).items()),
+    )
 
 
 def weights(run) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from based_megatron.errors import TrainingError
 from based_megatron.monitor.hub import Metrics
 from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.schedule import learning_rate
-from based_megatron.train.step import LossSum
+from based_megatron.train.step import LossSum, Update
 from based_megatron.train.trainer import Trainer
 
 STEPS, LIMIT = 4, 3
@@ -34,10 +34,11 @@ class FakeStep:
         self.rates.append(self._rate())
         return LossSum(torch.tensor(30.0 * len(self.batches)).double(), torch.tensor(10.0).double())
 
-    def update(self, on_gradients: Callable[[], None]) -> torch.Tensor:
+    def update(self, on_gradients: Callable[[], None]) -> Update:
         assert self._rate() == self.rates[-1]
         on_gradients()
-        return torch.tensor(next(self.norms)).double()
+        norm = next(self.norms)
+        return Update(torch.tensor(norm).double(), math.isfinite(norm))
 
     def _rate(self) -> float:
         return self.engine.optimizer.param_groups[0]["lr"]
@@ -52,14 +53,17 @@ class FakeStop:
     """Agrees to stop at the given question, counted from 1."""
 
     def __init__(self, at: int = 0) -> None:
-        self.at, self.asked, self.cleared = at, 0, 0
+        self.at, self.asked, self.calls = at, 0, list[str]()
 
     def agreed(self) -> str:
         self.asked += 1
         return "SIGTERM" if self.asked == self.at else ""
 
-    def clear(self) -> None:
-        self.cleared += 1
+    def forget_last(self) -> None:
+        self.calls.append("forget_last")
+
+    def honoured(self) -> None:
+        self.calls.append("honoured")
 
 
 class Witness(Callback):
@@ -79,6 +83,9 @@ class Witness(Callback):
 
     def on_event(self, trainer: Trainer, name: str, fields: dict) -> None:
         self.log.append((self.name + name, fields))
+
+    def pre_save(self, trainer: Trainer) -> None:
+        self.log.append((self.name + "pre save", trainer.clock.progress.beat.phase))
 
     def on_end(self, trainer: Trainer) -> None:
         self.log.append((self.name + "end", trainer.step))
@@ -139,7 +146,9 @@ def test_callbacks_are_told_in_their_order():
     log: list[tuple] = []
     trainer, _, _ = make(callbacks=[Witness(log, "a "), Witness(log, "b ")], steps=1)
     trainer.fit()
-    assert names(log) == ["a start", "b start", "a step", "b step", "a end", "b end"]
+    assert names(log) == ["a start", "b start", "a step", "b step", "b end", "a end"], (
+        "the end comes in the opposite order"
+    )
 
 
 def test_every_step_trains_on_its_own_batches():
@@ -187,7 +196,7 @@ def test_an_agreed_stop_ends_the_run_after_the_step():
     trainer, _, log = make(stop=stop)
     assert trainer.fit() is False
     assert names(log) == ["start", "step", "step", "stop", "end"]
-    assert log[3] == ("stop", {"reason": "SIGTERM"}) and stop.cleared == 1
+    assert log[3] == ("stop", {"reason": "SIGTERM"}) and stop.calls == ["forget_last", "honoured"]
 
 
 def test_a_stop_at_the_last_step_is_a_finished_run():
@@ -275,3 +284,35 @@ def test_callbacks_hear_of_records_and_validations():
     trainer.record("sample", text="x", prompt="y")
     trainer.validated(2.5)
     assert log == [("sample", {"text": "x", "prompt": "y"}), ("validation", 2.5)]
+
+
+def test_callbacks_hear_of_a_save_before_it():
+    trainer, _, log = make()
+    with trainer.saving():
+        log.append(("saving", trainer.clock.progress.beat.phase))
+    assert log == [("pre save", "start-up"), ("saving", "save")]
+
+
+def test_the_phase_of_a_rank_is_known_at_any_time():
+    phases: list[tuple[str, int, str]] = []
+    trainer, step, _ = make(steps=2)
+
+    def note(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            beat = trainer.clock.progress.beat
+            phases.append((name, beat.step, beat.phase))
+            return real(*args)
+
+        return noted
+
+    trainer.loader.micro_batches = note("batches", trainer.loader.micro_batches)  # type: ignore[method-assign]
+    step.accumulate, step.update = note("accumulate", step.accumulate), note("update", step.update)  # type: ignore[method-assign]
+    trainer.stop.agreed = note("vote", trainer.stop.agreed)  # type: ignore[method-assign]
+    trainer.fit()
+    of_a_step = [
+        ("batches", "data"),
+        ("accumulate", "forward_backward"),
+        ("update", "optimizer"),
+        ("vote", "stop vote"),
+    ]
+    assert phases == [(name, step, phase) for step in (1, 2) for name, phase in of_a_step]

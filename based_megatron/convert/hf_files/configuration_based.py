@@ -21,7 +21,7 @@ class BasedConfig(PreTrainedConfig):
     """
 
     model_type = "based"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  Trainer adds a list to it
 
     vocab_size: int = 50264
     """Rows of the embedding; all of them take part in the softmax."""

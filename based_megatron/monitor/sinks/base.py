@@ -1,7 +1,7 @@
 """What a sink is: the end of the line for metrics and events, on the logging rank."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,17 @@ class Sink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a log point by name, such as `train/loss` (docs/metrics.md lists them)."""
 
+    def steps(self, first_step: int, losses: Sequence[float], grad_norms: Sequence[float]) -> None:
+        """Write the loss and the gradient norm of each step since the last call, at log points and before checkpoints."""
+
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        """Write that something happened: start, resume, validation, checkpoint, skip, sample, warning, stop, end, error."""
+        """Write that something happened: start, resume, validation, checkpoint, skip, ... (docs/metrics.md lists them)."""
 
     def text(self, step: int, name: str, text: str) -> None:
         """Write text that the model has generated."""
+
+    def flush(self) -> None:
+        """Make what was written outlive the process and the machine."""
 
     def close(self) -> None:
         """Flush and let go, after the end of a run or an error."""

@@ -1,6 +1,8 @@
 """What a person sees: a table of the run, then one live line on a terminal, or plain lines in a log file."""
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +12,9 @@ from rich.table import Table
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.sinks.base import RunFacts, Sink, perplexity
+from based_megatron.monitor.words import duration, human
+
+BAR_WIDTH = 20
 
 
 class ConsoleSink(Sink):
@@ -17,22 +22,24 @@ class ConsoleSink(Sink):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
+        self._run_dir = Path()
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
     def start(self, run: RunFacts) -> None:
-        self._run, self._steps = run, run.config.train.steps
+        self._run_dir, self._steps = run.run_dir, run.config.train.steps
         self._console.print(run_table(run))
         if self._console.is_terminal:
             self._progress = Progress(
-                BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=self._console
+                BarColumn(BAR_WIDTH), TextColumn("{task.description}", markup=False), console=self._console
             )
             self._task = self._progress.add_task("waiting for the first step", total=self._steps)
             self._progress.update(self._task, completed=run.step)
             self._progress.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        line = status_line(step, self._steps, values)
+        before = BAR_WIDTH + 1 if self._progress is not None else len(time_of_day()) + 1
+        line = status_line(step, self._steps, values, self._console.width - before)
         if self._progress is not None:
             self._progress.update(self._task, description=line, completed=step)
         else:
@@ -46,8 +53,13 @@ class ConsoleSink(Sink):
             self._print(f"step {step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
         elif name == "end":
             self._stop_progress()
-            self._print(f"ended at step {step} after {human(fields['tokens_seen'])} tokens; {self._run.run_dir}")
+            self._print(f"ended at step {step} after {human(fields['tokens_seen'])} tokens; {self._run_dir}")
         else:
+            # The table has the run folder.
+            fields = {
+                key: value.removeprefix(f"{self._run_dir}/") if isinstance(value, str) else value
+                for key, value in fields.items()
+            }
             shown = " ".join(f"{key}={_short(value)}" for key, value in fields.items())
             self._print(f"step {step} {name} {shown}")
 
@@ -55,7 +67,7 @@ class ConsoleSink(Sink):
         self._stop_progress()
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._console.print(f"{time_of_day()} {line}", soft_wrap=True, markup=False, highlight=False)
 
     def _stop_progress(self) -> None:
         """Give the terminal its cursor back."""
@@ -87,45 +99,31 @@ def run_table(run: RunFacts) -> Table:
     return table
 
 
-def status_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """One line about a step: where it is, how it learns, how fast it goes."""
-    parts = [
-        f"step {step}/{total_steps}",
-        f"loss {values['train/loss']:.4f}",
-        f"ppl {values['train/perplexity']:.2f}",
-        f"lr {values['train/lr']:.2e}",
-        f"grad {values['train/grad_norm']:.3f}",
-    ]
-    if values["train/skipped"]:
-        parts.append("SKIPPED")
+def status_line(step: int, total_steps: int, values: Mapping[str, float], width: int) -> str:
+    """One line about a step: where it is, how it learns, how fast it goes. What does not fit into the width is left out, the
+    least needed first."""
+    parts = {
+        "step": f"step {step}/{total_steps}",
+        "loss": f"loss {values['train/loss']:.4f}",
+        "grad": f"grad {values['train/grad_norm']:.3g}",
+        "skipped": "SKIPPED" if values["train/skipped"] else "",
+    }
     if "throughput/tokens_per_second" in values:
-        step_seconds = values["time/step_seconds"]
-        parts.append(f"{human(values['throughput/tokens_per_second'])} tok/s")
+        parts["speed"] = f"{human(values['throughput/tokens_per_second'])} tok/s"
         if "throughput/mfu" in values:
-            parts.append(f"MFU {values['throughput/mfu']:.1%}")
-        parts.append(f"data {values['time/data_seconds'] / step_seconds:.1%}")
-        parts.append(f"ETA {duration((total_steps - step) * step_seconds)}")
-    return " | ".join(parts)
+            parts["mfu"] = f"MFU {values['throughput/mfu']:.0%}"
+        parts["goodput"] = f"good {values['throughput/goodput']:.0%}"
+        parts["eta"] = f"ETA {duration(values['time/eta_seconds'])}"
+    parts |= {"lr": f"lr {values['train/lr']:.2e}", "ppl": f"ppl {values['train/perplexity']:.2f}"}
+    for least_needed in ("ppl", "lr", "mfu", "goodput", "grad"):
+        if len(" ".join(filter(None, parts.values()))) > width:
+            parts.pop(least_needed, None)
+    return " ".join(filter(None, parts.values()))
 
 
-def human(number: float) -> str:
-    """Three digits and a unit: 362620928 is 363M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:  # else 999,999 would be 1e+03k
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """The two largest units: 3h12m, 5m07s, 42s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+def time_of_day() -> str:
+    """The local time, as lines of a log begin."""
+    return time.strftime("%H:%M:%S")
 
 
 def _short(value: object) -> str:

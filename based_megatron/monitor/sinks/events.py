@@ -1,7 +1,8 @@
-"""events.jsonl in the run folder: every logged step, validation, checkpoint, skip, stop, resume and error."""
+"""events.jsonl in the run folder: every step, validation, checkpoint, skip, stop, resume and error."""
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from based_megatron.monitor.events import FILE_NAME, append_event
@@ -20,8 +21,16 @@ class EventsSink(Sink):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.event(step, "step", {_field(name): value for name, value in values.items()})
 
+    def steps(self, first_step: int, losses: Sequence[float], grad_norms: Sequence[float]) -> None:
+        self.event(first_step + len(losses) - 1, "steps", {"loss": losses, "grad_norm": grad_norms})
+
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
         append_event(self._path, {"time": time.time(), "step": step, "event": name, **fields})
+
+    def flush(self) -> None:
+        if self._path.exists():
+            with open(self._path, "rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def _field(name: str) -> str:

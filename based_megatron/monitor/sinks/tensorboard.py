@@ -10,7 +10,9 @@ from based_megatron.monitor.sinks.base import RunFacts, Sink, perplexity
 FLUSH_SECONDS = 20
 LAYOUT = {
     "at a glance": {
-        "loss": ["Multiline", ["^train/loss$", "^validation/loss$"]],
+        "loss": ["Multiline", ["^train/loss_mean$", "^validation/loss$"]],
+        "largest loss and gradient norm of a step": ["Multiline", ["^train/loss_max$", "^train/grad_norm_max$"]],
+        "loss of the step": ["Multiline", ["^train/loss$"]],
         "gradient norm": ["Multiline", ["^train/grad_norm$"]],
         "learning rate": ["Multiline", ["^train/lr$"]],
         "tokens per second": ["Multiline", ["^throughput/tokens_per_second$"]],
@@ -31,6 +33,8 @@ LAYOUT = {
         "wait for data": ["Multiline", ["^time/data_seconds"]],
     },
     "machine": {
+        "seconds until the end": ["Multiline", ["^time/eta_seconds$"]],
+        "where time went, in seconds": ["Multiline", ["^wall_seconds/"]],
         "parts of a step": ["Multiline", ["^time/(data|forward_backward|optimizer)_seconds$"]],
         "memory": ["Multiline", ["^memory/"]],
         "saves": ["Multiline", ["^time/save_seconds$"]],
@@ -61,6 +65,9 @@ class TensorBoardSink(Sink):
     def text(self, step: int, name: str, text: str) -> None:
         # Indented by four is preformatted in Markdown: generated text may hold any of its signs.
         self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

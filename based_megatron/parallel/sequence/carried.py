@@ -26,14 +26,42 @@ class CarriedForm:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Past:
+    """The tokens of a row before a step: runs of them, of which some are known. Equal on all rows and ranks.
+
+    A step that did not count leaves a gap: the document that goes through it goes on from what was known before.
+    """
+
+    runs: tuple[tuple[int, int], ...] = ()
+    """(tokens known, tokens missing before them), the newest run first. Nothing is known before the last one."""
+
+    def known(self, tokens: int) -> int:
+        """How many of the newest `tokens` tokens are known."""
+        found = 0
+        for known, missing in self.runs:
+            found += min(max(tokens, 0), known)
+            tokens -= known + missing
+        return found
+
+    def seen(self, tokens: int) -> "Past":
+        """The past after so many more tokens."""
+        (known, missing), *rest = self.runs or ((0, 0),)
+        return Past(((known + tokens, missing), *rest))
+
+    def missed(self, tokens: int) -> "Past":
+        """The past after so many tokens that did not count."""
+        return Past(((0, tokens), *self.runs)) if self.runs else self
+
+
 @dataclass
 class CarriedState:
     """The carried state of one micro batch: states of linear attention and last rows of its sequences, by kind and layer."""
 
     before: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """What this step begins with, on the first rank alone; nothing, or zeros, at the start of a run."""
-    past_tokens: int = 0
-    """Tokens of each sequence's row that `before` knows of. Equal on all ranks."""
+    past: Past = Past()
+    """The tokens of each sequence's row that `before` knows of."""
     after: dict[tuple[str, int], Pending[Tensor | None]] = field(default_factory=dict)
     """What the next step will begin with, on its way; None on ranks that only send."""
 
@@ -41,11 +69,22 @@ class CarriedState:
         """Numbers of the slices that rows and states flow between, where `size` ranks share a sequence."""
         return range(STEP_BEFORE, size + 1)
 
-    def next(self, length_tokens: int) -> "CarriedState":
-        """The carried state of the next step, after this one of so many tokens. Waits until all that was sent has arrived."""
+    def receive(self) -> dict[tuple[str, int], Tensor]:
+        """What the next step begins with, on the first rank. Waits until all that was sent has arrived."""
         arrived = {key: pending.wait() for key, pending in self.after.items()}
-        before = {key: value for key, value in arrived.items() if value is not None}
-        return CarriedState(before, self.past_tokens + length_tokens)
+        return {key: value for key, value in arrived.items() if value is not None}
+
+    def next(self, length_tokens: int) -> "CarriedState":
+        """The carried state of the next step, after this one of so many tokens."""
+        return CarriedState(self.receive(), self.past.seen(length_tokens))
+
+    def stay(self, length_tokens: int) -> "CarriedState":
+        """The carried state of the next step, after this one of so many tokens did not count: what it began with.
+
+        Nothing of what this step has left is in it: one NaN would stay for good.
+        """
+        self.receive()
+        return CarriedState(self.before, self.past.missed(length_tokens))
 
 
 class NothingCarried(CarriedState):
@@ -65,15 +104,23 @@ class CarriedStates:
     """Where tensors of this rank lie in those of all rows and heads, by kind and layer; empty on ranks that begin no sequence."""
 
     @property
-    def past_tokens(self) -> int:
-        """Tokens of each row that are known."""
-        return next(iter(self.by_row.values())).past_tokens
+    def past(self) -> Past:
+        """The tokens of each row that are known."""
+        return next(iter(self.by_row.values())).past
 
-    @past_tokens.setter
-    def past_tokens(self, tokens: int) -> None:
+    @past.setter
+    def past(self, past: Past) -> None:
         for state in self.by_row.values():
-            state.past_tokens = tokens
+            state.past = past
 
-    def advance(self, length_tokens: int) -> None:
-        """Go on to the step after one of so many tokens."""
-        self.by_row = {row: state.next(length_tokens) for row, state in self.by_row.items()}
+    def receive(self) -> None:
+        """Wait until all that the step has sent has arrived."""
+        for state in self.by_row.values():
+            state.receive()
+
+    def advance(self, length_tokens: int, counts: bool) -> None:
+        """Go on to the step after one of so many tokens; one that does not count leaves the carried states as they were."""
+        self.by_row = {
+            row: state.next(length_tokens) if counts else state.stay(length_tokens)
+            for row, state in self.by_row.items()
+        }

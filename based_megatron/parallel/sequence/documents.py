@@ -3,6 +3,7 @@
 Legend: B sequences, S tokens of the whole sequence, n positions asked about.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,6 @@ class Documents:
             numbers_Bn = torch.where((positions_n < 0) & (positions_n >= begins_B1), 0, numbers_Bn)
         return numbers_Bn
 
-    def with_past(self, limit_tokens: int) -> "Documents":
-        """These documents where no more than so many tokens before each sequence are known."""
-        return Documents(self.starts, tuple(min(tokens, limit_tokens) for tokens in self.tokens_before))
+    def with_past(self, known: Callable[[int], int]) -> "Documents":
+        """These documents where, of so many tokens before each sequence, only `known` many are."""
+        return Documents(self.starts, tuple(map(known, self.tokens_before)))

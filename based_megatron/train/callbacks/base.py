@@ -27,7 +27,10 @@ class StepReport:
 
 
 class Callback:
-    """Does something besides training. Hooks run on every rank, in the order of the callbacks; settle and on_error use no collectives."""
+    """Does something besides training. Hooks run on every rank, in the order of the callbacks, the last two in the opposite one.
+
+    All may use collectives but settle and on_error.
+    """
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, after a resume."""
@@ -37,6 +40,9 @@ class Callback:
 
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
         """After each optimizer step."""
+
+    def pre_save(self, trainer: Trainer) -> None:
+        """Before a checkpoint: what it must not be ahead of is written now."""
 
     def on_validation(self, trainer: Trainer, loss: float) -> None:
         """After a validation, with its mean loss in nats."""

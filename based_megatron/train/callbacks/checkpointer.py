@@ -14,14 +14,13 @@ from based_megatron.checkpoint.carried import carried_fragments
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, load_carried, load_checkpoint, read_state
 from based_megatron.checkpoint.ranks import all_ranks
-from based_megatron.checkpoint.rectangles import stored_name
-from based_megatron.checkpoint.saver import Saver
+from based_megatron.checkpoint.saver import Saved, Saver
 from based_megatron.checkpoint.store import FOLDER, GOOD, Kept, newest_valid, resolve_checkpoint
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.finite import not_finite
-from based_megatron.parallel.sequence.carried import CarriedStates
+from based_megatron.parallel.sequence.carried import CarriedStates, Past
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 PAST_TOKENS = "past_tokens"
-"""Entry of a checkpoint's state: the tokens of each row that its carried states know of. Absent where it has none."""
+"""Entry of a checkpoint's state: the runs of tokens of each row that its carried states know of. Absent where it has none."""
 
 
 class Checkpointer(Callback):
@@ -114,7 +113,8 @@ class Checkpointer(Callback):
             self._finish(trainer, must_work=True)
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
-        self._saver.settle()
+        if (saved := self._saver.settle()) and not saved.error:
+            self._tell(trainer, saved)
 
     def _is_time(self) -> bool:
         """Whether rank 0 says that a save is due; a slow one is not followed by another at once (collective)."""
@@ -129,6 +129,10 @@ class Checkpointer(Callback):
 
     def _start(self, trainer: Trainer, waits: bool) -> None:
         """Begin a save, after the end of the one before (collective). waits: until it is written too."""
+        with trainer.saving():
+            self._start_now(trainer, waits)
+
+    def _start_now(self, trainer: Trainer, waits: bool) -> None:
         started = time.perf_counter()
         if self._saver.in_flight:
             self._finish(trainer)
@@ -144,7 +148,7 @@ class Checkpointer(Callback):
             "config": to_dict(self._config),
         }
         if self._carried is not None:
-            state[PAST_TOKENS] = self._carried.past_tokens
+            state[PAST_TOKENS] = self._carried.past.runs
         problem = self._saver.start(trainer.step, fragments, state, prunes=trainer.is_healthy)
         if problem:
             trainer.record("warning", message=problem)
@@ -161,14 +165,7 @@ class Checkpointer(Callback):
             trainer.record("warning", step=saved.step, message=saved.warning)
         if not saved.error:
             self._saved_step, self._failed_in_a_row = saved.step, 0
-            trainer.record(
-                "checkpoint",
-                step=saved.step,
-                path=str(saved.path),
-                seconds=self._stood_still_seconds,
-                copy_seconds=saved.copy_seconds,
-                write_seconds=saved.write_seconds,
-            )
+            self._tell(trainer, saved)
             return
         self._failed_in_a_row += 1
         if must_work:
@@ -180,21 +177,31 @@ class Checkpointer(Callback):
                 f"{limit} saves in a row failed, as many as checkpoint.max_failed_saves allows: {saved.error}"
             )
 
+    def _tell(self, trainer: Trainer, saved: Saved) -> None:
+        trainer.record(
+            "checkpoint",
+            step=saved.step,
+            path=str(saved.path),
+            seconds=self._stood_still_seconds,
+            copy_seconds=saved.copy_seconds,
+            write_seconds=saved.write_seconds,
+        )
+
     def _warn(self, line: str) -> None:
         if line:
             self._warnings.append(line)
 
     def _check_finite(self, trainer: Trainer, fragments: list[Fragment]) -> None:
-        """Raises TrainingError if a weight, moment or carried state is an infinity or a nan on any rank (collective)."""
-        values = [
-            (fragment.spec.name if kind == MODEL else stored_name(kind, fragment.spec.name), tensor)
+        """Raises TrainingError if a number to be saved is an infinity or a nan on any rank (collective)."""
+        tensors = [
+            (fragment.spec.name if kind == MODEL else f"{kind} of {fragment.spec.name}", tensor)
             for fragment in fragments
-            for kind, tensor in sorted(fragment.tensors.items(), key=lambda item: item[0] != MODEL)
+            for kind, tensor in fragment.tensors.items()
         ]
-        found = [name for names in self._ranks.together(lambda: not_finite(values)) for name in names]
+        found = [name for names in self._ranks.together(lambda: not_finite(tensors)) for name in names]
         if found:
             raise TrainingError(
-                f"the weights or moments of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
+                f"the weights or states of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
                 f"saved; {trainer.advice(trainer.step)}"
             )
 
@@ -222,7 +229,7 @@ class Checkpointer(Callback):
             self._warnings.append(f"the first step starts without carried states: {path} {reason}")
             return
         load_carried(path, carried_fragments(self._carried), self._ranks)
-        self._carried.past_tokens = state[PAST_TOKENS]
+        self._carried.past = saved_past(state[PAST_TOKENS])
 
     def _carried_do_not_fit(self, state: dict[str, Any]) -> str | None:
         if PAST_TOKENS not in state:
@@ -248,3 +255,8 @@ class Checkpointer(Callback):
                 f"sequences would repeat or be missed; restore data.path, data.seed and data.sequence_length_tokens, "
                 f"or set data.allow_changed=true"
             )
+
+
+def saved_past(entry: int | list[tuple[int, int]]) -> Past:
+    """The past of carried states as a checkpoint has it: runs, or one number of known tokens in older ones."""
+    return Past().seen(entry) if isinstance(entry, int) else Past(tuple((known, missing) for known, missing in entry))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from based_megatron.errors import BasedError
+from based_megatron.monitor.eta import Eta
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.memory import memory_gib
 from based_megatron.monitor.sinks.base import Sink, perplexity
-from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run
+from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run, process_seconds
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
@@ -16,24 +22,34 @@ if TYPE_CHECKING:
 
 
 class Logger(Callback):
-    """Collects the metrics of all ranks at the first step, every log interval and the last step, and feeds the sinks of one rank."""
+    """Collects the metrics of all ranks at the first step, every log interval and the last step, and feeds the sinks of one rank.
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        """sinks: started ones; none on ranks that do not log."""
-        self._sinks = list(sinks)
+    Loss and gradient norm of each step stay on the device until a log point or a save: a checkpoint is never ahead of the log.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], hosts: Sequence[str] = ()) -> None:
+        """sinks: started ones; none on ranks that do not log. hosts: the name of each rank's host."""
+        self._sinks, self._hosts = list(sinks), hosts
         self._is_first = True
+        self._unread: list[StepReport] = []
+        self._interval: list[tuple[float, float]] = []
+        """Loss and gradient norm of the steps since the last log point that were read."""
 
     def on_start(self, trainer: Trainer) -> None:
         config, topology = trainer.config, trainer.topology
         flops_per_token = training_flops_per_token(config.model, config.data.sequence_length_tokens)
         peak_flops = peak_flops_of_run(config, trainer.device)
         self._meter = ThroughputMeter(flops_per_token, topology.world_size, peak_flops)
+        intervals = {"validation": config.validation.interval_steps, "save": config.checkpoint.interval_steps}
+        self._eta = Eta(config.train.steps, intervals)
         self._tell(
             trainer,
             "resume" if trainer.step else "start",
             tokens_seen=trainer.tokens_seen,
             world_size=topology.world_size,
             parameters=parameter_count(config.model),
+            process_seconds=process_seconds(),
+            hosts=dict(Counter(self._hosts)),
         )
 
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -41,9 +57,20 @@ class Logger(Callback):
         if self._is_first:
             self._is_first = False
             trainer.clock.take()
+            trainer.clock.progress.take()
             self._meter.restart()
+        if self._unread and report.step != self._unread[-1].step + 1:
+            self._write_steps()  # The run went back to an earlier step.
+        if self._sinks:
+            self._unread.append(report)
         if trainer.logs(report.step):
-            self._log(trainer, report)
+            with trainer.doing("log"):
+                self._log(trainer, report)
+
+    def pre_save(self, trainer: Trainer) -> None:
+        self._write_steps()
+        for sink in self._sinks:
+            sink.flush()
 
     def on_validation(self, trainer: Trainer, loss: float) -> None:
         self._tell(trainer, "validation", loss=loss, perplexity=perplexity(loss))
@@ -57,19 +84,27 @@ class Logger(Callback):
                 sink.text(trainer.step, f"sample/{fields['prompt']}", f"{fields['prompt']}|{fields['text']}")
 
     def on_end(self, trainer: Trainer) -> None:
+        self._write_steps()
         self._tell(trainer, "end", tokens_seen=trainer.tokens_seen)
         self._close()
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        if isinstance(error, BasedError) or trainer.device.type == "cpu":  # else the device may never answer again
+            self._write_steps()
         self._tell(trainer, "error", type=type(error).__name__, message=str(error))
         self._close()
 
     def _log(self, trainer: Trainer, report: StepReport) -> None:
+        self._write_steps()
         metrics = trainer.metrics
         metrics.record("train/loss", report.loss, "last")
         metrics.record("train/grad_norm", report.grad_norm, "last")
-        speed = self._meter.take(trainer.clock.take())
+        phases = trainer.clock.progress.take()
+        speed = self._meter.take(trainer.clock.take(), phases)
         if speed:
+            self._eta.add(phases)
+            other_seconds = speed["wall_seconds/other"] / self._meter.steps_in_all
+            speed["time/eta_seconds"] = self._eta.seconds(report.step, speed["time/step_seconds"], other_seconds)
             metrics.record("time/step_seconds_slowest", speed["time/step_seconds"], "max")
             metrics.record("time/step_seconds_fastest", speed["time/step_seconds"], "min")
             metrics.record("time/data_seconds_slowest", speed["time/data_seconds"], "max")
@@ -77,6 +112,7 @@ class Logger(Callback):
             metrics.record(f"memory/{name}", gib, "max")
         values = metrics.collect()
         values |= {
+            **self._over_interval(),
             "train/perplexity": perplexity(values["train/loss"]),
             "train/lr": report.lr,
             "train/skipped": trainer.skips.in_a_row > 0,
@@ -85,6 +121,29 @@ class Logger(Callback):
         }
         for sink in self._sinks:
             sink.log(report.step, values)
+
+    def _write_steps(self) -> None:
+        """Read the steps that are still on the device, and give them to the sinks."""
+        if not self._unread:
+            return
+        pairs = torch.stack([torch.stack([report.loss, report.grad_norm]) for report in self._unread]).tolist()
+        first_step, self._unread = self._unread[0].step, []
+        self._interval += pairs
+        losses, grad_norms = zip(*pairs, strict=True)
+        for sink in self._sinks:
+            sink.steps(first_step, losses, grad_norms)
+
+    def _over_interval(self) -> dict[str, float]:
+        """Means and maxima over the steps since the last log point; {} on ranks that do not log."""
+        pairs, self._interval = self._interval, []
+        if not pairs:
+            return {}
+        losses, grad_norms = zip(*pairs, strict=True)
+        return {
+            "train/loss_mean": sum(losses) / len(losses),
+            "train/loss_max": _largest(losses),
+            "train/grad_norm_max": _largest(grad_norms),
+        }
 
     def _tell(self, trainer: Trainer, name: str, **fields: Any) -> None:
         step = fields.pop("step", trainer.step)
@@ -95,3 +154,8 @@ class Logger(Callback):
         for sink in self._sinks:
             sink.close()
         self._sinks = []
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest; inf if one is nan, which a maximum may drop."""
+    return max(math.inf if math.isnan(value) else value for value in values)

@@ -30,7 +30,9 @@ class Sampler(Callback):
         if report.step % trainer.config.monitor.sample_interval_steps:
             return
         for prompt in trainer.config.monitor.sample_prompts:
-            trainer.record("sample", prompt=prompt, text=self._continue(trainer, prompt))
+            with trainer.doing("sample"):
+                text = self._continue(trainer, prompt)
+            trainer.record("sample", prompt=prompt, text=text)
 
     def _continue(self, trainer: Trainer, prompt: str) -> str:
         monitor, length = trainer.config.monitor, trainer.config.data.sequence_length_tokens

@@ -24,7 +24,9 @@ class Validator(Callback):
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
         interval_steps = trainer.config.validation.interval_steps
         if report.step % interval_steps == 0 or report.step == trainer.config.train.steps:
-            trainer.validated(float(trainer.step_runner.evaluate(self._batches).mean))
+            with trainer.doing("validation"):
+                loss = float(trainer.step_runner.evaluate(self._batches).mean)
+            trainer.validated(loss)
 
 
 def fill_up(batches: Sequence[MicroBatch], multiple: int) -> list[MicroBatch]:

@@ -1,0 +1,47 @@
+"""All-reduces inside nodes and between neighbours. Each is a small world of its own, so that a dead node costs its partners alone."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from based_megatron.nodes.measure import SIZES, median_seconds
+from based_megatron.parallel.host import environment
+
+ROUNDS = 2
+"""Each node meets the one after it and the one before it in the ring, so that a slow node can be told from a slow partner."""
+TIMEOUT_SECONDS = 30
+"""For an all-reduce and the connections that it needs: the ranks begin together."""
+
+
+def partner(node: int, nodes: int, number: int) -> int | None:
+    """The node that `node` meets in a round; None if it is left over.
+
+    Round 0: (0, 1), (2, 3), ...; round 1: (1, 2), (3, 4), ... and, with an even number of nodes, (last, 0).
+    """
+    other = node + 1 if (node - number) % 2 == 0 else node - 1
+    if nodes % 2 == 0 and nodes > 2:
+        return other % nodes
+    return other if 0 <= other < nodes else None
+
+
+def all_reduce_rate(store: dist.Store, name: str, members: Sequence[int], rank: int, device: torch.device) -> float:
+    """Bus bandwidth in bytes a second of an all-reduce over these ranks, which all call this. Raises if one of them does not answer."""
+    size = len(members)
+    message = torch.ones(SIZES[device.type].message_bytes // 4, dtype=torch.float32, device=device)
+    # A rank whose partner is dead must get an exception, not be ended by NCCL's watchdog.
+    with environment(TORCH_NCCL_BLOCKING_WAIT="1"):
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(name, store),
+            rank=list(members).index(rank),
+            world_size=size,
+            timeout=timedelta(seconds=TIMEOUT_SECONDS),
+            device_id=device if device.type == "cuda" else None,
+        )
+        try:
+            seconds = median_seconds(lambda: dist.all_reduce(message, op=dist.ReduceOp.MAX), device)
+        finally:
+            dist.destroy_process_group()
+    return 2 * (size - 1) / size * message.nbytes / seconds

@@ -1,0 +1,73 @@
+"""Faults planted in whole jobs: a nan in a gradient, and so on, at given steps."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from based_megatron.config import parse_config
+from based_megatron.data.sources import Sources
+from based_megatron.parallel.linear import shard_spec
+from based_megatron.parallel.topology import build_topology
+from based_megatron.train import train as module
+from based_megatron.train.step import build_step
+from based_megatron.train.stop import StopVote
+from support.pool import rank_device
+from support.runs import command
+
+FIRST_LAYER = "0"
+PARAMETER = "layers.1.mlp.fc1.weight"
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong in a job, by the count of its optimizer steps in this process, from 1."""
+
+    gradients: Mapping[int, float] = field(default_factory=dict)
+    """Factor of the gradient of one parameter, on the last data parallel and tensor parallel rank."""
+    outputs: Mapping[int, float] = field(default_factory=dict)
+    """Factor of the output of the first layer, likewise."""
+
+
+def train_with_faults(run_dir: Path, data: Path, faults: Faults, *overrides: str) -> bool:
+    """A job on a rank of a pool, disturbed. Returns whether the run is done."""
+    config = parse_config(command(run_dir, data, *overrides)[4:])
+    topology = build_topology(config.parallel, rank_device(dist.get_rank()))
+    taken = 1
+
+    def spoiled_gradient(gradient: Tensor) -> Tensor:
+        return gradient * faults.gradients.get(taken, 1.0)
+
+    def spoiled_output(_module: Any, _inputs: Any, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return outputs[0], outputs[1] * faults.outputs.get(taken, 1.0)
+
+    def build_disturbed(chunks: Any, *args: Any) -> Any:
+        step = build_step(chunks, *args)
+        step.update = counted(step.update)  # type: ignore[method-assign]
+        if topology.tensor.rank == topology.tensor.size - 1 and topology.data.rank == topology.data.size - 1:
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    if shard_spec(parameter).name == PARAMETER:
+                        parameter.register_hook(spoiled_gradient)
+                if FIRST_LAYER in chunk.layers:
+                    chunk.layers[FIRST_LAYER].register_forward_hook(spoiled_output)
+        return step
+
+    def counted(update: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any) -> Any:
+            nonlocal taken
+            try:
+                return update(*given)
+            finally:
+                taken += 1
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "build_step", build_disturbed)
+        sources = Sources(config.data, config.train.global_batch_sequences)
+        return module.train_over(config, topology, sources, StopVote(run_dir / config.train.stop_file))
