@@ -156,7 +156,7 @@ def measure(config: Config, topology: Topology, steps: int) -> dict[str, Any]:
     def checkpointer(asynchronous: bool) -> SavesAtIntervals:
         settings = dataclasses.replace(config.checkpoint, asynchronous=asynchronous)
         return SavesAtIntervals(
-            engine, dataclasses.replace(config, checkpoint=settings), "random tokens", topology.device
+            engine, dataclasses.replace(config, checkpoint=settings), "benchmark", "random tokens", topology.device
         )
 
     interval = config.checkpoint.interval_steps

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from based_megatron.errors import CheckpointError
+from based_megatron.errors import BasedError, CheckpointError
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Ranks:
     def _try(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
         try:
             return action(), None
-        except CheckpointError as error:
+        except BasedError as error:
             return None, str(error)
         except Exception as error:
             return None, self.describe(error, self.rank)

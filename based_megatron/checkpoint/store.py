@@ -23,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from based_megatron.checkpoint.manifest import MANIFEST, STATE, problems, read_manifest
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
+from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
 
-FOLDER = "checkpoints"
 GOOD = "good"
 """Entry of a checkpoint's state: false if steps before it were skipped or suspect, so that its weights may have diverged."""
 _NAMED = re.compile(r"step-(\d{8,})(\.old)?")
