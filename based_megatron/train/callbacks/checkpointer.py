@@ -53,7 +53,7 @@ class Checkpointer(Callback):
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
         self._ranks: Ranks = all_ranks(dist.new_group(backend="gloo"))
-        self._saved_step = -1
+        self._saved_step = 0
         self._warnings: list[str] = []
 
     def restore(self) -> tuple[int, int]:
