@@ -18,10 +18,9 @@ from pathlib import Path
 from based_megatron.checkpoint.manifest import MANIFEST, problems
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
+from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
+from based_megatron.run_folder.files import ROLLED_BACK
 
-FOLDER = "checkpoints"
-SET_ASIDE = "rolled-back"
-"""Folder of a run with checkpoints of steps that a rollback has undone."""
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{8,})(\.old)?")
 
@@ -105,14 +104,14 @@ def resolve_checkpoint(path: Path, on_skip: Callable[[str], None], ranks: Ranks 
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Move the checkpoints of later steps to the folder SET_ASIDE: no run resumes from them, and none is lost. On one rank.
+    """Move the checkpoints of later steps to the folder ROLLED_BACK: no run resumes from them, and none is lost. On one rank.
 
     Raises CheckpointError if that fails.
     """
     later = [path for path in list_checkpoints(folder) if step_of(path) > step]
     try:
         for path in later:
-            aside = folder.parent / SET_ASIDE / path.name
+            aside = folder.parent / ROLLED_BACK / path.name
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)

@@ -16,6 +16,8 @@ from based_megatron.data.jumps import DataJumps
 from based_megatron.train.skips import SkipCount
 from based_megatron.train.spikes import HAS_RISEN, SpikeWindow, reasons
 
+GUARD = "guard"
+"""Entry of a checkpoint's state: what the guard decides by. Absent in older ones."""
 NOT_FINITE = "the gradient is not finite"
 
 
@@ -119,3 +121,8 @@ class Guard:
         self.rollbacks, self.data = state["rollbacks"], DataJumps.read(state["data_jumps"])
         self._window.restore(state)
         self._unread = []
+
+
+def skips_at_end(state: Mapping[str, Any]) -> int:
+    """Steps skipped in a row up to the step of a checkpoint, by its state."""
+    return state[GUARD]["skips"]["in_a_row"] if GUARD in state else 0

@@ -20,7 +20,8 @@ from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.finite import not_finite
 from based_megatron.parallel.sequence.carried import CarriedStates, Past
 from based_megatron.train.callbacks.base import Callback, StepReport
-from based_megatron.train.guard import Guard
+from based_megatron.train.guard import GUARD, Guard
+from based_megatron.train.identity import check_changes
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 PAST_TOKENS = "past_tokens"
 """Entry of a checkpoint's state: the runs of tokens of each row that its carried states know of. Absent where it has none."""
-
-GUARD = "guard"
-"""Entry of a checkpoint's state: what train/guard.py decides by. Absent in older ones."""
 
 
 class Checkpointer(Callback):
@@ -44,11 +42,12 @@ class Checkpointer(Callback):
         self,
         engine: Any,
         config: Config,
+        run_id: str,
         data_fingerprint: str,
         guard: Guard,
         carried: CarriedStates | None = None,
     ) -> None:
-        self._engine, self._config, self._data_fingerprint = engine, config, data_fingerprint
+        self._engine, self._config, self._run_id, self._data_fingerprint = engine, config, run_id, data_fingerprint
         self._guard, self._carried = guard, carried
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
@@ -108,6 +107,7 @@ class Checkpointer(Callback):
             fragments += carried_fragments(self._carried)
         self._check_finite(trainer, fragments)
         state: dict[str, Any] = {
+            "run_id": self._run_id,
             "tokens_seen": trainer.tokens_seen,
             "optimizer": optimizer_entry(self._engine),
             "data_fingerprint": self._data_fingerprint,
@@ -148,7 +148,7 @@ class Checkpointer(Callback):
     def _resume(self, path: Path) -> tuple[int, int]:
         """Take all up that a checkpoint has. Returns its steps and tokens."""
         state = self._load(path, weights_only=False)
-        self._check_data(path, state)
+        check_changes(self._config, self._data_fingerprint, path, state)
         self._restore_carried(path, state)
         if GUARD in state:
             self._guard.restore(state[GUARD])
@@ -189,22 +189,6 @@ class Checkpointer(Callback):
         saved, now = state["config"]["model"], to_dict(self._config)["model"]
         changes = [f"model.{key} {saved[key]}, now {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
         return f"was saved with {'; '.join(changes)}" if changes else None
-
-    def _check_data(self, path: Path, state: dict[str, Any]) -> None:
-        """The order of sequences is a pure function of data and step: it must still be the same one."""
-        saved = state["config"]["train"]["global_batch_sequences"]
-        now = self._config.train.global_batch_sequences
-        if saved != now:
-            raise ConfigError(
-                f"{path} was trained with train.global_batch_sequences {saved}, now {now}: step {state['step']} would "
-                f"name other sequences; restore the old value or start a new run_dir with checkpoint.load"
-            )
-        if state["data_fingerprint"] != self._data_fingerprint and not self._config.data.allow_changed:
-            raise ConfigError(
-                f"the data is not that of {path} (fingerprint {self._data_fingerprint}, then {state['data_fingerprint']}): "
-                f"sequences would repeat or be missed; restore data.path, data.seed and data.sequence_length_tokens, "
-                f"or set data.allow_changed=true"
-            )
 
 
 def saved_past(entry: int | list[tuple[int, int]]) -> Past:
