@@ -60,7 +60,7 @@ class Checkpointer(Callback):
         settings = config.checkpoint
         kept = Kept(settings.keep_last, settings.keep_every_steps)
         self._saver = Saver(self._folder, kept, self._ranks, writers, device)
-        self._saved_step, self._failed_in_a_row, self._stood_still_seconds = -1, 0, 0.0
+        self._saved_step, self._failed_in_a_row, self._stood_still_seconds = 0, 0, 0.0
         self._warnings: list[str] = []
         self._loaded: dict[str, Any] | None = None
 
