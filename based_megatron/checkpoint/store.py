@@ -96,11 +96,11 @@ def newest_valid(folder: Path, on_skip: Callable[[str], None], ranks: Ranks | No
     candidates = ranks.on_first(lambda: _named(folder))
     others = ranks.on_first(lambda: _under_other_names(folder))
     tell = on_skip if ranks.rank == 0 else lambda line: None
-    for path in candidates:
+    for number, path in enumerate(candidates):
         wrong = verify(path, ranks)
         if not wrong:
             for other, step in others:
-                if step is None or step > step_of(path):
+                if other not in candidates[:number] and (step is None or step > step_of(path)):
                     tell(f"{other} was skipped: {_renamed(step)}")
             return path
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -172,13 +172,16 @@ def _named(folder: Path) -> list[Path]:
 
 
 def _under_other_names(folder: Path) -> list[tuple[Path, int | None]]:
-    """What holds a checkpoint but has not the name of one, nor that of an unfinished save, with its step (None if unreadable)."""
+    """What holds a checkpoint of another step than its name says, with that step (None if unreadable). Unfinished saves do not count."""
     if not folder.is_dir():
         return []
-    others = [path for path in folder.iterdir() if not _NAMED.fullmatch(path.name) and path.suffix != ".tmp"]
-    found = [path for path in others if (path / MANIFEST).is_file()]
-    steps = [(path, _state(path).get("step")) for path in sorted(found)]
-    return [(path, step if isinstance(step, int) else None) for path, step in steps]
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".tmp" and (path / MANIFEST).is_file():
+            named, step = _NAMED.fullmatch(path.name), _state(path).get("step")
+            if named is None or int(named[1]) != step:
+                found.append((path, step if isinstance(step, int) else None))
+    return found
 
 
 def _renamed(step: int | None) -> str:
