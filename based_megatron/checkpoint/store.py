@@ -69,8 +69,10 @@ def newest_good(folder: Path, before_step: int | None = None) -> Path | None:
     before_step: look at those of earlier steps only. Checkpoints that do not say whether they are good are.
     """
     for path in list_checkpoints(folder):
-        if (before_step is None or step_of(path) < before_step) and _state(path).get(GOOD, True):
-            return path
+        if before_step is None or step_of(path) < before_step:
+            state = _state(path)
+            if state and state.get(GOOD, True):
+                return path
     return None
 
 
