@@ -32,6 +32,7 @@ from based_megatron.parallel.sequence.slices import even_bounds
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.train.callbacks.base import Callback, StepReport
 from based_megatron.train.callbacks.checkpointer import Checkpointer
+from based_megatron.train.guard import Guard
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.step import Step, build_step
 from based_megatron.train.trainer import Trainer
@@ -53,6 +54,9 @@ class RandomBatches:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         return self._batches
+
+    def documents(self, step: int) -> list[str]:
+        return []
 
 
 class Times(Callback):
@@ -136,6 +140,8 @@ def run_phase(
         build_metrics(topology),
         callbacks,
         StopWhen(steps, checkpointer),  # type: ignore[arg-type]
+        Guard(config, topology.device),
+        lambda latest_step: None,
         (first, 0),
     )
     trainer.fit()
@@ -155,9 +161,8 @@ def measure(config: Config, topology: Topology, steps: int) -> dict[str, Any]:
 
     def checkpointer(asynchronous: bool) -> SavesAtIntervals:
         settings = dataclasses.replace(config.checkpoint, asynchronous=asynchronous)
-        return SavesAtIntervals(
-            engine, dataclasses.replace(config, checkpoint=settings), "benchmark", "random tokens", topology.device
-        )
+        changed, guard = dataclasses.replace(config, checkpoint=settings), Guard(config, topology.device)
+        return SavesAtIntervals(engine, changed, "benchmark", "random tokens", guard, topology.device)
 
     interval = config.checkpoint.interval_steps
     plain = run_phase(config, topology, step, 0, WARMUP_STEPS + steps, None)

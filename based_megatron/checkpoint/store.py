@@ -24,6 +24,7 @@ from based_megatron.checkpoint.manifest import MANIFEST, STATE, problems, read_m
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
+from based_megatron.run_folder.files import ROLLED_BACK
 
 GOOD = "good"
 """Entry of a checkpoint's state: false if steps before it were skipped or suspect, so that its weights may have diverged."""
@@ -38,6 +39,8 @@ class Kept:
     """Newest ones; 0 keeps all."""
     every_steps: int = 0
     """The first checkpoint of every so many steps stays for good; 0 keeps none for that."""
+    proven_after_steps: int = 0
+    """A checkpoint is surely good so many steps later: the newest that is stays, and the one that will be next."""
 
 
 def step_name(step: int) -> str:
@@ -69,10 +72,8 @@ def newest_good(folder: Path, before_step: int | None = None) -> Path | None:
     before_step: look at those of earlier steps only. Checkpoints that do not say whether they are good are.
     """
     for path in list_checkpoints(folder):
-        if before_step is None or step_of(path) < before_step:
-            state = _state(path)
-            if state and state.get(GOOD, True):
-                return path
+        if (before_step is None or step_of(path) < before_step) and _is_good(path):
+            return path
     return None
 
 
@@ -87,8 +88,12 @@ def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
     return wrong or ranks.on_first(lambda: _contradictions(path))
 
 
-def newest_valid(folder: Path, on_skip: Callable[[str], None], ranks: Ranks | None = None) -> Path | None:
+def newest_valid(
+    folder: Path, on_skip: Callable[[str], None], ranks: Ranks | None = None, latest_step: int | None = None
+) -> Path | None:
     """The newest checkpoint whose files are as written, or None if there is no checkpoint at all (collective).
+
+    latest_step: leave those of later steps out.
 
     Every newer one that is skipped is reported to `on_skip` on rank 0, one line each: damaged ones, and what holds a
     checkpoint under another name. Raises CheckpointError if there are only such: whether to start over in their place is for
@@ -97,6 +102,8 @@ def newest_valid(folder: Path, on_skip: Callable[[str], None], ranks: Ranks | No
     ranks = ranks or all_ranks()
     candidates = ranks.on_first(lambda: _named(folder))
     others = ranks.on_first(lambda: _under_other_names(folder))
+    if latest_step is not None:
+        candidates, others = [path for path in candidates if step_of(path) <= latest_step], []
     tell = on_skip if ranks.rank == 0 else lambda line: None
     for number, path in enumerate(candidates):
         wrong = verify(path, ranks)
@@ -134,6 +141,22 @@ def resolve_checkpoint(path: Path, on_skip: Callable[[str], None], ranks: Ranks 
     return found
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Move the checkpoints of later steps to the folder ROLLED_BACK: no run resumes from them, and none is lost. On one rank.
+
+    Raises CheckpointError if that fails.
+    """
+    later = [path for path in list_checkpoints(folder) if step_of(path) > step]
+    try:
+        for path in later:
+            aside = folder.parent / ROLLED_BACK / path.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+    except OSError as error:
+        raise CheckpointError(f"cannot move a checkpoint aside: {error}") from error
+
+
 def prune(folder: Path, kept: Kept, saved: Path) -> list[Path]:
     """Delete what a new checkpoint `saved` makes superfluous, on one rank; returns the checkpoints deleted.
 
@@ -154,15 +177,25 @@ def prune(folder: Path, kept: Kept, saved: Path) -> list[Path]:
 
 
 def _superfluous(folder: Path, kept: Kept, saved: Path) -> list[Path]:
-    before = [path for path in list_checkpoints(folder) if step_of(path) < step_of(saved)]
+    upto = [path for path in list_checkpoints(folder) if step_of(path) <= step_of(saved)]
+    before = [path for path in upto if step_of(path) < step_of(saved)]
     if not kept.last:
         return []
-    stays = {newest_good(folder, before_step=step_of(saved) + 1)}
+    good = [path for path in upto if _is_good(path)]
+    proven = [path for path in good if step_of(path) <= step_of(saved) - kept.proven_after_steps]
+    stays = {*good[:1], *proven[:1]}
+    if kept.proven_after_steps and len(good) > len(proven):
+        stays.add(good[-1 - len(proven)])  # the oldest that is not proven: the next one to be
     if kept.every_steps:
         # Newest first: the last one to be entered is the first of its interval.
-        firsts = {step_of(path) // kept.every_steps: path for path in [saved, *before]}
+        firsts = {step_of(path) // kept.every_steps: path for path in upto}
         stays |= {path for number, path in firsts.items() if number}
     return [path for path in before[kept.last - 1 :] if path not in stays]
+
+
+def _is_good(path: Path) -> bool:
+    state = _state(path)
+    return bool(state) and bool(state.get(GOOD, True))
 
 
 def _named(folder: Path) -> list[Path]:

@@ -45,7 +45,12 @@ def kept_bytes(config: Config, save_bytes: int) -> int:
     saves = 1 + (steps // settings.interval_steps if settings.interval_steps else 0)
     if not settings.keep_last:
         return save_bytes * saves
-    kept = settings.keep_last + 1 + (steps // settings.keep_every_steps if settings.keep_every_steps else 0)
+    may_roll_back = config.guards.spike != "off" and config.guards.rollback
+    # The newest checkpoint that is proven good, and the next one that will be.
+    proven = (
+        2 if may_roll_back and (settings.keep_last - 1) * settings.interval_steps < config.guards.window_steps else 0
+    )
+    kept = settings.keep_last + 1 + proven + (steps // settings.keep_every_steps if settings.keep_every_steps else 0)
     # How many saves there are by time is not known.
     return save_bytes * (kept if settings.interval_seconds else min(saves, kept))
 

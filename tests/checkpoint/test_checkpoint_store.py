@@ -208,6 +208,15 @@ def test_the_newest_good_one_is_never_pruned(tmp_path):
     assert steps(tmp_path) == [6]
 
 
+def test_one_that_is_proven_good_stays(tmp_path):
+    """A loss that has risen is known to have four steps later: what was saved since may be bad. The next to be proven stays too."""
+    left = []
+    for step in (2, 4, 6, 7, 8, 9, 10, 13, 30):
+        prune(tmp_path, Kept(last=1, proven_after_steps=4), saved=save_as(tmp_path, step, good=True))
+        left.append(steps(tmp_path))
+    assert left == [[2], [2, 4], [2, 4, 6], [2, 4, 7], [4, 7, 8], [4, 7, 9], [4, 7, 10], [7, 10, 13], [13, 30]]
+
+
 def test_the_newest_good_one_is_by_step_and_may_be_asked_for_before_a_step(tmp_path):
     """One that does not say is good: older versions saved no others. One whose state is unreadable is not."""
     assert newest_good(tmp_path) is None

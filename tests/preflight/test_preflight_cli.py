@@ -117,11 +117,12 @@ def test_saves_by_time_count_as_the_steps_between_them():
         ({"keep_last": 0}, 21),
         ({"keep_last": 3, "keep_every_steps": 10_000}, 6),
         ({"keep_last": 30, "keep_every_steps": 1000}, 21),
-        ({"keep_last": 30, "interval_steps": 0, "interval_seconds": 600.0}, 31),
+        ({"keep_last": 30, "interval_steps": 0, "interval_seconds": 600.0}, 33),
+        ({"keep_last": 1}, 4),
     ],
 )
 def test_the_disk_holds_what_is_kept_and_the_one_being_written(changes, checkpoints):
-    """Of 20,000 steps with a save at every 1,000 and at the end, at most."""
+    """A run of 20,000 steps saves at every 1,000 and at the end."""
     assert kept_bytes(with_saves(**changes), save_bytes=7) == 7 * checkpoints
 
 

@@ -3,6 +3,7 @@
 `BASED_TEST_KILLS=200` sets their number. `pytest -s` prints the counts.
 """
 
+import faulthandler
 import os
 import random
 import signal
@@ -32,7 +33,8 @@ SETTINGS = (
 
 
 def be_rank(rank: int, port: int) -> None:
-    """What a launcher tells a rank."""
+    """What a launcher tells a rank; SIGUSR1 asks it where it is."""
+    faulthandler.register(signal.SIGUSR1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -57,6 +59,9 @@ def finish(ranks: list[BaseProcess], seconds: float = 90) -> list[int | None]:
         rank.join(max(0.0, deadline - time.monotonic()))
     codes = [rank.exitcode for rank in ranks]
     for rank in ranks:
+        if rank.pid and rank.is_alive():
+            os.kill(rank.pid, signal.SIGUSR1)
+            time.sleep(1)
         rank.kill()
         rank.join()
     return codes
@@ -92,12 +97,14 @@ def kill_ranks(run_dir: Path, data: Path, chance: random.Random) -> str:
         if victim in (f"rank {number}", "all ranks"):
             rank.kill()
     saving = bool(list((run_dir / "checkpoints").glob("*.tmp")))
-    assert None not in finish(ranks), "a rank hangs after the other was killed"
+    codes = finish(ranks)
+    stacks = [run_dir.with_name(f"{run_dir.name}-rank{rank}.err").read_text() for rank in range(RANKS)]
+    assert None not in codes, f"a rank hangs after the other was killed: {stacks[codes.index(None)][-5000:]}"
     return victim + (", a save in flight" if saving else "")
 
 
 def kill_launcher(run_dir: Path, data: Path, chance: random.Random) -> str:
-    """As above, with the launcher of `based launch local`: its ranks die with it."""
+    """Start the job with `based launch local`, and kill that: its ranks die with it; what was killed, or nothing."""
     before = starts(run_dir)
     with open(run_dir.with_name(f"{run_dir.name}-launcher.err"), "w") as output:
         launcher = subprocess.Popen(command(run_dir, data, *SETTINGS, nproc=RANKS), stdout=output, stderr=output)

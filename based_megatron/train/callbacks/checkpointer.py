@@ -15,13 +15,14 @@ from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, load_carried, load_checkpoint, read_state
 from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.checkpoint.saver import Saved, Saver
-from based_megatron.checkpoint.store import FOLDER, GOOD, Kept, newest_valid, resolve_checkpoint
+from based_megatron.checkpoint.store import FOLDER, GOOD, Kept, newest_valid, resolve_checkpoint, set_aside, step_of
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.finite import not_finite
 from based_megatron.parallel.sequence.carried import CarriedStates, Past
 from based_megatron.train.callbacks.base import Callback, StepReport
+from based_megatron.train.guard import GUARD, Guard
 from based_megatron.train.identity import check_changes
 
 if TYPE_CHECKING:
@@ -46,39 +47,57 @@ class Checkpointer(Callback):
         config: Config,
         run_id: str,
         data_fingerprint: str,
+        guard: Guard,
         device: torch.device,
         carried: CarriedStates | None = None,
     ) -> None:
-        self._engine, self._config, self._data_fingerprint, self._carried = engine, config, data_fingerprint, carried
-        self._run_id = run_id
+        self._engine, self._config, self._run_id, self._data_fingerprint = engine, config, run_id, data_fingerprint
+        self._guard, self._carried = guard, carried
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
         self._ranks, writers = (all_ranks(dist.new_group(backend="gloo", timeout=timeout)) for _ in range(2))
         settings = config.checkpoint
-        kept = Kept(settings.keep_last, settings.keep_every_steps)
+        # A loss that has risen is known to have after so many steps: the run then goes back to before them.
+        proven_after_steps = (
+            config.guards.window_steps if config.guards.spike != "off" and config.guards.rollback else 0
+        )
+        kept = Kept(settings.keep_last, settings.keep_every_steps, proven_after_steps)
         self._saver = Saver(self._folder, kept, self._ranks, writers, device)
         self._saved_step, self._failed_in_a_row, self._stood_still_seconds = -1, 0, 0.0
         self._warnings: list[str] = []
         self._loaded: dict[str, Any] | None = None
+        self._trainer: Trainer | None = None
 
     def restore(self) -> tuple[int, int]:
         """(steps done, tokens seen) of the newest valid checkpoint, now loaded; (0, 0) for a new run. Collective."""
         settings = self._config.checkpoint
         found = newest_valid(self._folder, self._warnings.append, self._ranks) if settings.resume else None
         if found is not None:
-            state = self._load(found, weights_only=False)
-            check_changes(self._config, self._data_fingerprint, found, state)
-            self._restore_carried(found, state)
-            self._saved_step = state["step"]
-            return state["step"], state["tokens_seen"]
+            return self._resume(found)
         if settings.load:
             path = resolve_checkpoint(Path(settings.load), self._warnings.append, self._ranks)
             state = self._load(path, weights_only=True)
             self._loaded = {"path": str(path), "what": "weights", "of_step": state["step"]}
         return 0, 0
 
+    def go_back(self, latest_step: int) -> tuple[int, int] | None:
+        """(steps done, tokens seen) of the newest valid checkpoint of a step up to `latest_step`, now loaded; None if there is none.
+
+        Those of later steps are moved out of the way of a resume. Collective.
+        """
+        if self._saver.in_flight:
+            assert self._trainer is not None
+            self._finish(self._trainer)
+        warnings: list[str] = []
+        found = newest_valid(self._folder, warnings.append, self._ranks, latest_step)
+        if found is None:
+            return None
+        self._ranks.on_first(lambda: set_aside(self._folder, step_of(found)))
+        return self._resume(found)
+
     def on_start(self, trainer: Trainer) -> None:
+        self._trainer = trainer
         if self._loaded:
             trainer.record("load", **self._loaded)
         if self._config.checkpoint.asynchronous:
@@ -97,7 +116,6 @@ class Checkpointer(Callback):
         by_steps = bool(interval_steps) and report.step % interval_steps == 0
         if not (by_steps or self._is_time()):
             return
-        trainer.check_skips()
         if trainer.is_healthy:
             self._start(trainer, waits=not self._saver.asynchronous)
             if not self._saver.asynchronous:
@@ -150,6 +168,7 @@ class Checkpointer(Callback):
             "data_fingerprint": self._data_fingerprint,
             "world_size": trainer.topology.world_size,
             "config": to_dict(self._config),
+            GUARD: self._guard.state(),
         }
         if self._carried is not None:
             state[PAST_TOKENS] = self._carried.past.runs
@@ -208,6 +227,16 @@ class Checkpointer(Callback):
                 f"the weights or states of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
                 f"saved; {trainer.advice(trainer.step)}"
             )
+
+    def _resume(self, path: Path) -> tuple[int, int]:
+        """Take all up that a checkpoint has. Returns its steps and tokens."""
+        state = self._load(path, weights_only=False)
+        check_changes(self._config, self._data_fingerprint, path, state)
+        self._restore_carried(path, state)
+        if GUARD in state:
+            self._guard.restore(state[GUARD])
+        self._saved_step = state["step"]
+        return state["step"], state["tokens_seen"]
 
     def _load(self, path: Path, weights_only: bool) -> dict[str, Any]:
         if not weights_only:
