@@ -7,7 +7,12 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO
+
+from based_megatron.process import end_with
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare")
 CONF = """
@@ -82,6 +87,14 @@ class Cluster:
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> "Cluster":
+        try:
+            self._bring_up()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _bring_up(self) -> None:
         folder, host = self.folder, socket.gethostname()
         for name in ("state", "spool"):
             (folder / name).mkdir(parents=True)
@@ -107,14 +120,14 @@ class Cluster:
         for node, address in addresses.items():
             self.start(node, address)
         _wait(lambda: self.states().count("idle") == self.nodes, 60)
-        return self
 
     def __exit__(self, *error: object) -> None:
         for process in [*self._boxes.values(), *self._daemons.values()]:
             process.kill()
             process.wait()
-        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
-        del os.environ["SLURM_CONF"]
+        for link in (*map(self._cable, self._boxes), self.bridge):
+            _run("ip", "link", "del", link, check=False)
+        os.environ.pop("SLURM_CONF", None)
 
     def start_controller(self) -> None:
         """Start slurmctld, again with the jobs it knew."""
@@ -130,7 +143,7 @@ class Cluster:
         address = address or f"{self.net}.{10 + int(node.removeprefix('node'))}"
         boot = BOOT.format(node=node, address=address, folder=self.folder)
         spaces = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", boot]
-        box = self._boxes[node] = subprocess.Popen(spaces, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        box = self._boxes[node] = _child(spaces, subprocess.DEVNULL)
         ours = os.readlink("/proc/self/ns/net")
         _wait(lambda: os.readlink(f"/proc/{box.pid}/ns/net") != ours, 10)
         cable = self._cable(node)
@@ -171,18 +184,21 @@ class Cluster:
         return f"{self.bridge}-{node.removeprefix('node')}"
 
     def _start(self, program: str, *arguments: str) -> None:
-        log = open(self.folder / f"{program}.out", "a")  # noqa: SIM115  (the daemon's from now on)
-        self._daemons[program] = subprocess.Popen(
-            [program, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        log.close()
+        with open(self.folder / f"{program}.out", "a") as log:
+            self._daemons[program] = _child([program, *arguments], log)
+
+
+def _child(words: Sequence[str], output: IO | int) -> subprocess.Popen:
+    """A process that ends with this one, however this one ends."""
+    end = partial(end_with, os.getpid())
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end)
 
 
 def _run(*words: str, check: bool = True) -> str:
     return subprocess.run(words, check=check, capture_output=True, text=True).stdout
 
 
-def _wait(condition, seconds: float) -> None:
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
