@@ -67,7 +67,9 @@ class SlurmOptions:
     max_failures: Count = 3
     """Give up after this number of failures in a row without a newer checkpoint."""
     exclude_after_failure: bool = True
-    """Start again without the nodes that were lost, or whose ranks said nothing in a hang (file excluded_nodes)."""
+    """Start again without the nodes that were lost, or that kept the others waiting in a hang (file excluded_nodes)."""
+    exclude_stragglers: bool = False
+    """Start again without the nodes whose ranks were reported as slow."""
     partition: str = ""
     """Partition to use, if not the cluster's default."""
     account: str = ""
@@ -151,6 +153,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
         max_failures=options.max_failures,
         exclude=shlex.quote(options.exclude),
         exclude_after_failure="yes" if options.exclude_after_failure else "",
+        exclude_stragglers="yes" if options.exclude_stragglers else "",
         hook=shlex.quote(options.hook),
         srun_options=shlex.join(_srun_options(options, config)),
         command=shlex.join(_rank_command(options, command, config)),

@@ -16,7 +16,7 @@ STUBS = {
     "scontrol": 'case $1 in show) printf "node1\\nnode2\\n";; requeue) [ -z "$NO_REQUEUE" ] && echo requeue >>calls;; esac',
     "squeue": "cat state",
     "sinfo": 'cat sinfo 2>/dev/null',
-    "sbatch": 'echo sbatch "$@" >>calls; echo 8',
+    "sbatch": 'echo sbatch "$@" of "$BASED_FORMER_JOB" >>calls; echo 8',
     "getent": "true",
     "sleep": "/bin/sleep 0.05",
     "hook": 'echo "$BASED_RUN_DIR $1: $2" >>hooks',
@@ -211,7 +211,7 @@ def test_a_job_that_slurm_is_ending_does_not_start_again(job, state):
 
 def test_a_job_that_cannot_be_requeued_goes_on_in_a_new_one(job):
     job.run(CHECKPOINT % (3, 3), NO_REQUEUE="1")
-    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch of 7"]
 
 
 HANG = """
@@ -224,7 +224,7 @@ def test_the_node_of_a_silent_rank_is_excluded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = Job(tmp_path, exclude="node9")
     job.run(HANG + cause(0, 1, 1, "RuntimeError: Timed out waiting 20000ms") + "exit 143")
-    assert job.read("calls") == [f"sbatch --parsable --exclude=node9,node2 {tmp_path}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node9,node2 {tmp_path}/run/pretrain.sbatch of 7"]
     (line,) = job.read("run/excluded_nodes")
     assert line.startswith("node2 silent in job 7 at 20")
 
@@ -244,7 +244,7 @@ def test_ranks_that_crash_do_not_cost_their_node(job):
 def test_if_no_rank_says_anything_no_node_is_to_blame(job):
     job.run(HANG + "touch run/hung; exit 143")
     assert job.read("run/excluded_nodes") == []
-    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch of 7"]
 
 
 def test_a_rank_whose_watchdog_spoke_is_not_silent(job):
@@ -257,7 +257,39 @@ def test_nodes_that_slurm_has_lost_are_excluded(job):
     (job.folder / "sinfo").write_text("node1 allocated\nnode2 down*\nnode2 down*\n")
     job.run("exit 9")
     assert [line.split()[:2] for line in job.read("run/excluded_nodes")] == [["node2", "down*"]]
-    assert job.read("calls") == [f"sbatch --parsable --exclude=node2 {job.folder}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node2 {job.folder}/run/pretrain.sbatch of 7"]
+
+
+def event(kind: str, hosts: str) -> str:
+    """Shell of a rank that records an event which names hosts."""
+    return f"""echo '{{"time": 1.5, "step": 3, "event": "{kind}", "message": "no", {hosts}, "stacks": "stacks"}}' >>run/events.jsonl; """
+
+
+@pytest.mark.parametrize(
+    ("hosts", "excluded"),
+    [
+        ('"hosts": ["node2.cluster"]', ["node2"]),
+        ('"host": "node1"', ["node1"]),
+        ('"hosts": ["node1", "node2"]', ["node1", "node2"]),
+        ('"hosts": []', []),
+        ('"hosts": ["login"]', []),
+    ],
+)
+def test_nodes_that_the_ranks_blame_for_a_hang_are_excluded(job, hosts, excluded):
+    (job.folder / "run").mkdir()
+    (job.folder / "run/events.jsonl").write_text('{"event": "hang", "hosts": ["node1", "node2"]}\n')
+    job.run(event("hang", hosts) + "exit 9")
+    assert [line.split()[:2] for line in job.read("run/excluded_nodes")] == [[node, "hang"] for node in excluded]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_stragglers_are_excluded_if_asked(tmp_path, monkeypatch, asked):
+    """At a time limit too."""
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, exclude_stragglers=asked)
+    job.run(event("straggler", '"hosts": ["node2"]') + CHECKPOINT % (3, 3))
+    again = f"sbatch --parsable --exclude=node2 {tmp_path}/run/pretrain.sbatch of 7"
+    assert job.read("calls") == ([again] if asked else ["requeue"])
 
 
 def test_nodes_are_kept_if_asked(tmp_path, monkeypatch):
