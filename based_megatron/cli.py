@@ -13,6 +13,7 @@ from based_megatron.process import end_with_torchrun, leave_cause, rank_name
 COMMANDS = {
     "prep": ("tokenize text, JSON lines, parquet or source files into shards", "based_megatron.data_prep.cli:main"),
     "train": ("pretrain; every rank runs this", "based_megatron.train.cli:main"),
+    "status": ("say how runs are, while they run and after, from their files", "based_megatron.status.cli:main"),
     "preflight": ("predict memory, time and disk of a run, without a GPU", "based_megatron.preflight.cli:main"),
     "nodes": ("measure the nodes of a job, and name those that are slow or wrong", "based_megatron.nodes.cli:main"),
     "launch": ("start the ranks of a command, here or on SLURM", "based_megatron.launchers.cli:main"),

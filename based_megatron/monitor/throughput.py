@@ -32,7 +32,7 @@ class ThroughputMeter:
 
     def restart(self) -> None:
         """Forget what was counted, after the first step of a process: it compiles and allocates. All before it was start-up."""
-        self._spent["start_up"] = time.time() - psutil.Process().create_time()
+        self._spent["start_up"] = process_seconds()
         self._start_over()
 
     def add(self, tokens: int) -> None:
@@ -81,6 +81,11 @@ class ThroughputMeter:
     def _start_over(self) -> None:
         self._steps = self._skipped = self._tokens = 0
         self._began = time.perf_counter()
+
+
+def process_seconds() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
 
 
 def peak_flops_of_run(config: Config, device: torch.device) -> float | None:

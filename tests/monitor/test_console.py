@@ -4,7 +4,8 @@ import re
 import pytest
 from rich.console import Console
 
-from based_megatron.monitor.sinks.console import ConsoleSink, duration, human, status_line
+from based_megatron.monitor.sinks.console import ConsoleSink, status_line
+from based_megatron.monitor.words import duration, human
 
 
 def log_file() -> Console:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.sinks.base import RunFacts, Sink, perplexity
+from based_megatron.monitor.words import duration, human
 
 BAR_WIDTH = 20
 
@@ -20,11 +22,12 @@ class ConsoleSink(Sink):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
+        self._run_dir = Path()
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
     def start(self, run: RunFacts) -> None:
-        self._run, self._steps = run, run.config.train.steps
+        self._run_dir, self._steps = run.run_dir, run.config.train.steps
         self._console.print(run_table(run))
         if self._console.is_terminal:
             self._progress = Progress(
@@ -50,8 +53,13 @@ class ConsoleSink(Sink):
             self._print(f"step {step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
         elif name == "end":
             self._stop_progress()
-            self._print(f"ended at step {step} after {human(fields['tokens_seen'])} tokens; {self._run.run_dir}")
+            self._print(f"ended at step {step} after {human(fields['tokens_seen'])} tokens; {self._run_dir}")
         else:
+            # The table has the run folder.
+            fields = {
+                key: value.removeprefix(f"{self._run_dir}/") if isinstance(value, str) else value
+                for key, value in fields.items()
+            }
             shown = " ".join(f"{key}={_short(value)}" for key, value in fields.items())
             self._print(f"step {step} {name} {shown}")
 
@@ -116,26 +124,6 @@ def status_line(step: int, total_steps: int, values: Mapping[str, float], width:
 def time_of_day() -> str:
     """The local time, as lines of a log begin."""
     return time.strftime("%H:%M:%S")
-
-
-def human(number: float) -> str:
-    """Three digits and a unit: 362620928 is 363M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:  # else 999,999 would be 1e+03k
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """The two largest units: 3h12m, 5m07s, 42s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def _short(value: object) -> str:

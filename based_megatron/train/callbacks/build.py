@@ -1,7 +1,9 @@
 """The jobs besides the training loop that a config asks for."""
 
+import socket
 from pathlib import Path
 
+import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from based_megatron.config import Config
@@ -36,4 +38,6 @@ def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sourc
 def loggers(config: Config, topology: Topology, start: tuple[int, int]) -> list[Callback]:
     """What is written while training. start: (steps done, tokens seen)."""
     facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start)
-    return [Logger(start_sinks(facts) if topology.is_logger else []), Heartbeat()]
+    hosts = [""] * topology.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    return [Logger(start_sinks(facts) if topology.is_logger else [], hosts), Heartbeat()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from based_megatron.monitor.eta import Eta
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.memory import memory_gib
 from based_megatron.monitor.sinks.base import Sink, perplexity
-from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run
+from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run, process_seconds
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ class Logger(Callback):
     Loss and gradient norm of each step stay on the device until a log point or a save: a checkpoint is never ahead of the log.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        """sinks: started ones; none on ranks that do not log."""
-        self._sinks = list(sinks)
+    def __init__(self, sinks: Sequence[Sink], hosts: Sequence[str] = ()) -> None:
+        """sinks: started ones; none on ranks that do not log. hosts: the name of each rank's host."""
+        self._sinks, self._hosts = list(sinks), hosts
         self._is_first = True
         self._unread: list[StepReport] = []
         self._interval: list[tuple[float, float]] = []
@@ -47,6 +48,8 @@ class Logger(Callback):
             tokens_seen=trainer.tokens_seen,
             world_size=topology.world_size,
             parameters=parameter_count(config.model),
+            process_seconds=process_seconds(),
+            hosts=dict(Counter(self._hosts)),
         )
 
     def post_step(self, trainer: Trainer, report: StepReport) -> None:

@@ -1,0 +1,1 @@
+"""The command `based status`: how a run is, from its files alone."""

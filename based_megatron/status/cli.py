@@ -1,0 +1,62 @@
+"""The command `based status`: how runs are, from their files alone. Needs no PyTorch."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from based_megatron.monitor.events import FILE_NAME
+from based_megatron.status.record import RunRecord
+from based_megatron.status.report import json_line, page, table
+from based_megatron.status.run import RunStatus, look_for, status_of
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """Say how runs are, while they run and after: state, step, loss, speed, when it ends, where time went, restarts and why."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders: one gives a page, several a table."""
+    watch: bool = False
+    """Look again and again, until Ctrl-C."""
+    json: bool = False
+    """Print one JSON object a line for each run."""
+    interval_seconds: float = 2.0
+    """Seconds between looks of --watch."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print how the runs are; returns the exit code. Raises ConfigError for a folder that is none of a run."""
+    options = tyro.cli(StatusOptions, prog="based status", args=list(argv))
+    for run in options.runs:
+        look_for(run)
+    records = [(run, RunRecord(run / FILE_NAME)) for run in options.runs]
+    if options.json:
+        for status in _look(records):
+            print(json_line(status))
+        return 0
+    if not options.watch:
+        Console().print(_shown(_look(records)))
+        return 0
+    try:
+        with Live(_shown(_look(records)), auto_refresh=False, screen=False) as live:
+            while True:
+                time.sleep(max(0.1, options.interval_seconds))
+                live.update(_shown(_look(records)), refresh=True)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _look(records: Sequence[tuple[Path, RunRecord]]) -> list[RunStatus]:
+    for _, record in records:
+        record.update()
+    return [status_of(run, record, time.time()) for run, record in records]
+
+
+def _shown(statuses: Sequence[RunStatus]) -> RenderableType:
+    return page(statuses[0]) if len(statuses) == 1 else table(statuses)
