@@ -25,8 +25,9 @@ if __name__ == "__main__":
 
 from based_megatron.cli import main
 from based_megatron.monitor.events import read_events
+from support.machines import wait
 from support.runs import TINY, prepare_corpus
-from support.slurm_cluster import Cluster, why_not
+from support.slurm_cluster import Cluster, why_no_slurm
 
 STEPS = 40
 RANK = "-m based_megatron train"
@@ -116,7 +117,7 @@ class Trial:
 
     def wait_step(self, run: Run, step: int) -> None:
         """Until a step is done."""
-        wait(lambda: any(event["step"] >= step for event in run.steps), f"step {step} of {run.folder.name}")
+        wait(lambda: any(event["step"] >= step for event in run.steps), 240)
 
     def wait_end(self, run: Run, seconds: float = 300) -> None:
         """Until no job of the run waits or runs."""
@@ -129,10 +130,10 @@ class Trial:
             # Between two jobs there may be none for a moment.
             return time.monotonic() - seen > 3
 
-        wait(over, f"the end of {run.folder.name}", seconds)
+        wait(over, seconds, 0.3)
 
     def rank_pids(self, run: Run, rank: int) -> list[int]:
-        return self.cluster.pids(self.nodes(run)[rank], RANK)
+        return self.cluster.machines.pids(self.nodes(run)[rank], RANK)
 
 
 SCENARIOS: dict[str, Callable[[Trial, str], tuple[Run, float]]] = {}
@@ -174,7 +175,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("time limit is near while ranks start")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     run = trial.launch(name)
-    wait(lambda: run.starts > 0, "the start")
+    wait(lambda: run.starts > 0, 120)
     time.sleep(1.5)
     _output("scancel", "--batch", "--signal=USR1", trial.job(run))
     when = time.time()
@@ -206,15 +207,15 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("a node loses power in a step")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     with _restored(trial) as lost:
-        return disturbed(trial, name, lambda run: trial.cluster.kill(lost(trial.nodes(run)[1])))
+        return disturbed(trial, name, lambda run: trial.cluster.machines.kill(lost(trial.nodes(run)[1])))
 
 
 @scenario("a node loses power in a save")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     def disturb(run: Run) -> None:
         node = lost(trial.nodes(run)[1])
-        wait(lambda: any(run.folder.glob("checkpoints/*.tmp")), "a save", pause=0.002)
-        trial.cluster.kill(node)
+        wait(lambda: any(run.folder.glob("checkpoints/*.tmp")), 60, 0.002)
+        trial.cluster.machines.kill(node)
 
     with _restored(trial) as lost:
         return disturbed(trial, name, disturb)
@@ -224,7 +225,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """The batch script runs there too."""
     with _restored(trial) as lost:
-        return disturbed(trial, name, lambda run: trial.cluster.kill(lost(trial.nodes(run)[0])))
+        return disturbed(trial, name, lambda run: trial.cluster.machines.kill(lost(trial.nodes(run)[0])))
 
 
 @scenario("a node is cut off the network")
@@ -233,10 +234,10 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     run = trial.launch(name)
     trial.wait_step(run, 13)
     node = trial.nodes(run)[1]
-    trial.cluster.cut(node)
+    trial.cluster.machines.cut(node)
     when = time.time()
     trial.wait_end(run)
-    trial.cluster.heal(node)
+    trial.cluster.machines.heal(node)
     _all_idle(trial)
     return run, when
 
@@ -254,7 +255,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("srun is killed")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     def disturb(run: Run) -> None:
-        for pid in trial.cluster.pids(trial.nodes(run)[0], "srun --kill-on-bad-exit"):
+        for pid in trial.cluster.machines.pids(trial.nodes(run)[0], "srun --kill-on-bad-exit"):
             os.kill(pid, signal.SIGKILL)
 
     return disturbed(trial, name, disturb)
@@ -263,11 +264,11 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("the batch script is killed, then submitted again")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     def disturb(run: Run) -> None:
-        for pid in trial.cluster.pids(trial.nodes(run)[0], "slurm_script"):
+        for pid in trial.cluster.machines.pids(trial.nodes(run)[0], "slurm_script"):
             os.kill(pid, signal.SIGKILL)
 
     run, _when = disturbed(trial, name, disturb)
-    left = [pid for node in trial.nodes(run) for pid in trial.cluster.pids(node, str(run.folder))]
+    left = [pid for node in trial.nodes(run) for pid in trial.cluster.machines.pids(node, str(run.folder))]
     assert run.starts == 1 and not left, f"ranks outlive the script: {left}"
     when = time.time()
     trial.launch(name)
@@ -281,7 +282,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
         trial.cluster.kill_controller()
         time.sleep(2)
         trial.cluster.start_controller()
-        wait(lambda: bool(trial.cluster.states()), "slurmctld")
+        wait(trial.cluster.answers, 60)
 
     return disturbed(trial, name, disturb)
 
@@ -350,7 +351,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("a stop file while the ranks start, then submitted again")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     run = trial.launch(name)
-    wait(lambda: run.starts > 0, "the start")
+    wait(lambda: run.starts > 0, 120)
     (run.folder / "stop").touch()
     trial.wait_end(run)
     assert len(run.losses) == 1 and not (run.folder / "stop").exists(), run.losses
@@ -358,14 +359,6 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     trial.launch(name)
     trial.wait_end(run)
     return run, when
-
-
-def wait(condition: Callable[[], bool], what: str, seconds: float = 240, pause: float = 0.3) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no {what} after {seconds:.0f} s")
-        time.sleep(pause)
 
 
 @contextlib.contextmanager
@@ -384,7 +377,7 @@ def _restored(trial: Trial) -> Iterator[Callable[[str], str]]:
 
 
 def _all_idle(trial: Trial) -> None:
-    wait(lambda: trial.cluster.states().count("idle") == trial.cluster.nodes, "idle nodes", 120)
+    wait(trial.cluster.is_idle, 120)
 
 
 def _output(*words: str) -> str:
@@ -439,6 +432,6 @@ def run_all(titles: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if reason := why_not():
+    if reason := why_no_slurm():
         sys.exit(f"no SLURM here: {reason}")
     sys.exit(run_all(sys.argv[1:] or list(SCENARIOS)))

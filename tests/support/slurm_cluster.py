@@ -1,20 +1,15 @@
-"""A SLURM cluster of several nodes on this machine: real daemons, each node in namespaces of its own. Needs root and the Debian packages
-`munge slurmctld slurmd slurm-client iproute2`."""
+"""A SLURM cluster of several nodes on this machine, with real daemons. Needs root and the Debian packages `munge slurmctld slurmd
+slurm-client iproute2`."""
 
 import os
 import secrets
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import IO
 
-from based_megatron.process import end_with
+from support.machines import Machines, child, run, wait, why_no_machines
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare")
 CONF = """
 ClusterName=based
 SlurmctldHost={host}({net}.1)
@@ -54,36 +49,20 @@ NodeName=node[1-{nodes}] NodeAddr={net}.[11-{last}] Port={node_port} CPUs=4 Real
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=15 MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
-BOOT = """
-hostname {node}
-until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
-mount -t proc proc /proc
-mount -t tmpfs tmpfs /dev/shm
-mount --bind {folder}/hosts /etc/hosts
-ip link set lo up
-ip addr add {address}/24 dev eth0
-ip link set eth0 up
-slurmd -N {node}
-while :; do sleep 3600 & wait $!; done
-"""
 
 
-def why_not() -> str:
+def why_no_slurm() -> str:
     """Why no cluster can be made here, or an empty string."""
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)}"
-    spaces = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"]
-    return "" if subprocess.run(spaces, capture_output=True).returncode == 0 else "no right to make namespaces"
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else why_no_machines()
 
 
 class Cluster:
     """Nodes node1 to nodeN, which see all files of this machine. A context manager: on leaving, all of its processes are gone."""
 
     def __init__(self, folder: Path, nodes: int, net: str = "10.79.0", port: int = 17800) -> None:
-        self.folder, self.nodes, self.net, self.port = folder, nodes, net, port
-        self.bridge = f"based{port}"
-        self._boxes: dict[str, subprocess.Popen] = {}
+        self.folder, self.nodes, self.port = folder, [f"node{i}" for i in range(1, nodes + 1)], port
+        self.machines = Machines(folder, self.nodes, net)
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> "Cluster":
@@ -95,38 +74,32 @@ class Cluster:
         return self
 
     def _bring_up(self) -> None:
-        folder, host = self.folder, socket.gethostname()
+        folder, net = self.folder, self.machines.net
         for name in ("state", "spool"):
             (folder / name).mkdir(parents=True)
-        addresses = {f"node{i}": f"{self.net}.{10 + i}" for i in range(1, self.nodes + 1)}
         track = "cgroup" if Path("/sys/fs/cgroup/freezer").is_dir() else "linuxproc"
-        sizes = {"nodes": self.nodes, "last": 10 + self.nodes, "port": self.port, "node_port": self.port + 1}
-        conf = CONF.format(host=host, net=self.net, folder=folder, track=track, **sizes)
+        sizes = {"nodes": len(self.nodes), "last": 10 + len(self.nodes), "port": self.port, "node_port": self.port + 1}
+        conf = CONF.format(host=socket.gethostname(), net=net, folder=folder, track=track, **sizes)
         (folder / "slurm.conf").write_text(conf)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        lines = ["127.0.0.1 localhost", f"{self.net}.1 {host}", *(f"{a} {name}" for name, a in addresses.items())]
-        (folder / "hosts").write_text("\n".join(lines) + "\n")
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o600)
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-        _run("ip", "link", "add", self.bridge, "type", "bridge")
-        _run("ip", "addr", "add", f"{self.net}.1/24", "dev", self.bridge)
-        _run("ip", "link", "set", self.bridge, "up")
+        self.machines.__enter__()
         files = {name: f"--{name}-file={folder}/munged.{name}" for name in ("pid", "seed", "log")}
         self._start("munged", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.socket", *files.values())
-        _wait(lambda: (folder / "munge.socket").exists(), 10)
+        wait(lambda: (folder / "munge.socket").exists(), 10)
         self.start_controller()
-        for node, address in addresses.items():
-            self.start(node, address)
-        _wait(lambda: self.states().count("idle") == self.nodes, 60)
+        for node in self.nodes:
+            self.start(node)
+        wait(self.is_idle, 60)
 
     def __exit__(self, *error: object) -> None:
-        for process in [*self._boxes.values(), *self._daemons.values()]:
+        self.machines.__exit__()
+        for process in self._daemons.values():
             process.kill()
             process.wait()
-        for link in (*map(self._cable, self._boxes), self.bridge):
-            _run("ip", "link", "del", link, check=False)
         os.environ.pop("SLURM_CONF", None)
 
     def start_controller(self) -> None:
@@ -138,69 +111,22 @@ class Cluster:
         self._daemons["slurmctld"].kill()
         self._daemons["slurmctld"].wait()
 
-    def start(self, node: str, address: str = "") -> None:
-        """Switch a node on."""
-        address = address or f"{self.net}.{10 + int(node.removeprefix('node'))}"
-        boot = BOOT.format(node=node, address=address, folder=self.folder)
-        spaces = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", boot]
-        box = self._boxes[node] = _child(spaces, subprocess.DEVNULL)
-        ours = os.readlink("/proc/self/ns/net")
-        _wait(lambda: os.readlink(f"/proc/{box.pid}/ns/net") != ours, 10)
-        cable = self._cable(node)
-        _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(box.pid))
-        _run("ip", "link", "set", cable, "master", self.bridge, "up")
+    def start(self, node: str) -> None:
+        """Switch a node on, again if it lost its power."""
+        self.machines.start(node, f"slurmd -N {node}; while :; do sleep 3600 & wait $!; done")
 
-    def kill(self, node: str) -> None:
-        """Cut a node's power: the network first, so that nobody hears a last word of it."""
-        _run("ip", "link", "del", self._cable(node))
-        self._boxes[node].kill()
-        self._boxes[node].wait()
+    def answers(self) -> bool:
+        """Whether slurmctld does."""
+        return bool(self._states())
 
-    def cut(self, node: str) -> None:
-        """Unplug a node from the network; its processes go on."""
-        _run("ip", "link", "set", self._cable(node), "down")
+    def is_idle(self) -> bool:
+        """Whether all nodes are there and do nothing."""
+        return self._states().count("idle") == len(self.nodes)
 
-    def heal(self, node: str) -> None:
-        """Plug a node in again."""
-        _run("ip", "link", "set", self._cable(node), "up")
-
-    def pids(self, node: str, words: str) -> list[int]:
-        """Processes of a node whose command line has these words, oldest first."""
-        found, space = [], os.readlink(f"/proc/{self._boxes[node].pid}/ns/net")
-        for entry in Path("/proc").iterdir():
-            try:
-                same = entry.name.isdigit() and os.readlink(entry / "ns/net") == space
-                if same and words in (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return sorted(found)
-
-    def states(self) -> list[str]:
-        """State of each node."""
-        return _run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
-
-    def _cable(self, node: str) -> str:
-        return f"{self.bridge}-{node.removeprefix('node')}"
+    @staticmethod
+    def _states() -> list[str]:
+        return run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
 
     def _start(self, program: str, *arguments: str) -> None:
         with open(self.folder / f"{program}.out", "a") as log:
-            self._daemons[program] = _child([program, *arguments], log)
-
-
-def _child(words: Sequence[str], output: IO | int) -> subprocess.Popen:
-    """A process that ends with this one, however this one ends."""
-    end = partial(end_with, os.getpid())
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end)
-
-
-def _run(*words: str, check: bool = True) -> str:
-    return subprocess.run(words, check=check, capture_output=True, text=True).stdout
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the cluster does not come up")
-        time.sleep(0.1)
+            self._daemons[program] = child([program, *arguments], log)
