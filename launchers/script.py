@@ -17,8 +17,8 @@ from based_megatron.config.limits import check_limits, flag
 from based_megatron.config.schema import Count
 from based_megatron.config.validate import validate
 from based_megatron.errors import ConfigError
+from based_megatron.run_folder.files import SBATCH
 
-SCRIPT_NAME = "pretrain.sbatch"
 OWN_OPTIONS = {
     "array": "its elements would all train in one run folder; --sweep gives each its own",
     "dependency": "use --after",
@@ -70,6 +70,10 @@ class SlurmOptions:
     """Start again without the nodes that were lost, or that kept the others waiting in a hang (file excluded_nodes)."""
     exclude_stragglers: bool = False
     """Start again without the nodes whose ranks were reported as slow."""
+    check: bool = False
+    """Measure the nodes first (`based nodes`), and train without those that are slow or wrong."""
+    spare_nodes: int = 0
+    """Nodes to ask for beyond --nodes, so that --check can leave bad ones out at once. Those left over are idle."""
     partition: str = ""
     """Partition to use, if not the cluster's default."""
     account: str = ""
@@ -137,14 +141,17 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
     _check_options(options, config)
     _check_layout(options, config)
     run_dir = run_folder(config)
-    template = resources.files("based_megatron.launchers").joinpath(SCRIPT_NAME).read_text()
+    template = resources.files("based_megatron.launchers").joinpath(SBATCH).read_text()
     interfaces = " ".join(
         f"{name}={shlex.quote(options.interface)}" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
     )
     return _Template(template).substitute(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(options, run_dir)),
         setup=options.setup or ":",
-        check=":",
+        check="check_nodes" if options.check else ":",
+        check_command=shlex.join(_rank_command(options, ["nodes"], config)),
+        nodes=options.nodes,
+        ranks=ranks_of(options),
         interface=f"export {interfaces}" if options.interface else ":",
         working_dir=shlex.quote(os.getcwd()),
         run_dir=shlex.quote(str(run_dir)),
@@ -172,6 +179,10 @@ def _check_options(options: SlurmOptions, config: Config) -> None:
         raise ConfigError(
             f"--stop-seconds {options.stop_seconds} is not below the limit --time {options.time}: the run would stop "
             f"at once; change either"
+        )
+    if options.spare_nodes and not options.check:
+        raise ConfigError(
+            f"--spare-nodes {options.spare_nodes} would be idle: without --check no node is left out; set --check"
         )
     if not config.checkpoint.resume:
         raise ConfigError(
@@ -216,7 +227,7 @@ def _directives(options: SlurmOptions, run_dir: Path) -> list[str]:
     lines = [
         f"--job-name={shlex.quote(job_name(run_dir))}",
         "--dependency=singleton",
-        f"--nodes={options.nodes}",
+        f"--nodes={options.nodes + options.spare_nodes}",
         f"--ntasks-per-node={ranks_of(options) // options.nodes}",
         f"--cpus-per-task={options.cpus_per_task}",
         f"--time={options.time}",

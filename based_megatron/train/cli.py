@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from based_megatron import __version__
 from based_megatron.train.signals import StopSignals
@@ -30,10 +31,14 @@ def main(argv: Sequence[str]) -> None:
 
         train(config, signals)
         return
+    from based_megatron.run_folder.lock import check_free
     from based_megatron.train.accept import accept
+    from based_megatron.train.identity import identify
 
-    accept(config, rank.world_size)
+    sources = accept(config, rank.world_size)
     if rank.rank == 0:
+        check_free(Path(config.run_dir))
+        identify(config, sources.fingerprint)
         print(
             "this run can start: settings, data, run folder and the least memory have been checked, nothing was written"
         )
