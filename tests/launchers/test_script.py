@@ -128,8 +128,9 @@ def test_failures_without_a_newer_checkpoint_end_the_run(job):
 
 
 def test_a_newer_checkpoint_begins_the_count_anew(job):
-    for step in (3, 10, 11):
-        job.run(CHECKPOINT % (step, step) + "; exit 9")
+    for step in (3, 10, 123456789):
+        state = f"""; echo '{{"good": true}}' >run/checkpoints/step-{step:08d}/state.json"""
+        job.run(CHECKPOINT % (step, step) + state + "; exit 9")
         assert job.read("calls") == ["requeue"] and job.read("run/failures") == [f"1 {step}"]
 
 
@@ -138,9 +139,11 @@ def test_a_newer_checkpoint_begins_the_count_anew(job):
     [
         "mkdir -p run/checkpoints/step-00000009.tmp && touch run/checkpoints/step-00000009.tmp/manifest.json",
         "mkdir -p run/checkpoints/step-00000009",
+        "mkdir -p run/checkpoints/step-00000009.old && touch run/checkpoints/step-00000009.old/manifest.json",
         CHECKPOINT % (2, 2),
+        CHECKPOINT % (9, 9) + """; echo '{"step": 9, "good": false}' >run/checkpoints/step-00000009/state.json""",
     ],
-    ids=["unfinished", "without a manifest", "older"],
+    ids=["unfinished", "without a manifest", "replaced", "older", "bad"],
 )
 def test_what_is_no_progress(job, ranks):
     job.run(CHECKPOINT % (3, 3) + "; exit 9")

@@ -88,6 +88,24 @@ class Machines:
         """Plug a machine in again."""
         run("ip", "link", "set", self._cable(name), "up")
 
+    def slow(self, name: str) -> None:
+        """Make the network of a machine slow, until it is switched off."""
+        run(
+            "tc",
+            "qdisc",
+            "add",
+            "dev",
+            self._cable(name),
+            "root",
+            "tbf",
+            "rate",
+            "4mbit",
+            "burst",
+            "16kb",
+            "latency",
+            "200ms",
+        )
+
     def pids(self, name: str, words: str) -> list[int]:
         """Processes of a machine whose command line has these words, oldest first."""
         found, space = [], os.readlink(f"/proc/{self.processes[name].pid}/ns/net")
