@@ -14,7 +14,8 @@ from based_megatron.launchers.script import SlurmOptions, render_sbatch
 CONFIG = load_config("tiny")
 STUBS = {
     "scontrol": 'case $1 in show) printf "node1\\nnode2\\n";; requeue) [ -z "$NO_REQUEUE" ] && echo requeue >>calls;; esac',
-    "squeue": "cat state",
+    "squeue": 'case "$*" in *--steps*) printf "7.batch\\n7.1\\n";; *) cat state;; esac',
+    "scancel": 'echo scancel "$@" >>calls',
     "sinfo": 'cat sinfo 2>/dev/null',
     "sbatch": 'echo sbatch "$@" ${BASED_FORMER_JOB:+of $BASED_FORMER_JOB} >>calls; echo 8',
     "getent": "true",
@@ -188,6 +189,21 @@ def test_the_first_cause_is_shown(job):
     assert "cause: rank 1 on node2: OSError: no\n" in job.log and job.read("calls") == ["requeue"]
 
 
+@pytest.mark.parametrize(
+    ("other", "shown"),
+    [
+        (cause(0, 1, 1, "RuntimeError: Connection closed by peer"), "node2: task 1: Killed"),
+        ("", "node2: task 1: Killed"),
+        (cause(0, 0, 1, "MemoryError: no"), "rank 0 on node1: MemoryError: no"),
+    ],
+    ids=["aftermath", "nothing", "a cause"],
+)
+def test_a_rank_that_was_killed_is_a_cause(job, other, shown):
+    srun = "echo 'srun: error: node1: task 0: Exited with exit code 1' >&2; echo 'srun: error: node2: task 1: Killed' >&2; "
+    job.run(other + srun + "exit 137")
+    assert f"cause: {shown}\n" in job.log and "srun: error: node2: task 1: Killed\n" in job.log
+
+
 @pytest.mark.parametrize("before", ["no disk", "folder in its place", "garbage", "empty"])
 def test_a_counter_that_cannot_be_kept_ends_the_run(job, before):
     ranks = {
@@ -321,6 +337,7 @@ def test_a_run_that_hangs_is_ended(job, beats, hangs):
     (job.folder / "run/heartbeat").write_text('{"limit_seconds": 0}')
     job.run("/bin/sleep 0.3; " + beats + ("exec /bin/sleep 10" if hangs else "exit 9"))
     assert (hangs in job.log) if hangs else "no step for" not in job.log
+    assert (job.read("calls")[:1] == ["scancel --signal=KILL 7.1"]) is bool(hangs)
     assert ("status 137" in job.log) is (job.folder / "run/hung").exists() is bool(hangs)
 
 
