@@ -333,6 +333,21 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     return run, when
 
 
+@scenario("two jobs of one folder, by another name")
+def _(trial: Trial, name: str) -> tuple[Run, float]:
+    """Around `based launch`: the lock of the folder refuses the ranks of the second."""
+    run = trial.launch(name)
+    trial.wait_step(run, 1)
+    second = ["sbatch", "--parsable", "--job-name=other", "--dependency=", str(run.folder / "pretrain.sbatch")]
+    log = run.folder / f"slurm-{_output(*second).strip()}.log"
+    when = time.time()
+    wait(lambda: log.exists() and "giving up" in log.read_text(), 120)
+    assert "is in use by job" in log.read_text(), log.read_text()
+    log.rename(log.with_name("refused.log"))
+    trial.wait_end(run)
+    return run, when
+
+
 @scenario("a node with a slow network, and --check")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     trial.cluster.machines.slow("node1")
@@ -402,7 +417,7 @@ def row(trial: Trial, title: str, run: Run, when: float) -> list[str]:
     later = [event["time"] for event in run.steps if event["time"] > when]
     # Steps of the disturbed start may still have ended: the next one is of a start that begins with lower or later steps.
     gaps = [later[i] for i in range(len(later)) if i == 0 or later[i] - later[i - 1] > 3]
-    next_step = "-" if title == "nothing" or not gaps else f"{gaps[-1] - when:.0f}"
+    next_step = "-" if run.starts < 2 or not gaps else f"{gaps[-1] - when:.0f}"
     again = len(run.steps) - len(run.losses)
     whole = run.losses == trial.undisturbed()
     equal = "bit for bit" if whole else "-" if len(run.losses) < STEPS else "NO"
