@@ -57,7 +57,7 @@ def leave_cause(error: BaseException) -> None:
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     final = isinstance(error, BasedError) and not error.may_pass
     priority = 0 if final or not AFTERMATH.search(message) else 1
-    line = f"{priority} {time.time():.3f} {2 if final else 1} rank {rank} on {socket.gethostname()}: {message:.2000}\n"
+    line = f"{priority} {time.time():.3f} {2 if final else 1} rank {rank} on {socket.gethostname()}: {message:.500}\n"
     try:
         (Path(folder) / f"cause-{int(rank):04d}").write_text(line)
     except OSError as failure:
