@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from based_megatron import __version__
 from based_megatron.errors import BasedError
+from based_megatron.process import end_with_torchrun, leave_cause, rank_name
 
 # Each entry: what it does, and module:function taking the remaining arguments. Imported only when used: torch takes seconds.
 COMMANDS = {
@@ -37,15 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"based: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    end_with_torchrun()
     try:
         return int(_function(argv[0])(argv[1:]) or 0)
     except BasedError as error:
         _print_error(error)
+        leave_cause(error)
         return 2
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has seen enough. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        leave_cause(error)
+        raise
 
 
 def usage() -> str:
@@ -61,6 +67,6 @@ def _function(command: str) -> Callable[[list[str]], int | None]:
 
 
 def _print_error(error: BasedError) -> None:
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", ""))
+    rank = rank_name()
     where = f" rank {rank}" if rank not in ("", "0") else ""
     print(f"based{where}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -4,6 +4,9 @@
 class BasedError(Exception):
     """Base of all errors that are the user's to fix; the command line prints them in one line, without a traceback."""
 
+    may_pass = False
+    """Whether the same start may succeed later with nothing changed: a disk that failed may be back, a wrong setting stays wrong."""
+
 
 class ConfigError(BasedError):
     """A configuration that cannot run."""
@@ -12,9 +15,13 @@ class ConfigError(BasedError):
 class DataError(BasedError):
     """A corpus, shard, manifest or tokenizer that cannot be used."""
 
+    may_pass = True
+
 
 class CheckpointError(BasedError):
     """A checkpoint that cannot be written or read."""
+
+    may_pass = True
 
 
 class TrainingError(BasedError):

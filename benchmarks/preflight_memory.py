@@ -60,6 +60,7 @@ class Case:
             *layout,
             f"ZeRO-{self.zero_stage}",
             f"recompute {self.recompute}",
+            *([f"{self.accumulation} micro batches"] if self.accumulation > 1 else []),
         ]
         return f"{self.config}, {', '.join(parts)}, {self.ranks} GPU{'s' if self.ranks > 1 else ''}"
 

@@ -7,7 +7,8 @@ import tyro
 
 from based_megatron.errors import ConfigError
 from based_megatron.launchers.local import LocalOptions, launch_local
-from based_megatron.launchers.slurm import SlurmOptions, launch_slurm
+from based_megatron.launchers.script import SlurmOptions
+from based_megatron.launchers.slurm import launch_slurm
 
 Options = (
     Annotated[LocalOptions, tyro.conf.subcommand("local")] | Annotated[SlurmOptions, tyro.conf.subcommand("slurm")]

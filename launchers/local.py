@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 import psutil
 
 from based_megatron.config.limits import check_limits, flag
 from based_megatron.config.schema import Count
+from based_megatron.process import end_with
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -40,7 +42,13 @@ def launch_local(options: LocalOptions, command: Sequence[str]) -> int:
         print(f"OMP_NUM_THREADS={threads} {shlex.join(line)}")
         return 0
     # In a session of its own: otherwise the terminal's Ctrl-C would reach torchrun too, which gives ranks 30 seconds to save.
-    agent = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)
+    agent = subprocess.Popen(
+        line,
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        start_new_session=True,
+        # Ranks end with the agent (process.py), so none goes on training when this process is killed.
+        preexec_fn=partial(end_with, os.getpid()),
+    )
     restore = {number: signal.signal(number, _Stop(agent.pid)) for number in STOP_SIGNALS}
     try:
         status = agent.wait()

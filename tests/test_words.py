@@ -28,7 +28,7 @@ HOUSE_WORDS = {
     "skipped": r"\bpassed over\b",
     "logged or reported": r"\b(is|are|was|were) told\b",
     "rotated": r"\b(keys|heads|queries|pairs|dims)( [\w']+){0,3} turned\b",
-    "chunk scan": r"\b(chunk )?sweeps?\b",
+    "chunk scan": r"\bchunk sweeps?\b",
     "buffered keys": r"\bwaiting keys\b",
     "boundary rows": r"\b(own|the) tail\b",
     "baselines": r"\bpeers\b",

@@ -17,10 +17,14 @@ RUN_FILES = [
     "config.yaml",
     "done",
     "events.jsonl",
+    "excluded_nodes",
     "failures",
     "heartbeat",
     "hung",
+    "logs",
+    "pause",
     "pretrain.sbatch",
+    "stopped",
     "tensorboard",
 ]
 """What the run and its launchers keep in the run folder."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from based_megatron.config import Config
-from based_megatron.launchers.slurm import SlurmOptions, render_sbatch
+from based_megatron.launchers.script import SlurmOptions, render_sbatch
 from based_megatron.preflight.checks import data_refusals, disk_refusals, kept_bytes, layout_refusals
 from based_megatron.preflight.cli import PreflightOptions
 from based_megatron.preflight.gpus import gpu_named

@@ -4,14 +4,17 @@ import time
 from collections.abc import Sequence
 
 from based_megatron import __version__
-from based_megatron.config.command_line import describe, parse_command
-from based_megatron.config.limits import absolute_paths
-from based_megatron.config.validate import validate
-from based_megatron.parallel.environment import rank_from_environment
+from based_megatron.train.signals import StopSignals
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the settings, check them, or train on this rank."""
+    signals = StopSignals()  # first of all, or a stop during the imports would kill this rank
+    from based_megatron.config.command_line import describe, parse_command
+    from based_megatron.config.limits import absolute_paths
+    from based_megatron.config.validate import validate
+    from based_megatron.parallel.environment import rank_from_environment
+
     command = parse_command(argv)
     if command.print_config:
         print(describe(argv), end="")
@@ -25,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     if not command.dry_run:
         from based_megatron.train.train import train
 
-        train(config)
+        train(config, signals)
         return
     from based_megatron.train.accept import accept
 

@@ -1,41 +1,55 @@
 """A clean stop: any rank may ask for it, all agree at a step boundary."""
 
-import signal
+import contextlib
+import os
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from based_megatron.train.signals import StopSignals
+
+PAUSE = "pause"
+"""File by which the script of a SLURM job asks the ranks to leave its nodes; the run goes on in the next job."""
+STOPPED = "stopped"
+"""Name of the stop file once the run has stopped for it."""
+
 
 class StopVote:
-    """Collects SIGTERM, SIGUSR2 and a stop file, and asks the other ranks.
+    """Collects stop signals, a stop file and the launcher's pause file, and asks the other ranks.
 
-    Made first of all, so that a signal during start-up is not lost. Handlers only set a flag: saving needs collectives, which
-    a handler may interrupt.
+    A stop file counts whenever it was made, before the start too. The run renames it when it has ended, so the next start runs.
     """
 
-    def __init__(self, stop_file: Path) -> None:
-        self._stop_file, self._reason = stop_file, ""
+    def __init__(self, stop_file: Path, signals: StopSignals | None = None) -> None:
+        self._stop_file, self._pause_file = stop_file, stop_file.with_name(PAUSE)
+        self._stopped_file = stop_file.with_name(STOPPED)
+        self._signals = signals or StopSignals()
         self._hosts: dist.ProcessGroup | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._reason = signal.Signals(number).name
 
     def agreed(self) -> str:
         """Why to stop now, or an empty string on all ranks (collective). Hosts vote among themselves: no device is waited for."""
-        if dist.get_rank() == 0 and self._stop_file.exists():
-            self._reason = self._reason or f"file {self._stop_file.name}"
+        reason = self._file() or self._signals.received
         if self._hosts is None:
             self._hosts = dist.new_group(backend="gloo")
-        votes = torch.tensor([1 if self._reason else 0])
+        votes = torch.tensor([1 if reason else 0])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._hosts)
-        return (self._reason or "another rank") if int(votes) else ""
+        return (reason or "another rank") if int(votes) else ""
 
-    def clear(self) -> None:
-        """Remove the stop file of an earlier stop, so that the next start runs."""
+    def forget_last(self) -> None:
+        """Remove the trace of an earlier stop: this start is a new one."""
         if dist.get_rank() == 0:
-            self._stop_file.unlink(missing_ok=True)
-        dist.barrier()
+            self._stopped_file.unlink(missing_ok=True)
+
+    def honoured(self) -> None:
+        """Rename the stop file: the run has ended cleanly, and the file shall not stop the next start."""
+        if dist.get_rank() == 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._stop_file, self._stopped_file)
+
+    def _file(self) -> str:
+        if dist.get_rank() == 0:
+            for path in (self._stop_file, self._pause_file):
+                if path.exists():
+                    return f"file {path.name}"
+        return ""

@@ -16,19 +16,20 @@ from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
 from based_megatron.train.carried import build_carried_states
 from based_megatron.train.optimizer import build_engine
+from based_megatron.train.signals import StopSignals
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
 from based_megatron.train.trainer import Trainer
 
 
-def train(config: Config) -> None:
+def train(config: Config, signals: StopSignals | None = None) -> None:
     """Train on this rank, in step with all others, from the newest checkpoint of the run folder to the end or a stop.
 
-    Raises BasedError, before any work is done, for what the user can fix.
+    signals: those that arrived so far. Raises BasedError, before any work is done, for what the user can fix.
     """
     config = absolute_paths(config)
     run_dir = Path(config.run_dir)
-    stop = StopVote(run_dir / config.train.stop_file)
+    stop = StopVote(run_dir / config.train.stop_file, signals)
     rank = rank_from_environment()
     sources = accept(config, rank.world_size)
     device = pick_device(config.train.device, rank.local_rank)

@@ -54,7 +54,7 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the end or to a stop. Returns whether the run is done."""
-        self.stop.clear()
+        self.stop.forget_last()
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -70,6 +70,7 @@ class Trainer:
             self.check_skips()
             for callback in reversed(self.callbacks):
                 callback.on_end(self)
+            self.stop.honoured()
         except BaseException as error:
             for callback in reversed(self.callbacks):
                 callback.on_error(self, error)

@@ -7,13 +7,22 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from based_megatron import process
 from based_megatron.errors import ConfigError
 from based_megatron.launchers.cli import main
 
 STUB = """
-import os, pathlib, signal, sys, time
+import importlib.util, os, pathlib, signal, sys, time
+# The stub is in the place of the package, whose process.py every rank runs first.
+spec = importlib.util.spec_from_file_location("process", os.environ["PROCESS_FILE"])
+process = importlib.util.module_from_spec(spec)
+sys.modules["based_megatron.errors"] = type(sys)("errors")
+sys.modules["based_megatron.errors"].BasedError = Exception
+spec.loader.exec_module(process)
+process.end_with_torchrun()
 folder, status = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -44,7 +53,7 @@ def start(tmp_path):
     def run(status: int) -> subprocess.Popen:
         # With -P the launcher does not look into the working folder; the ranks, run with -m, find the stub there.
         line = [sys.executable, "-P", "-c", program, "local", "--nproc", "2", "--", str(tmp_path), str(status)]
-        environment = os.environ | {"OMP_NUM_THREADS": "3"}
+        environment = os.environ | {"OMP_NUM_THREADS": "3", "PROCESS_FILE": process.__file__}
         return subprocess.Popen(line, cwd=stub.parent, env=environment, stderr=subprocess.DEVNULL)
 
     return run
@@ -73,6 +82,21 @@ def test_a_stop_signal_lets_every_rank_save(start, tmp_path, number):
     launcher.send_signal(number)
     assert launcher.wait(60) == 0
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["launcher", "agent"])
+def test_ranks_end_with_what_started_them(start, tmp_path, killed):
+    """Else they would go on training and saving, next to those of the next start."""
+    launcher = start(-1)
+    wait_for(tmp_path / "rank0", tmp_path / "rank1")
+    (agent,) = psutil.Process(launcher.pid).children()
+    ranks = agent.children()
+    assert len(ranks) == 2
+    (launcher if killed == "launcher" else agent).kill()
+    assert launcher.wait(60) != 0
+    assert not psutil.wait_procs([agent, *ranks], timeout=20)[1]
+    assert not list(tmp_path.glob("saved*"))
 
 
 def test_a_dry_run_prints_the_command(capsys, monkeypatch):

@@ -67,7 +67,8 @@ def model_of_steps(recompute: str = "none") -> tuple[BasedModel, Topology]:
 
 def tokens_of(ids: Tensor) -> Tensor:
     """Random tokens, and one more for the last label."""
-    return torch.randint(0, VOCAB, (len(ids), ids.shape[1] + 1), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(0, VOCAB, (len(ids), ids.shape[1] + 1), generator=torch.Generator().manual_seed(3))
+    return tokens.to(rank_device(dist.get_rank()))
 
 
 def carried_losses(bounds: tuple[int, ...], recompute: str) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -205,6 +206,7 @@ def detached_gradient_errors() -> dict[str, float]:
     parameters: Any = model.named_parameters()
     for name, parameter in parameters:
         direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        direction = direction.to(parameter.device)
         with torch.no_grad():
             values = []
             for step in (1e-6, -2e-6):
@@ -243,6 +245,7 @@ def losses_of_long_rows() -> tuple[list[float], list[float]]:
     config, (tokens, ids) = config_of_rows(), rows_and_ids()
     topology = build_topology(config.parallel, rank_device(0))
     (model,) = build_model(config, topology, torch.float64)
+    tokens = tokens.to(topology.device)
 
     def losses(part: slice) -> Tensor:
         inputs, labels = tokens[:, :-1][:, part].contiguous(), tokens[:, 1:][:, part].contiguous()

@@ -53,14 +53,17 @@ class FakeStop:
     """Agrees to stop at the given question, counted from 1."""
 
     def __init__(self, at: int = 0) -> None:
-        self.at, self.asked, self.cleared = at, 0, 0
+        self.at, self.asked, self.calls = at, 0, list[str]()
 
     def agreed(self) -> str:
         self.asked += 1
         return "SIGTERM" if self.asked == self.at else ""
 
-    def clear(self) -> None:
-        self.cleared += 1
+    def forget_last(self) -> None:
+        self.calls.append("forget_last")
+
+    def honoured(self) -> None:
+        self.calls.append("honoured")
 
 
 class Witness(Callback):
@@ -193,7 +196,7 @@ def test_an_agreed_stop_ends_the_run_after_the_step():
     trainer, _, log = make(stop=stop)
     assert trainer.fit() is False
     assert names(log) == ["start", "step", "step", "stop", "end"]
-    assert log[3] == ("stop", {"reason": "SIGTERM"}) and stop.cleared == 1
+    assert log[3] == ("stop", {"reason": "SIGTERM"}) and stop.calls == ["forget_last", "honoured"]
 
 
 def test_a_stop_at_the_last_step_is_a_finished_run():

@@ -1,0 +1,322 @@
+"""What the batch script does after each end of the ranks, with stubs in the place of SLURM's programs."""
+
+import dataclasses
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from based_megatron.config import load_config
+from based_megatron.launchers.script import SlurmOptions, render_sbatch
+
+CONFIG = load_config("tiny")
+STUBS = {
+    "scontrol": 'case $1 in show) printf "node1\\nnode2\\n";; requeue) [ -z "$NO_REQUEUE" ] && echo requeue >>calls;; esac',
+    "squeue": "cat state",
+    "sinfo": 'cat sinfo 2>/dev/null',
+    "sbatch": 'echo sbatch "$@" >>calls; echo 8',
+    "getent": "true",
+    "sleep": "/bin/sleep 0.05",
+    "hook": 'echo "$BASED_RUN_DIR $1: $2" >>hooks',
+    "srun": "shift 3; [ ! -e ranks ] || . ./ranks",
+}  # fmt: skip
+CHECKPOINT = "mkdir -p run/checkpoints/step-%08d && touch run/checkpoints/step-%08d/manifest.json"
+"""Shell of ranks that save a checkpoint."""
+
+
+class Job:
+    """A batch script in a folder of its own. `run` is one start of it."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.folder = folder
+        config = dataclasses.replace(CONFIG, run_dir=str(folder / "run"))
+        settings = SlurmOptions(nodes=2, tasks_per_node=1, gpus_per_node=0, max_failures=2, hook="hook", **options)
+        (folder / "script").write_text(render_sbatch(settings, ["train"], config))
+        (folder / "state").write_text("RUNNING\n")
+        (folder / "bin").mkdir()
+        for name, text in STUBS.items():
+            program = folder / "bin" / name
+            program.write_text(f"#!/bin/bash\n{text}\n")
+            program.chmod(0o755)
+
+    def run(self, ranks: str, **environment: str) -> int:
+        """Exit code of the script, where the ranks are a piece of shell; what it calls is new in `calls` and `hooks`."""
+        (self.folder / "ranks").write_text(ranks)
+        for name in ("calls", "hooks"):
+            (self.folder / name).unlink(missing_ok=True)
+        slurm = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_JOB_NUM_NODES": "2",
+        }
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        result = subprocess.run(
+            ["bash", "script"],
+            cwd=self.folder,
+            env={"PATH": path, **slurm, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.log, self.errors = result.stdout, result.stderr
+        # The shell reports what it or we have killed; anything else is a fault of the script.
+        assert not re.search(r"script: line \d+: (?!.*(Killed|User defined signal))", self.errors), self.errors
+        return result.returncode
+
+    def read(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch) -> Job:
+    monkeypatch.chdir(tmp_path)
+    return Job(tmp_path)
+
+
+def cause(rank: int, priority: int, status: int, text: str) -> str:
+    """Shell of a rank that leaves a cause."""
+    return f"echo '{priority} 1.5 {status} rank {rank} on node{rank + 1}: {text}' >$BASED_CAUSES/cause-{rank:04d}; "
+
+
+def test_a_finished_run_ends_well(job, tmp_path):
+    assert job.run("touch run/done") == 0
+    assert job.read("calls") == [] and job.read("hooks") == [f"{tmp_path / 'run'} done: the run is done"]
+    assert job.run("exit 1") == 0 and "already done" in job.log
+
+
+def test_a_pause_goes_on_in_the_same_job(job):
+    assert job.run(CHECKPOINT % (3, 3)) == 1
+    assert job.read("calls") == ["requeue"] and job.read("hooks") == []
+    assert job.read("run/failures") == ["0 3"]
+
+
+def test_a_stop_by_the_owner_ends_well(job):
+    assert job.run("mv run/stop run/stopped 2>/dev/null; touch run/stopped") == 0
+    assert job.read("calls") == [] and job.read("hooks")[0].endswith("stop: stopped by " + str(job.folder / "run/stop"))
+
+
+@pytest.mark.parametrize("when", ["waiting", "starting"])
+def test_a_stop_file_is_never_deleted(job, when):
+    """One of a waiting job ends it before its ranks start; one that is made later is for the ranks to find."""
+    if when == "waiting":
+        (job.folder / "run").mkdir()
+        (job.folder / "run/stop").touch()
+        assert job.run("touch started") == 0
+        assert "before it started" in job.log and not (job.folder / "started").exists()
+        assert (job.folder / "run/stopped").exists() and not (job.folder / "run/stop").exists()
+    else:
+        assert job.run("touch run/stop") == 0
+        assert (job.folder / "run/stop").exists()
+
+
+def test_a_failed_run_that_is_to_stop_does_not_start_again(job):
+    assert job.run("touch run/stop; exit 1") == 1
+    assert job.read("calls") == [] and "asks for a stop" in job.log
+
+
+def test_failures_without_a_newer_checkpoint_end_the_run(job):
+    assert job.run(CHECKPOINT % (3, 3) + "; exit 9") == 1
+    assert job.read("calls") == ["requeue"] and job.read("run/failures") == ["1 3"]
+    assert [line.split(" ", 1)[1] for line in job.read("hooks")] == ["crash: status 9"]
+    assert job.run("exit 9") == 1
+    assert job.read("calls") == [] and job.read("run/failures") == ["2 3"]
+    assert "2 failures in a row without a newer checkpoint (newest: step 3)" in job.read("hooks")[0]
+
+
+def test_a_newer_checkpoint_begins_the_count_anew(job):
+    for step in (3, 10, 11):
+        job.run(CHECKPOINT % (step, step) + "; exit 9")
+        assert job.read("calls") == ["requeue"] and job.read("run/failures") == [f"1 {step}"]
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        "mkdir -p run/checkpoints/step-00000009.tmp && touch run/checkpoints/step-00000009.tmp/manifest.json",
+        "mkdir -p run/checkpoints/step-00000009",
+        CHECKPOINT % (2, 2),
+    ],
+    ids=["unfinished", "without a manifest", "older"],
+)
+def test_what_is_no_progress(job, ranks):
+    job.run(CHECKPOINT % (3, 3) + "; exit 9")
+    job.run("rm -r run/checkpoints; " + ranks + "; exit 9")
+    assert job.read("calls") == [] and job.read("run/failures") == ["2 3"]
+
+
+def test_a_time_limit_without_a_checkpoint_is_a_failure_and_a_preemption_is_none(job):
+    for number, calls, failures in [("TERM", ["requeue"], "0 -1"), ("USR1", ["requeue"], "1 -1"), ("USR1", [], "2 -1")]:
+        job.run(f"trap '' USR2; kill -{number} $PPID; /bin/sleep 0.2")
+        assert job.read("calls") == calls and job.read("run/failures") == [failures]
+
+
+def test_ranks_that_die_of_the_request_to_pause_did_not_fail(job):
+    """Before they have a handler."""
+    job.run("kill -TERM $PPID; exec /bin/sleep 5")
+    assert "ended with status 140" in job.log and job.read("calls") == ["requeue"]
+    assert job.read("run/failures") == ["0 -1"] and job.read("hooks") == []
+
+
+def test_the_ranks_are_asked_to_pause(job):
+    job.run("trap 'touch asked' USR2; kill -USR1 $PPID; for i in {1..9}; do /bin/sleep 0.05; done")
+    assert (job.folder / "asked").exists() and (job.folder / "run/pause").exists()
+    job.run("[ ! -e run/pause ] || exit 9")
+    assert "ended with status 0" in job.log
+
+
+def test_a_users_error_ends_the_run_whatever_other_ranks_say(job):
+    ranks = cause(1, 0, 2, "ConfigError: change optimizer.lr") + cause(
+        0, 1, 1, "RuntimeError: Connection closed by peer"
+    )
+    assert job.run(ranks + "exit 143") == 2
+    assert job.read("calls") == [] and "cause: rank 1 on node2: ConfigError: change optimizer.lr" in job.log
+    (crash,) = job.read("hooks")
+    assert crash.endswith("a new start would fail the same way: rank 1 on node2: ConfigError: change optimizer.lr")
+
+
+def test_the_first_cause_is_shown(job):
+    ranks = cause(0, 1, 1, "RuntimeError: Connection closed by peer") + cause(1, 0, 1, "OSError: no")
+    job.run(ranks + "exit 143")
+    assert "cause: rank 1 on node2: OSError: no\n" in job.log and job.read("calls") == ["requeue"]
+
+
+@pytest.mark.parametrize("before", ["no disk", "folder in its place", "garbage", "empty"])
+def test_a_counter_that_cannot_be_kept_ends_the_run(job, before):
+    ranks = {
+        "no disk": "ln -s nowhere/failures run/failures",
+        "folder in its place": "mkdir run/failures",
+        "garbage": "echo many >run/failures",
+        "empty": ">run/failures",
+    }
+    assert job.run(ranks[before] + "; exit 9") == 1
+    assert job.read("calls") == [] and "giving up" in job.log
+
+
+def test_a_run_folder_that_cannot_be_written_ends_the_run(job):
+    (job.folder / "run").touch()
+    assert job.run("touch started") == 1
+    assert not (job.folder / "started").exists() and "giving up: cannot make" in job.log
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
+def test_a_job_that_slurm_is_ending_does_not_start_again(job, state):
+    (job.folder / "state").write_text(state)
+    assert job.run("exit 9") == 1
+    assert job.read("calls") == [] and job.read("run/failures") == []
+
+
+def test_a_job_that_cannot_be_requeued_goes_on_in_a_new_one(job):
+    job.run(CHECKPOINT % (3, 3), NO_REQUEUE="1")
+    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch"]
+
+
+HANG = """
+echo >$BASED_CAUSES/../../heartbeat
+touch $BASED_CAUSES/rank-0000-node1.log $BASED_CAUSES/rank-0001-node2.log
+"""
+
+
+def test_the_node_of_a_silent_rank_is_excluded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, exclude="node9")
+    job.run(HANG + cause(0, 1, 1, "RuntimeError: Timed out waiting 20000ms") + "exit 143")
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node9,node2 {tmp_path}/run/pretrain.sbatch"]
+    (line,) = job.read("run/excluded_nodes")
+    assert line.startswith("node2 silent in job 7 at 20")
+
+
+def test_a_node_is_excluded_once_and_stays_so(job):
+    ranks = HANG + cause(0, 1, 1, "RuntimeError: Timed out waiting") + "exit 143"
+    job.run(CHECKPOINT % (3, 3) + "; " + ranks)
+    job.run(CHECKPOINT % (4, 4) + "; " + ranks)
+    assert len(job.read("run/excluded_nodes")) == 1 and job.read("calls") == ["requeue"]
+
+
+def test_ranks_that_crash_do_not_cost_their_node(job):
+    job.run(HANG + cause(0, 0, 1, "ValueError: no") + "exit 143")
+    assert job.read("calls") == ["requeue"] and job.read("run/excluded_nodes") == []
+
+
+def test_if_no_rank_says_anything_no_node_is_to_blame(job):
+    job.run(HANG + "touch run/hung; exit 143")
+    assert job.read("run/excluded_nodes") == []
+    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch"]
+
+
+def test_a_rank_whose_watchdog_spoke_is_not_silent(job):
+    watchdog = "echo 'Watchdog caught collective operation timeout' >$BASED_CAUSES/rank-0000-node1.log; "
+    job.run(HANG + watchdog + "touch run/hung; exit 134")
+    assert [line.split()[0] for line in job.read("run/excluded_nodes")] == ["node2"]
+
+
+def test_nodes_that_slurm_has_lost_are_excluded(job):
+    (job.folder / "sinfo").write_text("node1 allocated\nnode2 down*\nnode2 down*\n")
+    job.run("exit 9")
+    assert [line.split()[:2] for line in job.read("run/excluded_nodes")] == [["node2", "down*"]]
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node2 {job.folder}/run/pretrain.sbatch"]
+
+
+def test_nodes_are_kept_if_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, exclude_after_failure=False)
+    (tmp_path / "sinfo").write_text("node2 down*\n")
+    job.run("exit 9")
+    assert job.read("run/excluded_nodes") == [] and job.read("calls") == ["requeue"]
+
+
+@pytest.mark.parametrize(
+    ("beats", "hangs"),
+    [
+        ("echo >run/heartbeat; /bin/sleep 0.6; ", ""),
+        (
+            """echo '{"step": 3, "limit_seconds": 1, "phase": "step"}' >run/heartbeat; """,
+            "no step for 1 s",
+        ),
+    ],
+    ids=["within --hang-seconds", "beyond what the ranks expect"],
+)
+def test_a_run_that_hangs_is_ended(job, beats, hangs):
+    """What an earlier start has expected of its steps says nothing of this one."""
+    (job.folder / "run").mkdir()
+    (job.folder / "run/heartbeat").write_text('{"limit_seconds": 0}')
+    job.run("/bin/sleep 0.3; " + beats + ("exec /bin/sleep 10" if hangs else "exit 9"))
+    assert (hangs in job.log) if hangs else "no step for" not in job.log
+    assert ("status 137" in job.log) is (job.folder / "run/hung").exists() is bool(hangs)
+
+
+def test_the_hook_hears_of_spikes_of_this_start(job):
+    (job.folder / "run").mkdir()
+    (job.folder / "run/events.jsonl").write_text('{"step": 1, "event": "spike"}\n')
+    later = """echo '{"step": 2, "event": "spike"}' >>run/events.jsonl; echo '{"step": 3, "event": "step"}' >>run/events.jsonl; """
+    job.run("/bin/sleep 0.3; " + later + "/bin/sleep 0.5; touch run/done")
+    assert [line.split(" ", 1)[1] for line in job.read("hooks")] == [
+        'spike: {"step": 2, "event": "spike"}',
+        "done: the run is done",
+    ]
+
+
+def test_a_hook_that_fails_changes_nothing(job):
+    (job.folder / "bin/hook").write_text("#!/bin/bash\nexit 3\n")
+    assert job.run("touch run/done") == 0 and "the hook failed with status 3" in job.log
+
+
+def test_the_transport_that_nccl_took_is_in_the_log(job):
+    lines = "NCCL INFO Using network IB\\n" + "NCCL INFO Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0\\n" * 2
+    beats = "echo 1 >run/heartbeat; /bin/sleep 0.3; echo 2 >run/heartbeat; /bin/sleep 0.3; touch run/done"
+    job.run(f"/bin/sleep 0.2; printf '{lines}' >$BASED_CAUSES/nccl-node1-1.log; " + beats)
+    assert "NCCL: via NET/IB/0 (2 times), Using network IB (1 times)\n" in job.log
+
+
+def test_the_settings_of_nccl_are_the_owners_if_there_are_any(job):
+    show = 'echo "$NCCL_DEBUG ${NCCL_DEBUG_FILE:-console}" >nccl; touch run/done'
+    job.run(show, NCCL_DEBUG="WARN")
+    assert job.read("nccl") == ["WARN console"]
+
+
+def test_kernels_are_kept_on_the_node(job):
+    job.run('echo "$TRITON_CACHE_DIR" >cache; touch run/done', SLURM_TMPDIR="/local/7")
+    assert job.read("cache") == [f"/local/7/based-triton-{os.getuid()}"]
