@@ -23,7 +23,7 @@ FLOOR_SECONDS = 120.0
 FIRST_SECONDS = 1800.0
 """Limit of a phase that has never ended: it may compile, allocate, and read what is in no cache."""
 MULTIPLE = 10
-PARTS_OF_A_STEP = ("data", "forward_backward", "wait", "optimizer")
+PARTS_OF_A_STEP = ("data", "forward_backward", "optimizer")
 _WAITING = re.compile(
     r"\b((all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|barrier|gather|scatter|send|recv)\w*|wait|synchronize|item|tolist|cpu)\("
 )

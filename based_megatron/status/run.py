@@ -307,7 +307,7 @@ def _slowest(logged: Event, hosts: dict[str, int]) -> SlowestRank | None:
     if "slowest_rank" not in logged:
         return None
     rank = int(logged["slowest_rank"])
-    return SlowestRank(rank, host_of(rank, hosts), logged["compute_seconds_slowest"], logged["compute_seconds_median"])
+    return SlowestRank(rank, host_of(rank, hosts), logged["own_seconds_slowest"], logged["own_seconds_median"])
 
 
 def host_of(rank: int, hosts: dict[str, int]) -> str | None:

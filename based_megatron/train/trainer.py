@@ -135,7 +135,7 @@ class Trainer:
         config = self.config
         lr = learning_rate(self.step, config.optimizer, config.schedule, config.train.steps)
         set_learning_rate(self.step_runner.engine, lr)
-        loss = self.step_runner.accumulate(batches).mean
+        loss = self.step_runner.accumulate(batches, self.clock).mean
         self.clock.begin("optimizer")
         grad_norm = self.step_runner.update(self._on_gradients).grad_norm
         self.clock.end()

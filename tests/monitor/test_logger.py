@@ -74,8 +74,9 @@ def test_values_of_a_log_point(make_trainer):
     assert (fourth["train/loss"], fourth["train/grad_norm"], fourth["train/tokens_seen"]) == (0.25, 8.0, 2048)
     assert fourth["throughput/tokens_per_second"] == 256.0
     assert fourth["throughput/tokens_per_second_per_device"] == 64.0
-    parts = ("step", "data", "forward_backward", "optimizer")
-    assert [fourth[f"time/{part}_seconds"] for part in parts] == [2.0, 0.5, 1.0, 0.25]
+    parts = ("step", "data", "forward_backward", "own", "optimizer")
+    assert [fourth[f"time/{part}_seconds"] for part in parts] == [2.0, 0.5, 1.0, 1.25, 0.25]
+    assert (fourth["time/own_seconds_slowest"], fourth["time/slowest_rank"]) == (1.25, 0)
     assert fourth["time/step_seconds_slowest"] == fourth["time/step_seconds_fastest"] == 2.0
 
 
@@ -245,6 +246,21 @@ def test_the_eta_counts_saves_and_validation(make_trainer, report, wall):
     assert notes.logged[6]["wall_seconds/save"] == 30.0 and notes.logged[6]["wall_seconds/validation"] == 10.0
     assert notes.logged[6]["wall_seconds/steps"] == 5 * 1.5 and notes.logged[6]["wall_seconds/data"] == 5 * 0.5
     assert notes.logged[6]["wall_seconds/other"] == 5.0
+
+
+def test_a_rank_that_stays_slow_is_an_event_with_its_host(make_trainer):
+    trainer, notes = make_trainer(), Notes()
+    trainer.config = dataclasses.replace(trainer.config, monitor=MonitorConfig(log_interval_steps=1))
+    trainer.metrics.each_rank = lambda mine: [mine, 1.25 * mine, mine, 3 * mine]
+    trainer.run([Logger([notes], hosts=["a", "a", "b", "c"])], until=8)
+    (event,) = [event for event in notes.events if event[1] == "straggler"]
+    assert event == (
+        6,
+        "straggler",
+        {"rank": 3, "host": "c", "slower": 3 / 1.125 - 1, "seconds": 3.75, "median_seconds": 1.40625},
+    ), "the first step is not measured"
+    assert notes.logged[8]["time/slowest_rank"] == 3 and notes.logged[8]["time/own_seconds_slowest"] == 3.75
+    assert notes.logged[8]["time/own_seconds_median"] == 1.40625
 
 
 @pytest.mark.parametrize("is_logger", [True, False])

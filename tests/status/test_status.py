@@ -184,7 +184,7 @@ def test_a_start_after_a_crash_is_starting(write, run_dir):
 def test_the_slowest_rank_and_stragglers_have_hosts(write, run_dir):
     running(write, run_dir)
     write("straggler", 1500, 5, rank=1, host="a", slower=0.9)
-    slow = {"slowest_rank": 3, "compute_seconds_slowest": 3.0, "compute_seconds_median": 2.0}
+    slow = {"slowest_rank": 3, "own_seconds_slowest": 3.0, "own_seconds_median": 2.0}
     write("step", 5, 42, loss=4.0, **slow)
     write("straggler", 5, 42, rank=3, host="b", slower=0.25)
     write("straggler", 4, 43, rank=3, host="b", slower=0.5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from based_megatron.monitor.eta import Eta
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.memory import memory_gib
 from based_megatron.monitor.sinks.base import Sink, perplexity
+from based_megatron.monitor.stragglers import Stragglers
 from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run, process_seconds
 from based_megatron.train.callbacks.base import Callback, StepReport
 
@@ -41,6 +44,7 @@ class Logger(Callback):
         peak_flops = peak_flops_of_run(config, trainer.device)
         self._meter = ThroughputMeter(flops_per_token, topology.world_size, peak_flops)
         intervals = {"validation": config.validation.interval_steps, "save": config.checkpoint.interval_steps}
+        self._stragglers = Stragglers(topology.pipeline.size)
         self._eta = Eta(config.train.steps, intervals)
         self._tell(
             trainer,
@@ -108,6 +112,7 @@ class Logger(Callback):
             metrics.record("time/step_seconds_slowest", speed["time/step_seconds"], "max")
             metrics.record("time/step_seconds_fastest", speed["time/step_seconds"], "min")
             metrics.record("time/data_seconds_slowest", speed["time/data_seconds"], "max")
+            speed |= self._compare(trainer, metrics.each_rank(speed["time/own_seconds"]))
         for name, gib in memory_gib(trainer.device).items():
             metrics.record(f"memory/{name}", gib, "max")
         values = metrics.collect()
@@ -121,6 +126,18 @@ class Logger(Callback):
         }
         for sink in self._sinks:
             sink.log(report.step, values)
+
+    def _compare(self, trainer: Trainer, seconds: list[float]) -> dict[str, float]:
+        """Metrics of the slowest rank, from the seconds of each rank's own work in a step; records those that stay behind."""
+        for found in self._stragglers.add(seconds):
+            host = self._hosts[found.rank] if self._hosts else ""
+            self._tell(trainer, "straggler", host=host, **dataclasses.asdict(found))
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        return {
+            "time/slowest_rank": slowest,
+            "time/own_seconds_slowest": seconds[slowest],
+            "time/own_seconds_median": statistics.median(seconds),
+        }
 
     def _write_steps(self) -> None:
         """Read the steps that are still on the device, and give them to the sinks."""
