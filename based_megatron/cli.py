@@ -39,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"based: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
     end_with_torchrun()
+    _quiet_progress_bars()
     try:
         return int(_function(argv[0])(argv[1:]) or 0)
     except BasedError as error:
         _print_error(error)
         leave_cause(error)
-        return 2
+        return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has seen enough. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         leave_cause(error)
         raise
+
+
+def _quiet_progress_bars() -> None:
+    """Keep the progress bars of other libraries out of log files, unless the environment asks for them."""
+    if not sys.stderr.isatty():
+        for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(variable, "1")
 
 
 def usage() -> str:

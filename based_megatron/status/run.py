@@ -11,6 +11,8 @@ from typing import Any, Literal
 from based_megatron.config.yaml_files import read_yaml
 from based_megatron.errors import BasedError, ConfigError
 from based_megatron.monitor.events import FILE_NAME
+from based_megatron.monitor.failures import FOLDER as ERRORS
+from based_megatron.monitor.failures import first_cause, read_failures
 from based_megatron.status.record import FIRST_LIMIT_SECONDS, Event, Process, RunRecord
 
 State = Literal["waiting", "starting", "running", "hung", "stopped", "crashed", "done"]
@@ -224,7 +226,7 @@ def _state(
     if (run_dir / "done").exists() and (steps is None or step >= steps):
         return "done", ""
     if lock is not None and lock.gone:
-        return "crashed", f"{lock.words} is gone without a last word"
+        return "crashed", _cause_of_ranks(run_dir, current) or f"{lock.words} is gone without a last word"
     if end is not None and lock is not None:
         return "starting", f"again, after: {cause_of(end) if end['event'] == 'error' else end['event']}"
     if heartbeat is None or heartbeat.age_seconds > heartbeat.limit_seconds:
@@ -237,6 +239,13 @@ def _state(
     if current.hang is not None and float(current.hang["time"]) >= current.last_time:
         return "hung", str(current.hang.get("message", ""))
     return ("running", "") if current.last_step is not None else ("starting", "before the first step")
+
+
+def _cause_of_ranks(run_dir: Path, current: Process) -> str:
+    """What a rank has said of its failure, where the logging rank has not: it may have been killed."""
+    hosts = [host for host, ranks in (current.start.get("hosts") or {}).items() for _ in range(ranks)]
+    failures = read_failures(run_dir / ERRORS, float(current.start["time"]))
+    return str(first_cause(failures, hosts) or "")
 
 
 def cause_of(end: Event | None) -> str:

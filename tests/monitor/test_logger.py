@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import socket
 
 import pytest
 import torch
 
 from based_megatron.config import CheckpointConfig, MonitorConfig, ValidationConfig
 from based_megatron.monitor import throughput
+from based_megatron.monitor.failures import write_failure
 from based_megatron.monitor.progress import PhaseTime
 from based_megatron.monitor.sinks.base import Sink
 from based_megatron.train.callbacks.logger import Logger
@@ -113,7 +115,10 @@ def test_an_error_closes_the_sinks(make_trainer):
     logger = Logger([notes])
     logger.on_start(trainer)
     logger.on_error(trainer, ValueError("no more data"))
-    assert notes.events[-1] == (0, "error", {"type": "ValueError", "message": "no more data"}) and notes.closed == 1
+    step, name, fields = notes.events[-1]
+    assert (step, name, fields.pop("host")) == (0, "error", socket.gethostname()) and notes.closed == 1
+    assert fields == {"rank": 0, "type": "ValueError", "message": "no more data"}
+    assert "ValueError: no more data" in (trainer.run_dir / "errors" / "rank-00000.txt").read_text()
     assert notes.events[0][1] == "start"
 
 
@@ -187,6 +192,17 @@ def test_a_save_between_log_points_has_all_of_its_steps_in_the_log(make_trainer,
     logger.post_step(trainer, report(4))
     assert notes.each_step[-1] == (4, [1 / 4], [8.0])
     assert notes.logged[4]["train/loss_max"] == 1 / 3, "what was written before a save is part of the interval"
+
+
+def test_the_error_of_a_run_is_that_of_the_rank_that_failed_first(make_trainer, tmp_path):
+    trainer, notes = make_trainer(), Notes()
+    logger = Logger([notes], hosts=["a", "b", "c"])
+    logger.on_start(trainer)
+    write_failure(tmp_path / "errors", 2, ValueError("no more data"))
+    write_failure(tmp_path / "errors", 1, RuntimeError("Connection closed by peer"))
+    logger.on_error(trainer, RuntimeError("Connection closed by peer"))
+    fields = notes.events[-1][2]
+    assert (fields["rank"], fields["type"], fields["message"]) == (2, "ValueError", "no more data")
 
 
 @pytest.mark.parametrize("end", ["on_end", "on_error"])

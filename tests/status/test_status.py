@@ -14,6 +14,7 @@ import pytest
 
 from based_megatron.errors import ConfigError
 from based_megatron.monitor.events import append_event
+from based_megatron.monitor.failures import write_failure
 from based_megatron.status.cli import main
 from based_megatron.status.record import RunRecord
 from based_megatron.status.run import RunStatus, host_of, status_of
@@ -156,6 +157,15 @@ def test_a_process_that_is_gone_has_crashed(write, run_dir):
     lock(run_dir, GONE)
     status = look(run_dir)
     assert status.state == "crashed" and "without a last word" in status.reason
+
+
+def test_the_cause_is_known_although_the_logging_rank_was_killed(write, run_dir):
+    write("start", NOW - 1.0, 0, world_size=3, hosts={"a": 2, "b": 1})
+    for rank in (1, 2):
+        write_failure(run_dir / "errors", rank, RuntimeError("Connection closed by peer"))
+    lock(run_dir, GONE)
+    status = look(run_dir)
+    assert status.state == "crashed" and status.reason.startswith("rank 0 on a: Killed: ended without a word")
 
 
 @pytest.mark.parametrize(("age", "state"), [(59.0, "running"), (61.0, "crashed")])

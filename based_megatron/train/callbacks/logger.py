@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import torch
 
 from based_megatron.errors import BasedError
 from based_megatron.monitor.eta import Eta
+from based_megatron.monitor.failures import FOLDER, wait_for_cause, write_failure
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.memory import memory_gib
 from based_megatron.monitor.sinks.base import Sink, perplexity
@@ -22,6 +25,9 @@ from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
+
+CAUSE_SECONDS = 5.0
+"""For so long the logging rank waits, after an error that comes of another rank's, for that one."""
 
 
 class Logger(Callback):
@@ -95,7 +101,14 @@ class Logger(Callback):
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
         if isinstance(error, BasedError) or trainer.device.type == "cpu":  # else the device may never answer again
             self._write_steps()
-        self._tell(trainer, "error", type=type(error).__name__, message=str(error))
+        with contextlib.suppress(OSError):
+            folder = trainer.run_dir / FOLDER
+            own = write_failure(folder, trainer.topology.rank, error)
+            since = time.time() - process_seconds()
+            cause = wait_for_cause(folder, since, self._hosts or [own.host], CAUSE_SECONDS) if self._sinks else own
+            fields = dataclasses.asdict(cause or own)
+            del fields["time"]
+            self._tell(trainer, "error", **fields)
         self._close()
 
     def _log(self, trainer: Trainer, report: StepReport) -> None:
