@@ -49,7 +49,9 @@ class ConsoleSink(Sink):
         if name in ("start", "resume") or (name == "error" and not fields.get("rank")):
             return  # The table says it, or the command line's last words.
         if name == "error":
-            self._print(f"step {step} rank {fields['rank']} on {fields['host']} failed first: {fields['type']}: {fields['message']}")
+            self._print(
+                f"step {step} rank {fields['rank']} on {fields['host']} failed first: {fields['type']}: {fields['message']}"
+            )
         elif name == "validation":
             loss = fields["loss"]
             self._print(f"step {step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
