@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from based_megatron.errors import CheckpointError
+from based_megatron.errors import BasedError, CheckpointError
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Ranks:
     def _try(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
         try:
             return action(), None
-        except CheckpointError as error:
+        except BasedError as error:
             return None, str(error)
         except Exception as error:
             return None, self.describe(error, self.rank)

@@ -6,22 +6,20 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
-from based_megatron import __version__
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.manifest import FileEntry, seal_file, sync_folder, write_durably, write_manifest
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.checkpoint.rectangles import FragmentSavePlanner
 from based_megatron.checkpoint.store import STATE, step_name
 from based_megatron.errors import CheckpointError
+from based_megatron.run_folder.history import versions
 
 FORMAT = 1
-_LIBRARIES = ("torch", "megatron-core", "deepspeed")
 
 
 def save_checkpoint(
@@ -52,7 +50,7 @@ def save_checkpoint(
             "step": step,
             "kinds": kinds,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": _versions(),
+            "versions": versions(),
             **state,
         }
         ranks.on_first(lambda: _commit(unfinished, final, [entry for share in sealed for entry in share], document))
@@ -104,13 +102,3 @@ def _commit(unfinished: Path, final: Path, sealed: list[FileEntry], document: di
     os.rename(unfinished, final)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {"based-megatron": __version__}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

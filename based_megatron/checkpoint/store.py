@@ -18,8 +18,8 @@ from pathlib import Path
 from based_megatron.checkpoint.manifest import MANIFEST, problems
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
+from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
 
-FOLDER = "checkpoints"
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{8,})(\.old)?")
 

@@ -15,6 +15,8 @@ from based_megatron.config.yaml_files import parse_yaml, read_yaml, write_yaml
 from based_megatron.errors import ConfigError
 
 T = TypeVar("T")
+REMOVED = ("allow_changed",)
+"""Settings of `data` that saved configs of earlier versions have: they are left out."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def from_dict(values: dict[str, Any], where: str = "config") -> Config:
         )
     sources = tuple(_merge(SourceConfig, entry, where) for entry in entries)
     if data:
-        values = {**values, "data": {key: data[key] for key in data if key != "sources"}}
+        values = {**values, "data": {key: data[key] for key in data if key not in ("sources", *REMOVED)}}
     config = _merge(Config, values, where)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 

@@ -1,6 +1,7 @@
 """Every setting of a run, as frozen dataclasses. The docstring under a field is its `--help` text, `Annotated` states its limits.
 
-A number without a Range is finite and at least 0.
+A number without a Range is finite and at least 0. FREE and FIXED say whether a setting may change when a run goes on; a field
+without either has the mark of its section in Config.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from based_megatron.config.changes import Resume
 from based_megatron.config.limits import FilePath, Range
 
+FREE, FIXED = Resume.FREE, Resume.FIXED
 Count = Annotated[int, Range(at_least=1)]
 Positive = Annotated[float, Range(above=0)]
 BelowOne = Annotated[float, Range(at_least=0, below=1)]
@@ -69,23 +72,22 @@ class SourceConfig:
 class DataConfig:
     """The source of tokens, and how they are cut into sequences."""
 
-    path: MaybePath = ""
+    # Where a corpus lies is free: what is in it has a fingerprint.
+    path: Annotated[str, FilePath(), FREE] = ""
     """Folder written by `based prep`, with a manifest.json. Give either this or `sources`."""
-    sources: tuple[SourceConfig, ...] = ()
+    sources: Annotated[tuple[SourceConfig, ...], FREE] = ()
     """A weighted mixture of prepared corpora: in YAML a list of entries with path and weight, here words PATH or PATH=WEIGHT."""
-    sequence_length_tokens: Count = 2048
+    sequence_length_tokens: Annotated[Count, FIXED] = 2048
     """Tokens of one training sequence, over all context parallel ranks."""
-    isolate_documents: bool = True
+    isolate_documents: Annotated[bool, FIXED] = True
     """Reset states, windows and convolutions at document starts and do not predict across them. Off reproduces the released recipe."""
-    carry_state: bool = False
+    carry_state: Annotated[bool, FIXED] = False
     """Read the corpus in order, each row of the batch a stream of its own, and start each sequence from the states that the same
     row left in the step before (without gradients), where a document goes on: documents may then be longer than a sequence."""
-    num_workers: Annotated[int, Range(at_least=0, at_most=256)] = 1
+    num_workers: Annotated[int, Range(at_least=0, at_most=256), FREE] = 1
     """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
-    seed: int = 42
+    seed: Annotated[int, FIXED] = 42
     """Seed of the order of sequences. The order is a pure function of this seed and the step."""
-    allow_changed: bool = False
-    """Resume although the prepared data, its order or the sequence length differ from the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     weight_decay_mode: Literal["default", "reference"] = "default"
     """default: none on norms, biases and embeddings. reference: as released, norms are decayed too."""
-    implementation: Literal["auto", "torch", "fused", "apex"] = "auto"
+    implementation: Annotated[Literal["auto", "torch", "fused", "apex"], FREE] = "auto"
     """AdamW to use: auto takes torch's fused one on a GPU and the plain one on a CPU."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
@@ -170,26 +172,29 @@ class ScheduleConfig:
 class TrainConfig:
     """The job itself."""
 
-    steps: Count = 20_000
+    steps: Annotated[Count, FIXED] = 20_000
     """Optimizer steps of the whole run."""
-    global_batch_sequences: Count = 256
+    global_batch_sequences: Annotated[Count, FIXED] = 256
     """Sequences of one optimizer step, over all ranks."""
-    micro_batch_sequences: Count = 8
+    micro_batch_sequences: Annotated[Count, FREE] = 8
     """Sequences of one forward and backward pass on one data parallel rank."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Annotated[Literal["bf16", "fp32"], FIXED] = "bf16"
     """bf16: bf16 weights and activations over fp32 master weights, residual, states and gradient sums."""
-    recompute: Literal["none", "mixer", "full"] = "none"
+    recompute: Annotated[Literal["none", "mixer", "full"], FREE] = "none"
     """Activations to recompute in backward: none, those of the mixers, or those of whole blocks."""
-    backend: Literal["auto", "reference", "triton"] = "auto"
+    backend: Annotated[Literal["auto", "reference", "triton"], FREE] = "auto"
     """Kernels of the mixers: auto takes triton on a GPU where it is built, else the PyTorch references."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
     """Device to run on: auto takes a GPU if there is one."""
-    seed: int = 1111
+    seed: Annotated[int, FIXED] = 1111
     """Seed of the initial weights."""
-    max_skipped_steps: Count = 10
+    max_skipped_steps: Annotated[Count, FREE] = 10
     """Steps in a row with a non-finite gradient norm (each is skipped) before the run gives up."""
-    stop_file: str = "stop"
+    stop_file: Annotated[str, FREE] = "stop"
     """A file of this name in the run folder stops the run after the current step, with a checkpoint."""
+    lock_seconds: Annotated[int, Range(at_least=6, at_most=86_400), FREE] = 60
+    """A start takes the run folder from a process of another machine that has not touched the folder's lock for so many seconds,
+    which it does six times in that time; from one that was killed on the same machine, and in a requeued SLURM job, at once."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,9 @@ class CheckpointConfig:
     """Continue from the newest complete checkpoint of the run folder if there is one."""
     load: MaybePath = ""
     """Start from the weights of this checkpoint (a new run, step 0) when the run folder has none."""
+    allow_changed: tuple[str, ...] = ()
+    """Settings that may differ from those of the checkpoint although they are part of what the run is, such as optimizer.lr, or whole
+    sections, such as optimizer. data.path allows another content of the data."""
 
 
 @dataclass(frozen=True)
@@ -247,14 +255,16 @@ class MonitorConfig:
 class Config:
     """A whole run."""
 
-    run_dir: Annotated[str, FilePath(may_be_empty=False)] = "runs/based"
-    """Folder of this run: config, checkpoints, logs. Running again with the same folder resumes."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    run_dir: Annotated[str, FilePath(may_be_empty=False), FREE] = "runs/based"
+    """Folder of this run: config, checkpoints, logs. Running again with the same folder goes on with the same run."""
+    run_name: Annotated[str, FREE] = ""
+    """Name of the run in its history and in trackers; empty: that of its folder."""
+    model: Annotated[ModelConfig, FIXED] = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: Annotated[ParallelConfig, FREE] = field(default_factory=ParallelConfig)
+    optimizer: Annotated[OptimizerConfig, FIXED] = field(default_factory=OptimizerConfig)
+    schedule: Annotated[ScheduleConfig, FIXED] = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    validation: Annotated[ValidationConfig, FREE] = field(default_factory=ValidationConfig)
+    checkpoint: Annotated[CheckpointConfig, FREE] = field(default_factory=CheckpointConfig)
+    monitor: Annotated[MonitorConfig, FREE] = field(default_factory=MonitorConfig)

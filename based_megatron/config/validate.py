@@ -7,27 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
+from based_megatron.config.changes import check_allowed
 from based_megatron.config.limits import check_limits
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
-
-RUN_FILES = [
-    "checkpoints",
-    "config.yaml",
-    "done",
-    "events.jsonl",
-    "excluded_nodes",
-    "failures",
-    "heartbeat",
-    "hung",
-    "logs",
-    "pause",
-    "pretrain.sbatch",
-    "stopped",
-    "tensorboard",
-]
-"""What the run and its launchers keep in the run folder."""
+from based_megatron.run_folder.files import FILES, FOLDERS, LOG_PREFIX
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -44,6 +29,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 def validate(config: Config, world_size: int) -> None:
     """Raise ConfigError, in one line, for the first thing that cannot work with this many ranks."""
     check_limits(config)
+    check_allowed(Config, config.checkpoint.allow_changed)
     _check_files(config)
     _check_validation(config)
     _check_optimizer(config)
@@ -61,7 +47,7 @@ def _check_files(config: Config) -> None:
             f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path"
         )
     plain = stop_file.isprintable() and stop_file not in ("", ".", "..") and "/" not in stop_file
-    if not plain or stop_file in RUN_FILES or stop_file.startswith("slurm-"):
+    if not plain or stop_file in (*FILES, *FOLDERS) or stop_file.startswith(LOG_PREFIX):
         raise ConfigError(
             f"train.stop_file is {stop_file!r:.80}, but must be a plain file name that the run itself does not use (it is removed at a "
             f"stop); change train.stop_file"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from based_megatron.process import AFTERMATH
 
-FOLDER = "errors"
 MOST_CHARACTERS = 2000
 POLL_SECONDS = 0.2
 

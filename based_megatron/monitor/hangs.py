@@ -17,7 +17,6 @@ from types import FrameType
 
 from based_megatron.monitor.progress import Beat, Progress
 
-FOLDER = "stacks"
 FLOOR_SECONDS = 120.0
 """No phase is a hang before."""
 FIRST_SECONDS = 1800.0

@@ -17,6 +17,7 @@ from based_megatron.model.check import check_mixers
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.monitor.flops import parameter_count
 from based_megatron.monitor.sinks.build import check_trackers
+from based_megatron.run_folder.check import check_contents
 from based_megatron.train.carried import carried_bytes
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
@@ -34,6 +35,7 @@ def accept(config: Config, world_size: int) -> Sources:
     _check_load(config.checkpoint, Path(config.run_dir))
     checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model) + carried_bytes(config)
     check_run_dir(Path(config.run_dir), checkpoint_bytes)
+    check_contents(Path(config.run_dir), config.train.stop_file)
     return sources
 
 

@@ -35,10 +35,14 @@ def main(argv: Sequence[str]) -> None:
         except Exception as error:
             raise as_line(error, Path(config.run_dir), rank.rank) from error
         return
+    from based_megatron.run_folder.lock import check_free
     from based_megatron.train.accept import accept
+    from based_megatron.train.identity import identify
 
-    accept(config, rank.world_size)
+    sources = accept(config, rank.world_size)
     if rank.rank == 0:
+        check_free(Path(config.run_dir))
+        identify(config, sources.fingerprint)
         print(
             "this run can start: settings, data, run folder and the least memory have been checked, nothing was written"
         )

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from based_megatron.errors import BasedError
-from based_megatron.monitor.failures import FOLDER, failure_path, write_failure
+from based_megatron.monitor.failures import failure_path, write_failure
+from based_megatron.run_folder.files import ERRORS
 
 
 class RankError(BasedError):
@@ -20,9 +21,9 @@ def as_line(error: Exception, run_dir: Path, rank: int) -> Exception:
     if isinstance(error, BasedError) or not run_dir.is_dir():
         return error
     with contextlib.suppress(OSError):
-        failure = write_failure(run_dir / FOLDER, rank, error)
+        failure = write_failure(run_dir / ERRORS, rank, error)
         if failure.is_aftermath:
             return RankError(f"lost other ranks ({failure.type}: {failure.message:.160})")
-        return RankError(f"{failure.type}: {failure.message:.500}; traceback in {failure_path(run_dir / FOLDER, rank)}")
-    print(f"the traceback could not be written to {run_dir / FOLDER}", file=sys.stderr, flush=True)
+        return RankError(f"{failure.type}: {failure.message:.500}; traceback in {failure_path(run_dir / ERRORS, rank)}")
+    print(f"the traceback could not be written to {run_dir / ERRORS}", file=sys.stderr, flush=True)
     return error

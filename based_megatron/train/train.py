@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from based_megatron.config import Config, save_config
+from based_megatron.checkpoint.ranks import all_ranks
+from based_megatron.config import Config
 from based_megatron.config.limits import absolute_paths
 from based_megatron.config.validate import slice_multiple
 from based_megatron.data.loader import Loader
@@ -11,10 +12,14 @@ from based_megatron.model.build import build_model
 from based_megatron.monitor.hub import build_metrics
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
+from based_megatron.run_folder.files import DONE
+from based_megatron.run_folder.lock import RunLock
 from based_megatron.train.accept import accept, check_memory, memory_bytes
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
+from based_megatron.train.callbacks.owner import Owner
 from based_megatron.train.carried import build_carried_states
+from based_megatron.train.identity import Identity, identify, is_done, locked_folder, record_start
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.signals import StopSignals
 from based_megatron.train.step import build_step
@@ -37,16 +42,29 @@ def train(config: Config, signals: StopSignals | None = None) -> None:
 
     join(rank, device, config.parallel.timeout_seconds)
     topology = build_topology(config.parallel, device, rank.node_ranks)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if topology.is_logger:
-        save_config(config, run_dir / "config.yaml")
-
-    if train_over(config, topology, sources, stop) and topology.is_logger:
-        (run_dir / "done").touch()
+    train_in_folder(config, topology, sources, stop)
     leave()
 
 
-def train_over(config: Config, topology: Topology, sources: Sources, stop: StopVote) -> bool:
+def train_in_folder(config: Config, topology: Topology, sources: Sources, stop: StopVote) -> bool:
+    """Train over the joined ranks in a run folder that is theirs alone. Returns whether the run is done."""
+    ranks, run_dir = all_ranks(), Path(config.run_dir)
+    with locked_folder(config, ranks) as lock:
+        identity = ranks.on_first(lambda: identify(config, sources.fingerprint))
+        if is_done(config, identity, ranks):
+            if topology.is_logger:
+                print(f"already done: {identity.saved_step} of {config.train.steps} steps; {run_dir}", flush=True)
+            done = True
+        else:
+            done = train_over(config, topology, sources, stop, identity, lock)
+        if done and topology.is_logger:
+            (run_dir / DONE).touch()
+    return done
+
+
+def train_over(
+    config: Config, topology: Topology, sources: Sources, stop: StopVote, identity: Identity, lock: RunLock
+) -> bool:
     """Build what a run needs over the joined ranks, and train. Returns whether the run is done."""
     chunks = build_model(config, topology)
     engine = build_engine(chunks, config, topology)
@@ -55,11 +73,17 @@ def train_over(config: Config, topology: Topology, sources: Sources, stop: StopV
     carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
     metrics = build_metrics(topology)
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
-    checkpointer = Checkpointer(engine, config, loader.fingerprint, carried)
+    checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, carried)
     start = checkpointer.restore()
+    record_start(config, identity, start[0], all_ranks())
 
     # A checkpoint comes after the log of its step; at the end and at an error the order is the opposite.
-    callbacks = [*side_jobs(config, topology, loader, sources), *loggers(config, topology, start), checkpointer]
+    callbacks = [
+        Owner(identity, lock),
+        *side_jobs(config, topology, loader, sources),
+        *loggers(config, topology, start, identity),
+        checkpointer,
+    ]
     try:
         return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()
     finally:

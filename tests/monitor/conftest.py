@@ -35,7 +35,7 @@ def make_run(tmp_path) -> Callable[..., RunFacts]:
 
     def make(step: int = 0, **monitor: Any) -> RunFacts:
         tokens_seen = step * TOKENS_PER_STEP
-        return RunFacts(small_config(**monitor), tmp_path, torch.device("cpu"), 4, step, tokens_seen)
+        return RunFacts(small_config(**monitor), tmp_path, torch.device("cpu"), 4, step, tokens_seen, "f00d", "a run")
 
     return make
 

@@ -1,5 +1,6 @@
 """Weights & Biases and MLflow, offline: what is written can be read back."""
 
+import dataclasses
 import json
 import math
 import struct
@@ -34,13 +35,21 @@ def test_mlflow(make_run, values, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     run = make_run(project="mine")
     write(MlflowSink(), run, values)
+    resumed = MlflowSink()
+    resumed.start(make_run(step=2, project="mine", log_interval_steps=5))
     client = tracking.MlflowClient()
     (found,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
-    assert found.info.run_name == run.run_dir.name and found.info.status == "FINISHED"
+    assert found.info.status == "RUNNING", "the same one goes on"
+    resumed.log(3, values(3))
+    resumed.close()
+    (found,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert found.info.run_name == "a run" and found.info.status == "FINISHED"
     assert found.data.params["model.layer_pattern"] == "cLS"
     history = client.get_metric_history(found.info.run_id, "train/loss")
-    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert found.data.metrics["validation/loss"] == 2.0
+    MlflowSink().start(dataclasses.replace(run, run_id="beef"))
+    assert len(client.search_runs([found.info.experiment_id])) == 2, "another run of the same name is another one"
 
 
 def records(data: bytes) -> Iterator[bytes]:

@@ -70,4 +70,4 @@ def train_with_faults(run_dir: Path, data: Path, faults: Faults, *overrides: str
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "build_step", build_disturbed)
         sources = Sources(config.data, config.train.global_batch_sequences)
-        return module.train_over(config, topology, sources, StopVote(run_dir / config.train.stop_file))
+        return module.train_in_folder(config, topology, sources, StopVote(run_dir / config.train.stop_file))

@@ -22,7 +22,7 @@ from based_megatron.data_prep.prepare import prepare
 from based_megatron.monitor.events import read_events
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.stop import StopVote
-from based_megatron.train.train import train_over
+from based_megatron.train.train import train_in_folder
 from support.pool import fork_context, rank_device
 
 TINY = [
@@ -58,11 +58,15 @@ class Job:
 
     process: BaseProcess
     errors: Path
-    """Its stderr."""
+    """Its stderr; what it prints is beside it."""
 
     @property
     def stderr(self) -> str:
         return self.errors.read_text()
+
+    @property
+    def stdout(self) -> str:
+        return self.errors.with_name("stdout").read_text()
 
     @property
     def returncode(self) -> int | None:
@@ -87,16 +91,19 @@ def run_job(run_dir: Path, data: Path, *overrides: str, **options: Any) -> Job:
 
 def start_job(run_dir: Path, data: Path, *overrides: str, before: Callable[[], None] | None = None) -> Job:
     """Start a job of one process, to be disturbed. The process calls `before` first."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    errors = run_dir / "stderr"
-    arguments = command(run_dir, data, *overrides)[3:]
+    return start_command(command(run_dir, data, *overrides)[3:], run_dir / "stderr", before)
+
+
+def start_command(arguments: list[str], errors: Path, before: Callable[[], None] | None = None) -> Job:
+    """Start a `based` command with these arguments."""
+    errors.parent.mkdir(parents=True, exist_ok=True)
     process = fork_context().Process(target=_based, args=(arguments, errors, before))
     process.start()
     return Job(process, errors)
 
 
 def _based(arguments: list[str], errors: Path, before: Callable[[], None] | None) -> None:
-    for stream, path in ((sys.stdout, os.devnull), (sys.stderr, errors)):
+    for stream, path in ((sys.stdout, errors.with_name("stdout")), (sys.stderr, errors)):
         with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
     torch.set_num_threads(1)
@@ -105,12 +112,17 @@ def _based(arguments: list[str], errors: Path, before: Callable[[], None] | None
     sys.exit(main(arguments))
 
 
-def kill_when(job: Job, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL) -> None:
-    """Send the signal as soon as the condition holds."""
+def wait_for(job: Job, condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds, while the job runs."""
     deadline = time.monotonic() + 120
     while not condition():
-        assert job.process.is_alive() and time.monotonic() < deadline, "the job ended before it could be killed"
+        assert job.process.is_alive() and time.monotonic() < deadline, f"the job ended before: {job.stderr}"
         time.sleep(0.001)
+
+
+def kill_when(job: Job, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL) -> None:
+    """Send the signal as soon as the condition holds."""
+    wait_for(job, condition)
     assert job.process.pid
     os.kill(job.process.pid, number)
     job.wait(timeout_seconds=60)
@@ -121,7 +133,7 @@ def train_in_pool(run_dir: Path, data: Path, *overrides: str) -> bool:
     config = parse_config(command(run_dir, data, *overrides)[4:])
     topology = build_topology(config.parallel, rank_device(dist.get_rank()))
     sources = Sources(config.data, config.train.global_batch_sequences)
-    return train_over(config, topology, sources, StopVote(run_dir / config.train.stop_file))
+    return train_in_folder(config, topology, sources, StopVote(run_dir / config.train.stop_file))
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -126,7 +126,7 @@ def test_a_killed_job_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tm
         start_job(tmp_path, corpus, *CARRY, *endless),
         lambda: log.exists() and f'"step": {MIDDLE + 1}' in log.read_text(),
     )
-    worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY)
+    worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY, "--checkpoint.allow-changed", "train.steps")
     assert [event["step"] for event in events(tmp_path, "resume")] == [MIDDLE]
     assert losses(tmp_path) == losses(uninterrupted("single"))
 
@@ -154,15 +154,16 @@ def test_whole_tensors_are_stored_as_they_are_in_memory(uninterrupted):
     ("saved_with", "resumed_with", "warning"),
     [
         ((), ("--model.window-left", "9"), "model.window_left 32, now 9"),
-        ((), ("--data.sequence-length-tokens", "48", "--data.allow-changed"), "is of other data"),
-        (("--data.no-carry-state",), ("--data.allow-changed",), "has none, by data.carry_state=false"),
-        ((), ("--data.no-carry-state", "--data.allow-changed"), None),
+        ((), ("--data.sequence-length-tokens", "48"), "is of other data"),
+        (("--data.no-carry-state",), (), "has none, by data.carry_state=false"),
+        ((), ("--data.no-carry-state",), None),
     ],
 )
 def test_what_does_not_fit_is_left_out(worker_pool, corpus, tmp_path, saved_with, resumed_with, warning):
     """One line says so, and the first step starts without carried states; a run that carries none asks for none."""
     worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY, *saved_with, "--train.steps", "1")
-    worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY, *resumed_with, "--train.steps", "2")
+    allowed = ("--checkpoint.allow-changed", "model", "data", "train.steps")
+    worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY, *resumed_with, "--train.steps", "2", *allowed)
     assert sorted(losses(tmp_path)) == [1, 2]
     lines = [event["message"] for event in events(tmp_path, "warning")]
     assert len(lines) == (warning is not None)

@@ -55,7 +55,7 @@ def train_with_a_nan(run_dir: Path, data: Path, where: str, *overrides: str) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "build_step", build_poisoned)
         sources = Sources(config.data, config.train.global_batch_sequences)
-        module.train_over(config, topology, sources, StopVote(run_dir / "stop"))
+        module.train_in_folder(config, topology, sources, StopVote(run_dir / "stop"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Whole jobs: resume, crashes, stops, changed layouts and bad input, as a user meets them."""
 
+import functools
+import os
 import resource
 import shutil
 import signal
@@ -8,16 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from based_megatron.checkpoint.load import read_state
 from based_megatron.checkpoint.store import list_checkpoints, verify
 from based_megatron.cli import main
-from support.runs import command, events, kill_when, losses, run_job, start_job, train_in_pool
+from based_megatron.config import load_config
+from based_megatron.run_folder.history import read_history
+from support.runs import command, events, kill_when, losses, run_job, start_command, start_job, train_in_pool, wait_for
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory) -> Path:
-    """Run folder of a job that nobody disturbed."""
+    """Run folder of a job that nobody disturbed; it was told of its data by a path from the folder that it was started in."""
     run_dir = tmp_path_factory.mktemp("uninterrupted")
-    finished = run_job(run_dir, corpus)
+    finished = run_job(run_dir, Path(corpus.name), before=functools.partial(os.chdir, corpus.parent))
     assert finished.returncode == 0, finished.stderr
     return run_dir
 
@@ -36,16 +41,101 @@ def test_the_loss_falls_and_the_run_is_marked_done(uninterrupted):
     assert len(list_checkpoints(uninterrupted / "checkpoints")) == 4
 
 
+def test_a_run_is_written_down_and_its_folder_set_free(uninterrupted, corpus, capsys):
+    """What is written means the same from any folder."""
+    (start,) = read_history(uninterrupted)
+    assert (start.start, start.from_step, start.ranks, start.run_name) == (1, 0, 1, uninterrupted.name)
+    assert start.config["data"]["path"] == str(corpus) == load_config(str(uninterrupted / "config.yaml")).data.path
+    for path in list_checkpoints(uninterrupted / "checkpoints"):
+        assert read_state(path)["run_id"] == start.run_id
+        assert read_state(path)["config"]["data"]["path"] == str(corpus)
+    assert not (uninterrupted / "lock").exists()
+    assert main(["data", "at", "--run", str(uninterrupted), "--step", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[:3] != "std"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "returncode", "words"),
+    [
+        ((), 0, "already done: 8 of 8 steps"),
+        (("--optimizer.lr", "0.01", "--train.seed", "7"), 2, "-> 0.01, train.seed 1111 -> 7"),
+        (("--data.seed", "7"), 2, "data.seed 42 -> 7"),
+        (("--train.steps", "9"), 2, "train.steps 8 -> 9"),
+        (("--checkpoint.no-resume",), 2, "has a checkpoint of step 8"),
+    ],
+    ids=["unchanged", "another experiment", "other data", "longer", "without resuming"],
+)
+def test_a_finished_run_stays_as_it_is(uninterrupted, corpus, overrides, returncode, words):
+    before = contents(uninterrupted)
+    job = run_job(uninterrupted, corpus, *overrides)
+    assert job.returncode == returncode, job.stderr
+    told = job.stderr if returncode else job.stdout
+    assert words in told.splitlines()[-1] and len(job.stderr.splitlines()) == bool(returncode)
+    assert contents(uninterrupted) == before
+
+
+def test_a_run_without_its_checkpoints_does_not_begin_anew(uninterrupted, corpus, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
+    before = contents(tmp_path)
+    job = run_job(tmp_path, corpus)
+    assert job.returncode == 2 and contents(tmp_path) == before
+    assert "has saved step 8, but there is no whole checkpoint" in job.stderr
+
+
+def test_the_saved_config_repeats_the_run_in_another_folder(uninterrupted, tmp_path):
+    saved = ["train", "--config", str(uninterrupted / "config.yaml"), "--run-dir", str(tmp_path)]
+    job = start_command(saved, tmp_path / "stderr")
+    job.wait(timeout_seconds=240)
+    assert job.returncode == 0, job.stderr
+    assert losses(tmp_path) == losses(uninterrupted)
+    assert read_history(tmp_path)[0].run_id != read_history(uninterrupted)[0].run_id
+
+
+def test_a_folder_has_one_job_at_a_time(uninterrupted, corpus, tmp_path):
+    """The second is refused in one line and changes nothing, also by another path; the first does not notice."""
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    run, log = tmp_path / "run", tmp_path / "run" / "events.jsonl"
+    first = start_job(run, corpus, "--train.lock-seconds", "600")
+    wait_for(first, lambda: log.exists() and '"step": 1' in log.read_text())
+    assert first.process.pid
+    os.kill(first.process.pid, signal.SIGSTOP)  # so that it cannot end first
+    second = start_command(command(tmp_path / "link", corpus, "--optimizer.lr", "0.01")[3:], tmp_path / "stderr")
+    second.wait(timeout_seconds=60)
+    assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
+    assert f"in use by process {first.process.pid} on " in second.stderr
+    os.kill(first.process.pid, signal.SIGCONT)
+    first.wait(timeout_seconds=240)
+    assert first.returncode == 0 and losses(run) == losses(uninterrupted)
+    assert len(read_history(run)) == 1 and "lr: 0.01" not in (run / "config.yaml").read_text()
+
+
+def test_foreign_things_in_the_folder_are_refused_before_training(corpus, tmp_path):
+    (tmp_path / "heartbeat").mkdir()
+    job = run_job(tmp_path, corpus)
+    assert job.returncode == 2 and "heartbeat is a folder" in job.stderr and len(job.stderr.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"heartbeat", "stderr", "stdout"}
+
+
 @pytest.mark.parametrize("moment", ["step", "save"])
 def test_a_killed_job_resumes_bit_for_bit(uninterrupted, corpus, tmp_path, moment):
     log, unfinished = tmp_path / "events.jsonl", tmp_path / "checkpoints" / "step-00000004.tmp"
     during = {"step": lambda: log.exists() and '"step": 5' in log.read_text(), "save": unfinished.exists}[moment]
     kill_when(start_job(tmp_path, corpus), during)
-    assert max(losses(tmp_path)) < 8
-    resumed = run_job(tmp_path, corpus)
+    assert max(losses(tmp_path)) < 8 and (tmp_path / "lock").exists()
+    resumed = run_job(tmp_path, corpus, "--monitor.no-tensorboard")
     assert resumed.returncode == 0, resumed.stderr
-    assert events(tmp_path, "resume")[0]["step"] in (2, 4)
+    assert "waiting" not in resumed.stdout, "the owner of the lock is known to be gone"
+    (resume,) = events(tmp_path, "resume")
+    assert resume["step"] in (2, 4)
     assert losses(tmp_path) == losses(uninterrupted)
+    first, second = read_history(tmp_path)
+    assert (second.run_id, second.start, second.from_step) == (first.run_id, 2, resume["step"])
+    (event,) = events(tmp_path, "changed_settings")
+    assert event["changes"] == second.changes == {"monitor.tensorboard": [True, False]}
 
 
 def test_sigterm_stops_with_a_checkpoint(uninterrupted, corpus, tmp_path):
@@ -157,13 +247,5 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(corpus, tmp_path, ca
     assert advised == f"data at --run {tmp_path} --step {skipped[0]}"
     assert main(advised.split()) == 0
     assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
-    resumed = run_job(tmp_path, corpus, "--train.steps", str(good), "--train.max-skipped-steps", "1")
-    assert resumed.returncode == 0, resumed.stderr
-    assert events(tmp_path, "resume")[0]["step"] == good
-
-
-def test_other_data_is_refused_on_resume(uninterrupted, corpus, tmp_path):
-    copy_checkpoint(uninterrupted, tmp_path, 4)
-    finished = run_job(tmp_path, corpus, "--data.seed", "7")
-    assert finished.returncode == 2
-    assert "data.allow_changed" in finished.stderr
+    resumed = run_job(tmp_path, corpus, *DIVERGES.split())
+    assert resumed.returncode == 2 and events(tmp_path, "resume")[0]["step"] == good

@@ -22,6 +22,9 @@ class RunFacts:
     step: int
     """Steps that an earlier process has done; 0 for a new run."""
     tokens_seen: int
+    run_id: str
+    """Id of the run, which it keeps at every start."""
+    run_name: str
 
 
 class Sink:

@@ -7,10 +7,14 @@ from based_megatron.config import to_dict
 from based_megatron.monitor.sinks.base import RunFacts, Sink
 
 MAX_PARAM_CHARACTERS = 500
+ID_TAG = "based.run_id"
 
 
 class MlflowSink(Sink):
-    """One run of the experiment `monitor.project`; every start of a run folder is a run of its own."""
+    """One run of the experiment `monitor.project`, which a resumed run goes on with: a tag has the id of ours.
+
+    Its parameters are those of the first start, because MLflow changes none.
+    """
 
     def start(self, run: RunFacts) -> None:
         from mlflow.tracking import MlflowClient
@@ -19,8 +23,13 @@ class MlflowSink(Sink):
         project = run.config.monitor.project
         found = self._client.get_experiment_by_name(project)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(project)
-        name = run.run_dir.resolve().name
-        self._run_id = self._client.create_run(experiment, run_name=name).info.run_id
+        earlier = self._client.search_runs([experiment], f"tags.`{ID_TAG}` = '{run.run_id}'", max_results=1)
+        if earlier:
+            self._run_id = earlier[0].info.run_id
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        created = self._client.create_run(experiment, run_name=run.run_name, tags={ID_TAG: run.run_id})
+        self._run_id = created.info.run_id
         for section, values in to_dict(run.config).items():
             fields = values.items() if isinstance(values, dict) else [("", values)]
             for key, value in fields:

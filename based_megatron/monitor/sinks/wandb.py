@@ -13,11 +13,10 @@ class WandbSink(Sink):
     def start(self, run: RunFacts) -> None:
         import wandb
 
-        name = run.run_dir.resolve().name
         self._run = wandb.init(
             project=run.config.monitor.project,
-            name=name,
-            id=name,
+            name=run.run_name,
+            id=run.run_id,
             resume="allow",
             dir=str(run.run_dir),
             config=to_dict(run.config),

@@ -21,6 +21,7 @@ from based_megatron.train.callbacks.norms import Norms
 from based_megatron.train.callbacks.sampler import Sampler
 from based_megatron.train.callbacks.validator import Validator
 from based_megatron.train.callbacks.watchdog import Watchdog
+from based_megatron.train.identity import Identity
 
 
 def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
@@ -35,9 +36,10 @@ def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sourc
     return jobs
 
 
-def loggers(config: Config, topology: Topology, start: tuple[int, int]) -> list[Callback]:
+def loggers(config: Config, topology: Topology, start: tuple[int, int], identity: Identity) -> list[Callback]:
     """What is written while training. start: (steps done, tokens seen)."""
-    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start)
+    names = (identity.run_id, identity.run_name)
+    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names)
     hosts = [""] * topology.world_size
     dist.all_gather_object(hosts, socket.gethostname())
     return [

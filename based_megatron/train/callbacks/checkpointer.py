@@ -20,6 +20,7 @@ from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.finite import not_finite
 from based_megatron.parallel.sequence.carried import CarriedStates, Past
 from based_megatron.train.callbacks.base import Callback, StepReport
+from based_megatron.train.identity import check_changes
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
@@ -37,9 +38,15 @@ class Checkpointer(Callback):
     """
 
     def __init__(
-        self, engine: Any, config: Config, data_fingerprint: str, carried: CarriedStates | None = None
+        self,
+        engine: Any,
+        config: Config,
+        run_id: str,
+        data_fingerprint: str,
+        carried: CarriedStates | None = None,
     ) -> None:
         self._engine, self._config, self._data_fingerprint, self._carried = engine, config, data_fingerprint, carried
+        self._run_id = run_id
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
         self._ranks: Ranks = all_ranks(dist.new_group(backend="gloo"))
@@ -52,7 +59,7 @@ class Checkpointer(Callback):
         found = newest_valid(self._folder, self._warnings.append, self._ranks) if settings.resume else None
         if found is not None:
             state = self._load(found, weights_only=False)
-            self._check_data(found, state)
+            check_changes(self._config, self._data_fingerprint, found, state)
             self._restore_carried(found, state)
             self._saved_step = state["step"]
             return state["step"], state["tokens_seen"]
@@ -91,6 +98,7 @@ class Checkpointer(Callback):
             fragments += carried_fragments(self._carried)
         self._check_finite(trainer, fragments)
         state: dict[str, Any] = {
+            "run_id": self._run_id,
             "tokens_seen": trainer.tokens_seen,
             "optimizer": optimizer_entry(self._engine),
             "data_fingerprint": self._data_fingerprint,
@@ -161,22 +169,6 @@ class Checkpointer(Callback):
         saved, now = state["config"]["model"], to_dict(self._config)["model"]
         changes = [f"model.{key} {saved[key]}, now {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
         return f"was saved with {'; '.join(changes)}" if changes else None
-
-    def _check_data(self, path: Path, state: dict[str, Any]) -> None:
-        """The order of sequences is a pure function of data and step: it must still be the same one."""
-        saved = state["config"]["train"]["global_batch_sequences"]
-        now = self._config.train.global_batch_sequences
-        if saved != now:
-            raise ConfigError(
-                f"{path} was trained with train.global_batch_sequences {saved}, now {now}: step {state['step']} would "
-                f"name other sequences; restore the old value or start a new run_dir with checkpoint.load"
-            )
-        if state["data_fingerprint"] != self._data_fingerprint and not self._config.data.allow_changed:
-            raise ConfigError(
-                f"the data is not that of {path} (fingerprint {self._data_fingerprint}, then {state['data_fingerprint']}): "
-                f"sequences would repeat or be missed; restore data.path, data.seed and data.sequence_length_tokens, "
-                f"or set data.allow_changed=true"
-            )
 
 
 def saved_past(entry: int | list[tuple[int, int]]) -> Past:

@@ -15,12 +15,13 @@ import torch
 
 from based_megatron.errors import BasedError
 from based_megatron.monitor.eta import Eta
-from based_megatron.monitor.failures import FOLDER, wait_for_cause, write_failure
+from based_megatron.monitor.failures import wait_for_cause, write_failure
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.memory import memory_gib
 from based_megatron.monitor.sinks.base import Sink, perplexity
 from based_megatron.monitor.stragglers import Stragglers
 from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run, process_seconds
+from based_megatron.run_folder.files import ERRORS
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Logger(Callback):
         if isinstance(error, BasedError) or trainer.device.type == "cpu":  # else the device may never answer again
             self._write_steps()
         with contextlib.suppress(OSError):
-            folder = trainer.run_dir / FOLDER
+            folder = trainer.run_dir / ERRORS
             own = write_failure(folder, trainer.topology.rank, error)
             since = time.time() - process_seconds()
             cause = wait_for_cause(folder, since, self._hosts or [own.host], CAUSE_SECONDS) if self._sinks else own

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from based_megatron.monitor import flight_recorder
-from based_megatron.monitor.events import FILE_NAME as EVENTS
 from based_megatron.monitor.events import append_event
-from based_megatron.monitor.hangs import FOLDER, Stuck, explain, limit_seconds, read_stuck, stack_path, write_stuck
+from based_megatron.monitor.hangs import Stuck, explain, limit_seconds, read_stuck, stack_path, write_stuck
 from based_megatron.monitor.progress import Beat
+from based_megatron.run_folder.files import EVENTS, HEARTBEAT, STACKS
 from based_megatron.train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
 
-HEARTBEAT = "heartbeat"
 TICK_SECONDS = 1.0
 STDERR = 2
 
@@ -33,7 +32,7 @@ class Watchdog(Callback):
     """Watches the progress of this rank from a thread, which goes on while the main thread is stuck in a call.
 
     A rank without progress for longer than its limit writes run_dir/stacks/rank-NNNNN.txt (monitor/hangs.py) and the record of the
-    flight recorder beside it. A while later, the lowest rank that has written says in events.jsonl whom the others wait for.
+    flight recorder next to it. A while later, the lowest rank that has written says in events.jsonl whom the others wait for.
 
     The logging rank keeps run_dir/heartbeat: one line `{"step": int, "phase": str, "limit_seconds": int, "time": ISO}`, written anew
     (and renamed) when its progress moves, at most once a tick. A launcher may end the ranks if the file does not change for
@@ -111,7 +110,7 @@ class Watchdog(Callback):
         os.replace(new, path)
 
     def _write_stacks(self, beat: Beat) -> None:
-        folder = self._run_dir / FOLDER
+        folder = self._run_dir / STACKS
         # First without the recorder: it may have to wait for the library that hangs.
         write_stuck(folder, self._rank, beat, {})
         if record := flight_recorder.dump():
@@ -124,10 +123,10 @@ class Watchdog(Callback):
         if found and found[0].rank == self._rank:
             hang = explain(found, self._hosts)
             step = max(stuck.step for stuck in found)
-            fields = {"message": hang.message, "behind": hang.behind, "hosts": hang.hosts, "stacks": FOLDER}
+            fields = {"message": hang.message, "behind": hang.behind, "hosts": hang.hosts, "stacks": STACKS}
             append_event(self._run_dir / EVENTS, {"time": time.time(), "step": step, "event": "hang", **fields})
             print(
-                f"rank {self._rank}: no progress: {hang.message}; see {self._run_dir / FOLDER}",
+                f"rank {self._rank}: no progress: {hang.message}; see {self._run_dir / STACKS}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -136,7 +135,7 @@ class Watchdog(Callback):
         """What ranks have written about this hang."""
         mine, _ = self._stuck or (self._progress.beat, 0.0)
         since = time.time() - (time.monotonic() - mine.since)
-        return read_stuck(Path(self._run_dir) / FOLDER, max(self._began, since))
+        return read_stuck(Path(self._run_dir) / STACKS, max(self._began, since))
 
 
 def grace_seconds(limit: float) -> float:

@@ -1,0 +1,42 @@
+"""Files of one JSON object a line. Append only: a crash costs at most the last line."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Add one line to the file. If a crash has cut the last line, it is ended first, so that the new one is whole.
+
+    Infinities and nan, which JSON lacks, become strings that float() reads; what else JSON lacks becomes its str().
+    """
+    line = json.dumps(_legal(values), allow_nan=False, default=str).encode() + b"\n"
+    with open(path, "ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                line = b"\n" + line
+        stream.write(line)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file in order, without lines that a crash has cut."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(values, dict):
+                yield values
+
+
+def _legal(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _legal(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_legal(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
