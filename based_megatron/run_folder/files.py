@@ -13,6 +13,7 @@ HUNG = "hung"
 LOCK = "lock"
 LOGS = "logs"
 PAUSE = "pause"
+ROLLED_BACK = "rolled-back"
 SBATCH = "pretrain.sbatch"
 STACKS = "stacks"
 STOPPED = "stopped"
@@ -33,6 +34,6 @@ FILES = (
     SBATCH,
     STOPPED,
 )
-FOLDERS = (CHECKPOINTS, ERRORS, LOGS, STACKS, TENSORBOARD, WANDB)
+FOLDERS = (CHECKPOINTS, ERRORS, LOGS, ROLLED_BACK, STACKS, TENSORBOARD, WANDB)
 LOG_PREFIX = "slurm-"
 """What the names of SLURM's log files begin with."""
