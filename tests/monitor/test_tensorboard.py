@@ -115,7 +115,7 @@ def test_events_are_counted(make_run):
 
 
 def test_the_settings_and_the_command_are_there(make_run, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["based", "train", "--run-name", "my run"])
+    monkeypatch.setattr("sys.argv", ["/bin/based", "train", "--run-name", "my run"])
     run, sink = make_run(), TensorBoardSink()
     sink.start(run)
     sink.close()

@@ -53,6 +53,8 @@ LAYOUT = {
 
 EVENTS = {"skip": "skips", "spike": "spikes", "rollback": "rollbacks", "checkpoint": "saves", "warning": "warnings"}
 """Events that are counted, as `events/NAME`, from each start on."""
+COMPARED = ("model", "data", "parallel", "optimizer", "schedule", "train")
+"""Sections of settings that the tab "HParams" shows."""
 RESULTS = ("train/loss_mean", "validation/loss", "throughput/tokens_per_second")
 """What the tab "HParams" compares runs by."""
 BY_TOKENS = "by_tokens"
@@ -72,10 +74,10 @@ class TensorBoardSink(Sink):
         self._by_tokens = SummaryWriter(str(folder / BY_TOKENS), purge_step=purge_tokens, flush_secs=FLUSH_SECONDS)
         self._tokens, self._counts = run.tokens_seen, Counter[str]()
         self._writer.add_custom_scalars(LAYOUT)
-        self.text(run.step, "run/command", shlex.join(sys.argv))
+        self.text(run.step, "run/command", shlex.join(["based", *sys.argv[1:]]))
         settings = to_dict(run.config)
         self.text(run.step, "run/config", yaml.safe_dump(settings, sort_keys=False))
-        for summary in hparams(_plain(settings), dict.fromkeys(RESULTS)):
+        for summary in hparams(_plain({name: settings[name] for name in COMPARED}), dict.fromkeys(RESULTS)):
             self._writer._get_file_writer().add_summary(summary)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
