@@ -15,14 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from based_megatron.monitor.progress import Beat, Progress
+from based_megatron.monitor.progress import BETWEEN, Beat, Progress
 
 FLOOR_SECONDS = 120.0
-"""No phase is a hang before."""
+"""No part of a step is a hang before, nor what comes with every step."""
+SLOW_FLOOR_SECONDS = 900.0
+"""No save, validation, or end of a run is a hang before: file servers stall for minutes, and a save that is ended is lost."""
 FIRST_SECONDS = 1800.0
 """Limit of a phase that has never ended: it may compile, allocate, and read what is in no cache."""
 MULTIPLE = 10
 PARTS_OF_A_STEP = ("data", "forward_backward", "optimizer")
+WITH_EVERY_STEP = (*PARTS_OF_A_STEP, BETWEEN, "stop vote", "log")
 _WAITING = re.compile(
     r"\b((all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|barrier|gather|scatter|send|recv)\w*|wait|synchronize|item|tolist|cpu)\("
 )
@@ -34,11 +37,13 @@ def limit_seconds(progress: Progress, fixed: float) -> float:
     """Seconds after which the phase that a rank is in is a hang; `fixed` where that is above 0."""
     if fixed > 0:
         return fixed
-    longest = progress.longest(progress.beat.phase)
+    phase = progress.beat.phase
+    longest = progress.longest(phase)
     if longest is None:
         return FIRST_SECONDS
     step_seconds = sum(progress.longest(part) or 0.0 for part in PARTS_OF_A_STEP)
-    return max(FLOOR_SECONDS, MULTIPLE * longest, MULTIPLE * step_seconds)
+    floor = FLOOR_SECONDS if phase in WITH_EVERY_STEP else SLOW_FLOOR_SECONDS
+    return max(floor, MULTIPLE * longest, MULTIPLE * step_seconds)
 
 
 @dataclass(frozen=True)

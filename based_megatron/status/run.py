@@ -305,7 +305,7 @@ def _eta(logged: Event, step: int, steps: int | None, now: float) -> float | Non
 def _last_save(event: Event | None, now: float) -> Save | None:
     if event is None:
         return None
-    seconds = event.get("copy_seconds", event.get("seconds"))
+    seconds = event.get("seconds")
     return Save(int(event["step"]), max(0.0, now - float(event["time"])), seconds)
 
 

@@ -86,8 +86,9 @@ class Trainer:
                     self.record("stop", reason=reason)
                     break
             self._record_spikes()
-            for callback in reversed(self.callbacks):
-                callback.on_end(self)
+            with self.doing("end"):
+                for callback in reversed(self.callbacks):
+                    callback.on_end(self)
             self.stop.honoured()
         except BaseException as error:
             for callback in reversed(self.callbacks):

@@ -89,6 +89,11 @@ def test_the_limit_comes_of_measured_times(monkeypatch):
         now[0] += 100.0
     with progress.inside("save"):
         assert limit_seconds(progress, 0) == 10 * 100.0
+        now[0] += 1.0
+    with progress.inside("validation"):
+        now[0] += 1.0
+    with progress.inside("validation"):
+        assert limit_seconds(progress, 0) == hangs.SLOW_FLOOR_SECONDS, "a file server may stall"
         assert limit_seconds(progress, 3.5) == 3.5
     short = Progress()
     for _ in range(4):

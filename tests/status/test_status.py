@@ -69,7 +69,7 @@ def running(write: Write, run_dir: Path) -> None:
     write("start", 960, 0, process_seconds=40.0, world_size=4, hosts={"a": 2, "b": 2})
     write("step", 940, 1, loss=9.0)
     write("validation", 500, 20, loss=5.5)
-    write("checkpoint", 400, 30, seconds=3.0, copy_seconds=0.5)
+    write("checkpoint", 400, 30, seconds=0.5, write_seconds=9.0)
     parts = spent(start_up=60.0, steps=800.0, data=20.0, skipped=20.0, validation=30.0, save=40.0, other=20.0)
     speed = {"tokens_per_second": 5e3, "mfu": 0.4, "step_seconds": 21.0, "eta_seconds": 1500.0}
     write("step", 10, 41, loss=4.0, loss_mean=4.5, tokens_seen=41_000, **speed, **parts)
