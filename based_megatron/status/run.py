@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from based_megatron.config.yaml_files import read_yaml
-from based_megatron.errors import BasedError, ConfigError
+from based_megatron.errors import BasedError
 from based_megatron.monitor.failures import first_cause, read_failures
 from based_megatron.run_folder.files import CONFIG, DONE, ERRORS, EVENTS, HEARTBEAT, HISTORY, LOCK, SBATCH
 from based_megatron.run_folder.history import read_history
@@ -110,10 +110,9 @@ class RunStatus:
     """The event of a hang of the last start."""
 
 
-def look_for(run_dir: Path) -> None:
-    """Raise ConfigError if a folder is none of a run."""
-    if not any((run_dir / name).exists() for name in KNOWN_FILES):
-        raise ConfigError(f"{run_dir} is no run folder: it has none of {', '.join(KNOWN_FILES)}")
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return any((folder / name).exists() for name in KNOWN_FILES)
 
 
 def status_of(run_dir: Path, record: RunRecord, now: float) -> RunStatus:

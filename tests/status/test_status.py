@@ -284,6 +284,14 @@ def test_a_page_of_one_run_and_a_table_of_several(write, run_dir, capsys, monkey
     assert len(shown) == 3 and max(map(len, shown)) <= 80 and "41/100" in shown[1]
 
 
+def test_among_several_a_folder_that_is_no_run_is_left_out(write, run_dir, tmp_path, capsys):
+    running(write, run_dir)
+    (tmp_path / "other").mkdir()
+    main([str(run_dir), str(tmp_path / "other"), "--json"])
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1 and "other is no run folder and is left out" in shown.err
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run folder"):
         main([str(tmp_path)])
