@@ -68,6 +68,10 @@ class SlurmOptions:
     """Give up after this number of failures in a row without a newer checkpoint."""
     exclude_after_failure: bool = True
     """Start again without the nodes that were lost, or whose ranks said nothing in a hang (file excluded_nodes)."""
+    check: bool = False
+    """Measure the nodes first (`based nodes`), and train without those that are slow or wrong."""
+    spare_nodes: int = 0
+    """Nodes to ask for beyond --nodes, so that --check can leave bad ones out at once. Those left over are idle."""
     partition: str = ""
     """Partition to use, if not the cluster's default."""
     account: str = ""
@@ -142,7 +146,10 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
     return _Template(template).substitute(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(options, run_dir)),
         setup=options.setup or ":",
-        check=":",
+        check="check_nodes" if options.check else ":",
+        check_command=shlex.join(_rank_command(options, ["nodes"], config)),
+        nodes=options.nodes,
+        ranks=ranks_of(options),
         interface=f"export {interfaces}" if options.interface else ":",
         working_dir=shlex.quote(os.getcwd()),
         run_dir=shlex.quote(str(run_dir)),
@@ -169,6 +176,10 @@ def _check_options(options: SlurmOptions, config: Config) -> None:
         raise ConfigError(
             f"--stop-seconds {options.stop_seconds} is not below the limit --time {options.time}: the run would stop "
             f"at once; change either"
+        )
+    if options.spare_nodes and not options.check:
+        raise ConfigError(
+            f"--spare-nodes {options.spare_nodes} would be idle: without --check no node is left out; set --check"
         )
     if not config.checkpoint.resume:
         raise ConfigError(
@@ -213,7 +224,7 @@ def _directives(options: SlurmOptions, run_dir: Path) -> list[str]:
     lines = [
         f"--job-name={shlex.quote(job_name(run_dir))}",
         "--dependency=singleton",
-        f"--nodes={options.nodes}",
+        f"--nodes={options.nodes + options.spare_nodes}",
         f"--ntasks-per-node={ranks_of(options) // options.nodes}",
         f"--cpus-per-task={options.cpus_per_task}",
         f"--time={options.time}",

@@ -20,7 +20,7 @@ STUBS = {
     "getent": "true",
     "sleep": "/bin/sleep 0.05",
     "hook": 'echo "$BASED_RUN_DIR $1: $2" >>hooks',
-    "srun": "shift 3; [ ! -e ranks ] || . ./ranks",
+    "srun": 'echo "$*" >words; shift 3; [ ! -e ranks ] || . ./ranks',
 }  # fmt: skip
 CHECKPOINT = "mkdir -p run/checkpoints/step-%08d && touch run/checkpoints/step-%08d/manifest.json"
 """Shell of ranks that save a checkpoint."""
@@ -162,7 +162,8 @@ def test_ranks_that_die_of_the_request_to_pause_did_not_fail(job):
 
 
 def test_the_ranks_are_asked_to_pause(job):
-    job.run("trap 'touch asked' USR2; kill -USR1 $PPID; for i in {1..9}; do /bin/sleep 0.05; done")
+    wait_for_it = "for i in {1..100}; do [ ! -e asked ] || break; /bin/sleep 0.05; done"
+    job.run(f"trap 'touch asked' USR2; /bin/sleep 0.2; kill -USR1 $PPID; {wait_for_it}")
     assert (job.folder / "asked").exists() and (job.folder / "run/pause").exists()
     job.run("[ ! -e run/pause ] || exit 9")
     assert "ended with status 0" in job.log
@@ -320,3 +321,44 @@ def test_the_settings_of_nccl_are_the_owners_if_there_are_any(job):
 def test_kernels_are_kept_on_the_node(job):
     job.run('echo "$TRITON_CACHE_DIR" >cache; touch run/done', SLURM_TMPDIR="/local/7")
     assert job.read("cache") == [f"/local/7/based-triton-{os.getuid()}"]
+
+
+BAD = """case "$*" in
+*"based_megatron nodes"*) while [ $# -gt 1 ]; do [ "$1" != --bad-nodes ] || echo node1 >$2; shift; done; echo bad node node1: slow;;
+*) echo "$*" >calls_of_ranks; {};;
+esac"""
+"""Shell of ranks that name a bad node when they are asked, and else do something."""
+
+
+def test_a_bad_node_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, check=True, spare_nodes=1)
+    assert "#SBATCH --nodes=3" in (tmp_path / "script").read_text().splitlines()
+    hostnames = 'case $1 in show) printf "node1\\nnode2\\nnode3\\n";; esac'
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/bash\n{hostnames}\n")
+    assert job.run(BAD.format('echo "$MASTER_ADDR" >address; touch run/done'), SLURM_JOB_NUM_NODES="3") == 0
+    assert "--nodes=2 --ntasks=2 --nodelist=node2,node3" in (tmp_path / "words").read_text()
+    assert job.read("address") == ["node2"]
+    assert [line.split()[:2] for line in job.read("run/excluded_nodes")] == [["node1", "slow"]]
+    assert job.read("run/logs/7.0/nodes.log") == ["bad node node1: slow"]
+
+
+def test_without_a_spare_the_run_goes_on_in_a_job_without_the_bad_node(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, check=True)
+    assert job.run(BAD.format("touch run/done")) == 1
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node1 {tmp_path}/run/pretrain.sbatch"]
+    assert not job.read("calls_of_ranks")
+
+
+@pytest.mark.parametrize("found", ["echo node1 >$2; echo node2 >>$2", ":"], ids=["all bad", "no answer"])
+def test_a_check_that_says_nothing_of_single_nodes_stops_no_run(tmp_path, monkeypatch, found):
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, check=True)
+    assert job.run(BAD.replace("echo node1 >$2", found).format("touch run/done")) == 0
+    assert not job.read("run/excluded_nodes") and not job.read("calls")
+
+
+def test_nodes_are_measured_only_if_asked(job):
+    job.run('echo "$*" >>calls_of_ranks; touch run/done')
+    assert len(job.read("calls_of_ranks")) == 1

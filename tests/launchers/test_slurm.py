@@ -209,6 +209,11 @@ def test_impossible_options_are_refused(changes, words):
         render(**changes)
 
 
+def test_spare_nodes_need_a_check():
+    with pytest.raises(ConfigError, match=r"--spare-nodes 1 would be idle.*set --check"):
+        render(spare_nodes=1)
+
+
 def test_a_run_that_never_resumes_is_refused():
     config = dataclasses.replace(CONFIG, checkpoint=dataclasses.replace(CONFIG.checkpoint, resume=False))
     with pytest.raises(ConfigError, match=r"checkpoint\.resume"):
