@@ -19,6 +19,7 @@ from based_megatron.checkpoint.manifest import MANIFEST, problems
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
+from based_megatron.run_folder.files import ROLLED_BACK
 
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{8,})(\.old)?")
@@ -57,14 +58,20 @@ def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
     return list(dict.fromkeys(problem for share in shares for problem in share))
 
 
-def newest_valid(folder: Path, on_skip: Callable[[str], None], ranks: Ranks | None = None) -> Path | None:
+def newest_valid(
+    folder: Path, on_skip: Callable[[str], None], ranks: Ranks | None = None, latest_step: int | None = None
+) -> Path | None:
     """The newest checkpoint whose files are as written, or None if there is no checkpoint at all (collective).
+
+    latest_step: leave those of later steps out.
 
     Damaged ones are skipped and reported to `on_skip` on rank 0, one line each. Raises CheckpointError if all are
     damaged: whether to start over in their place is for the user to decide.
     """
     ranks = ranks or all_ranks()
     candidates = ranks.on_first(lambda: list_checkpoints(folder))
+    if latest_step is not None:
+        candidates = [path for path in candidates if step_of(path) <= latest_step]
     for path in candidates:
         wrong = verify(path, ranks)
         if not wrong:
@@ -94,6 +101,22 @@ def resolve_checkpoint(path: Path, on_skip: Callable[[str], None], ranks: Ranks 
     if found is None:
         raise CheckpointError(f"no checkpoint in {path}: give a run folder or a {step_name(1000)} folder of one")
     return found
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Move the checkpoints of later steps to the folder ROLLED_BACK: no run resumes from them, and none is lost. On one rank.
+
+    Raises CheckpointError if that fails.
+    """
+    later = [path for path in list_checkpoints(folder) if step_of(path) > step]
+    try:
+        for path in later:
+            aside = folder.parent / ROLLED_BACK / path.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+    except OSError as error:
+        raise CheckpointError(f"cannot move a checkpoint aside: {error}") from error
 
 
 def prune(folder: Path, keep_last: int, saved: Path) -> list[Path]:

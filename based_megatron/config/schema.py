@@ -189,12 +189,36 @@ class TrainConfig:
     seed: Annotated[int, FIXED] = 1111
     """Seed of the initial weights."""
     max_skipped_steps: Annotated[Count, FREE] = 10
-    """Steps in a row with a non-finite gradient norm (each is skipped) before the run gives up."""
+    """Steps in a row that are skipped, for a gradient that is not finite or a spike, before the run goes back (guards.rollback)
+    or gives up."""
     stop_file: Annotated[str, FREE] = "stop"
     """A file of this name in the run folder stops the run after the current step, with a checkpoint."""
     lock_seconds: Annotated[int, Range(at_least=6, at_most=86_400), FREE] = 60
     """A start takes the run folder from a process of another machine that has not touched the folder's lock for so many seconds,
     which it does six times in that time; from one that was killed on the same machine, and in a requeued SLURM job, at once."""
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """What keeps bad steps out of a run. A gradient that is not finite is skipped in any case."""
+
+    spike: Literal["off", "record", "skip"] = "skip"
+    """Loss or gradient norm far above those of the last good steps: record it, or skip the step too."""
+    window_steps: Annotated[int, Range(at_least=2, at_most=10_000)] = 128
+    """Last good steps that a step is compared with."""
+    warmup_steps: Annotated[int, Range(at_least=2)] = 64
+    """Good steps of a run before the first is judged."""
+    threshold: Annotated[float, Range(at_least=1)] = 8.0
+    """Standard deviations above the median that are too far. Of logarithms, by the median deviation of the window; a deviation
+    counts as at least 0.01 for the loss and 0.2 for the norm."""
+    rollback: bool = True
+    """After train.max_skipped_steps skipped steps in a row, or when the loss has risen and stays (the median of a window above the lowest
+    one, by threshold): go back to the last good checkpoint and step over the data since."""
+    max_rollbacks: Count = 5
+    """Rollbacks of a run before it gives up."""
+    replica_check_interval_steps: int = 1000
+    """Steps between comparisons of the weights of all ranks that hold the same ones; 0 turns them off. ZeRO-3 keeps one copy of each
+    weight: there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +286,7 @@ class Config:
     optimizer: Annotated[OptimizerConfig, FIXED] = field(default_factory=OptimizerConfig)
     schedule: Annotated[ScheduleConfig, FIXED] = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guards: Annotated[GuardsConfig, FREE] = field(default_factory=GuardsConfig)
     validation: Annotated[ValidationConfig, FREE] = field(default_factory=ValidationConfig)
     checkpoint: Annotated[CheckpointConfig, FREE] = field(default_factory=CheckpointConfig)
     monitor: Annotated[MonitorConfig, FREE] = field(default_factory=MonitorConfig)

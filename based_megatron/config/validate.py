@@ -10,7 +10,7 @@ from pathlib import Path
 from based_megatron.config.changes import check_allowed
 from based_megatron.config.limits import check_limits
 from based_megatron.config.pattern import parse_layer_pattern
-from based_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from based_megatron.config.schema import Config, GuardsConfig, ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.run_folder.files import FILES, FOLDERS, LOG_PREFIX
 
@@ -32,6 +32,7 @@ def validate(config: Config, world_size: int) -> None:
     check_allowed(Config, config.checkpoint.allow_changed)
     _check_files(config)
     _check_validation(config)
+    _check_guards(config.guards)
     _check_optimizer(config)
     _check_model(config.model)
     _check_tensor_parallel(config)
@@ -58,6 +59,14 @@ def _check_validation(config: Config) -> None:
     if config.validation.interval_steps and config.validation.sequences < 1:
         raise ConfigError(
             f"validation.sequences is {config.validation.sequences}; set it to at least 1, or validation.interval_steps to 0"
+        )
+
+
+def _check_guards(guards: GuardsConfig) -> None:
+    if guards.warmup_steps > guards.window_steps:
+        raise ConfigError(
+            f"guards.warmup_steps {guards.warmup_steps} is more than guards.window_steps {guards.window_steps} holds; lower "
+            f"guards.warmup_steps"
         )
 
 

@@ -9,11 +9,15 @@ import tyro
 from based_megatron.config.load import load_config
 from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.data.documents import documents_of_step
+from based_megatron.data.jumps import DataJumps
 from based_megatron.data.manifest import Manifest, load_manifest, verify
 from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError
+from based_megatron.monitor.events import FILE_NAME, read_events
 
 PREVIEW_CHARACTERS = 60
+TELL_JUMPS = ("start", "resume", "rollback")
+"""Events that say which data the run has stepped over so far."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,9 @@ class DataCommand:
     path: tuple[str, ...] = ()
     """Folders written by `based prep`, in equal parts, instead of a run or a config."""
     step: int = 1
-    """Step to list, counted from 1 as in logs and errors."""
+    """Step to list, counted from 1 as in logs and errors. With --run, the data that the newest of its tries trained on."""
+    data_step: int = 0
+    """Step of the order of the data to list, as events name it; it is that of the run until a rollback has stepped over some."""
     global_batch_sequences: int = 256
     """Sequences of a step, with --path."""
     sequence_length_tokens: int = 2048
@@ -46,7 +52,9 @@ def main(argv: list[str]) -> None:
     command = tyro.cli(DataCommand, args=argv, prog="based data")
     data, global_batch_sequences = _data(command)
     if command.action == "at":
-        _list_step(Sources(data, global_batch_sequences), command.step, global_batch_sequences)
+        jumps = jumps_of(Path(command.run)) if command.run else DataJumps()
+        step = command.data_step or jumps.data_step(command.step - 1) + 1
+        _list_step(Sources(data, global_batch_sequences), step, global_batch_sequences)
         return
     for path in [data.path] if data.path else [source.path for source in data.sources]:
         manifest = load_manifest(path)
@@ -60,14 +68,30 @@ def main(argv: list[str]) -> None:
 def _data(command: DataCommand) -> tuple[DataConfig, int]:
     if sum(map(bool, (command.run, command.config, command.path))) != 1:
         raise ConfigError("give one of --run RUN_DIR, --config NAME_OR_PATH and --path FOLDER")
-    if command.step < 1 or command.global_batch_sequences < 1 or command.sequence_length_tokens < 1:
-        raise ConfigError("--step, --global-batch-sequences and --sequence-length-tokens must be at least 1")
+    if (
+        command.step < 1
+        or command.data_step < 0
+        or command.global_batch_sequences < 1
+        or command.sequence_length_tokens < 1
+    ):
+        raise ConfigError(
+            "--step, --data-step, --global-batch-sequences and --sequence-length-tokens must be at least 1"
+        )
     if command.path:
         sources = tuple(SourceConfig(path=path) for path in command.path)
         data = DataConfig(sources=sources, sequence_length_tokens=command.sequence_length_tokens, seed=command.seed)
         return data, command.global_batch_sequences
     config = load_config(command.config or str(Path(command.run) / "config.yaml"))
     return config.data, config.train.global_batch_sequences
+
+
+def jumps_of(run_dir: Path) -> DataJumps:
+    """The data that a run has stepped over, by the newest word of its events."""
+    path, jumps = run_dir / FILE_NAME, DataJumps()
+    for event in read_events(path) if path.is_file() else ():
+        if event.get("event") in TELL_JUMPS:
+            jumps = DataJumps.read(event.get("data_jumps", ()))
+    return jumps
 
 
 def _list_step(sources: Sources, step: int, global_batch_sequences: int) -> None:

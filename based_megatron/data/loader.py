@@ -24,6 +24,8 @@ from based_megatron.errors import ConfigError
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.slices import even_bounds, slice_of
 
+SEQUENCES_NAMED = 8
+
 
 class Loader:
     """The training and validation batches of one rank."""
@@ -100,6 +102,16 @@ class Loader:
             )
             for row in mine
         )
+
+    def documents(self, step: int) -> list[str]:
+        """Source and document numbers of the first sequences of a step, over all ranks."""
+        numbers = step * self._global_batch_sequences + np.arange(self._global_batch_sequences, dtype=np.int64)
+        chosen = self._sources.locate(numbers[:SEQUENCES_NAMED])
+        found = []
+        for source, sequence in chosen:
+            first, last = self._sources.train[source].document_range(sequence)
+            found.append(f"{self._sources.names[source]}:{first}" + (f"-{last}" if last > first else ""))
+        return found
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -91,6 +91,16 @@ class SequenceReader:
             place += piece.stop - piece.start
         return np.concatenate(found)
 
+    def document_range(self, sequence: int) -> tuple[int, int]:
+        """Numbers, within the split, of the first and the last document of a window of S inputs."""
+        pieces = self.pieces(sequence, 0, self._length_tokens)
+        places = [(pieces[0].member, pieces[0].start), (pieces[-1].member, pieces[-1].stop - 1)]
+        first, last = (
+            self.members[number].first_document + int(np.searchsorted(self.ends(number), position, side="right"))
+            for number, position in places
+        )
+        return first, last
+
     def tokens_before(self, sequence: int) -> int:
         """Tokens of the document of a window's first token that lie before the window."""
         (piece,) = self.pieces(sequence, 0, 1)

@@ -12,6 +12,7 @@ Checked against deepspeed 0.19.8: these names are not a public interface. Nothin
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class ZeroEngine:
         self.stage: int = engine.zero_optimization_stage()
         self._device: torch.device = engine.device
         self._pieces: list[tuple[Any, Piece]] = []
+        self._norm: Tensor | None = None
+        """Norm of the gradient of the last step; None if DeepSpeed found it not finite before it made one."""
         optimizer.place(self._partitions())
 
     def __call__(self, *inputs: Any) -> Any:
@@ -74,22 +77,66 @@ class ZeroEngine:
         with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
 
-    def step(self, on_gradients: Callable[[], None] | None = None) -> bool:
-        """Reduce, call `on_gradients`, clip, update; leaves the weights alone if a gradient is not finite.
+    def step(
+        self,
+        on_gradients: Callable[[], None] | None = None,
+        judge: Callable[[Tensor], Tensor | None] = lambda norm: None,
+        on_skip: Callable[[], None] | None = None,
+    ) -> bool:
+        """Reduce, call `on_gradients`, clip, update; leaves the weights alone if a gradient is not finite or `judge` says so.
 
+        judge: from the norm of the gradient, on the device, whether to skip the step; None or a bool on the device.
+        on_skip: called if the step is skipped, while `gradients` are still there.
         Returns whether it has updated. DeepSpeed reads the norm on the host to know it: nobody waits once more.
         """
         zero = self._engine.optimizer
         clip_and_update = zero.step
+        self._norm = None
 
         def step() -> None:
             if on_gradients is not None:
                 on_gradients()
             clip_and_update()
 
-        with deepspeed_runs(self._device), replaced(zero, step=step):
+        with deepspeed_runs(self._device), replaced(zero, step=step), self._judged(judge), self._told_of_skip(on_skip):
             self._engine.step()
         return self._engine.was_step_applied()
+
+    @contextmanager
+    def _judged(self, judge: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Surroundings in which DeepSpeed takes a norm that is judged bad for an infinite one, and skips the step."""
+        # The last function that the norm goes through, where the optimizer's file looks it up.
+        file = sys.modules[type(self._engine.optimizer).__module__]
+        bf16 = "get_global_norm_of_tensors"
+        name = bf16 if hasattr(file, bf16) else "combine_grad_norm_groups"
+        find_norm = getattr(file, name)
+
+        def judged(*args: Any, **kwargs: Any) -> Tensor:
+            found = find_norm(*args, **kwargs)
+            # A norm that is not finite comes as -1 from some of these functions.
+            self._norm = norm = torch.where(found >= 0, found, torch.inf)
+            verdict = judge(norm)
+            return norm if verdict is None else torch.where(verdict, torch.inf, norm)
+
+        with replaced(file, **{name: judged}):
+            yield
+
+    @contextmanager
+    def _told_of_skip(self, on_skip: Callable[[], None] | None) -> Iterator[None]:
+        """Surroundings in which `on_skip` is called before DeepSpeed drops the gradients of a step that it skips."""
+        zero = self._engine.optimizer
+        name = next(name for name in ("clear_hp_grads", "_overflow_clean_up", "zero_grad") if hasattr(zero, name))
+        drop, told = getattr(zero, name), on_skip is None
+
+        def dropping(*args: Any, **kwargs: Any) -> Any:
+            nonlocal told
+            if zero.overflow and not told:
+                told = True
+                on_skip()  # type: ignore[misc]
+            return drop(*args, **kwargs)
+
+        with replaced(zero, **{name: dropping}):
+            yield
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """The fp32 master weights of each piece of this rank's partitions, flat."""
@@ -110,8 +157,8 @@ class ZeroEngine:
             yield piece, flat.narrow(0, piece.start, piece.numel) if whole else flat[: piece.numel]
 
     def get_global_grad_norm(self) -> Any:
-        """Norm of the whole gradient of the last step, before clipping: a number or a tensor, infinite if it was skipped."""
-        return self._engine.get_global_grad_norm()
+        """Norm of the whole gradient of the last step, before clipping: a number or a tensor, infinite if it was not finite."""
+        return self._engine.get_global_grad_norm() if self._norm is None else self._norm
 
     @torch.no_grad()
     def masters_to_weights(self) -> None:

@@ -12,6 +12,7 @@ HUNG = "hung"
 LOCK = "lock"
 LOGS = "logs"
 PAUSE = "pause"
+ROLLED_BACK = "rolled-back"
 SBATCH = "pretrain.sbatch"
 STOPPED = "stopped"
 TENSORBOARD = "tensorboard"
@@ -31,6 +32,6 @@ FILES = (
     SBATCH,
     STOPPED,
 )
-FOLDERS = (CHECKPOINTS, LOGS, TENSORBOARD, WANDB)
+FOLDERS = (CHECKPOINTS, LOGS, ROLLED_BACK, TENSORBOARD, WANDB)
 LOG_PREFIX = "slurm-"
 """What the names of SLURM's log files begin with."""

@@ -23,6 +23,7 @@ from based_megatron.run_folder.files import CONFIG, DONE, EVENTS
 from based_megatron.run_folder.history import Start, append_start, git_commit, new_run_id, read_history, versions
 from based_megatron.run_folder.json_lines import read_lines
 from based_megatron.run_folder.lock import FORMER_JOB, RunLock, this_process
+from based_megatron.train.guard import skips_at_end
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ def locked_folder(config: Config, ranks: Ranks) -> Iterator[RunLock]:
 
 
 def is_done(config: Config, identity: Identity, ranks: Ranks) -> bool:
-    """Whether the last checkpoint is there, and whole: nothing is left to train (collective)."""
+    """Whether the last checkpoint is there, and whole, and of a step that was not skipped: nothing is left to train (collective)."""
     if identity.saved_step < config.train.steps:
         return False
     newest = newest_valid(Path(config.run_dir) / FOLDER, lambda _: None, ranks)
-    return newest is not None and step_of(newest) >= config.train.steps
+    return newest is not None and step_of(newest) >= config.train.steps and not skips_at_end(read_state(newest))
 
 
 def record_start(config: Config, identity: Identity, from_step: int, ranks: Ranks) -> None:

@@ -85,13 +85,21 @@ class Step:
         """This rank's logits [L, B, U] of one micro batch on the last stage, None on others."""
         raise NotImplementedError
 
-    def update(self, on_gradients: Callable[[], None] | None = None) -> Update:
-        """Reduce, call `on_gradients`, clip, step; leaves weights and carried states alone if the gradient is not finite."""
-        applied = self.engine.step(on_gradients)
+    def update(self, *hooks: Any) -> Update:
+        """Reduce, clip, step; leaves weights and carried states alone if the gradient is not finite, or judged bad.
+
+        hooks: `on_gradients`, `judge` and `on_skip` of ZeroEngine.step.
+        """
+        applied = self.engine.step(*hooks)
         if self._carried is not None:
             self._carried.advance(self._length_tokens, counts=applied)
         norm = self.engine.get_global_grad_norm()
         return Update(torch.as_tensor(norm, dtype=torch.float64, device=self.topology.device), applied)
+
+    def miss(self, tokens: int) -> None:
+        """Step over so many tokens of each row: documents that go through them go on from before."""
+        if self._carried is not None:
+            self._carried.past = self._carried.past.missed(tokens)
 
     def plan(self, batch: MicroBatch) -> SequencePlan:
         """The place of this rank's slice in the whole sequences. Nothing is carried into or out of a pass without gradients."""

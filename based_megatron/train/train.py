@@ -17,8 +17,10 @@ from based_megatron.run_folder.lock import RunLock
 from based_megatron.train.accept import accept, check_memory, memory_bytes
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
+from based_megatron.train.callbacks.outcome import Outcome
 from based_megatron.train.callbacks.owner import Owner
 from based_megatron.train.carried import build_carried_states
+from based_megatron.train.guard import Guard
 from based_megatron.train.identity import Identity, identify, is_done, locked_folder, record_start
 from based_megatron.train.optimizer import build_engine
 from based_megatron.train.signals import StopSignals
@@ -73,19 +75,17 @@ def train_over(
     carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
     metrics = build_metrics(topology)
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
-    checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, carried)
+    guard = Guard(config, topology.device)
+    checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, guard, carried)
     start = checkpointer.restore()
     record_start(config, identity, start[0], all_ranks())
 
+    jobs, logs = side_jobs(config, topology, loader, sources), loggers(config, topology, start, identity)
     # A checkpoint comes after the log of its step; at the end and at an error the order is the opposite.
-    callbacks = [
-        Owner(identity, lock),
-        *side_jobs(config, topology, loader, sources),
-        *loggers(config, topology, start, identity),
-        checkpointer,
-    ]
+    callbacks = [Owner(identity, lock), *jobs, *logs, Outcome(), checkpointer]
     try:
-        return Trainer(config, topology, step, loader, metrics, callbacks, stop, start).fit()
+        go_back = checkpointer.go_back
+        return Trainer(config, topology, step, loader, metrics, callbacks, stop, guard, go_back, start).fit()
     finally:
         loader.close()
 

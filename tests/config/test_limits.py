@@ -22,6 +22,7 @@ SECTIONS_WITH_ZERO = {
     "optimizer": "beta1 beta2 weight_decay clip_grad_norm muon.momentum",
     "schedule": "warmup_steps warmup_lr decay_steps min_lr",
     "train": "seed",
+    "guards": "replica_check_interval_steps",
     "validation": "interval_steps sequences",
     "checkpoint": "interval_steps keep_last",
     "monitor": "peak_flops sample_interval_steps",

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from made_corpora import numbered_documents, write_corpus
+from made_corpora import VOCAB_SIZE, numbered_documents, write_corpus
 
+from based_megatron.config import save_config
 from based_megatron.config.schema import Config, DataConfig, TrainConfig
 from based_megatron.data.cli import main
 from based_megatron.data.documents import documents_of_step
@@ -18,6 +19,7 @@ from based_megatron.data.sources import Sources
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
 from based_megatron.errors import ConfigError, DataError
+from based_megatron.monitor.events import append_event
 
 S = 32
 
@@ -114,6 +116,43 @@ def test_at_reads_the_config_of_a_run(corpus, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(
         list(documents_of_step(Sources(data_config(corpus)), 7, 6))
     )
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([("start", []), ("rollback", [[4, 9]])], 12),
+        ([("rollback", [[4, 9]]), ("resume", [])], 7),
+        ([("rollback", [[4, 9]]), ("resume", [[4, 9], [6, 20]]), ("skip", None)], 21),
+        ([("rollback", [[7, 9]])], 7),
+    ],
+)
+def test_at_knows_what_a_rollback_has_stepped_over(corpus, tmp_path, capsys, events, expected):
+    """The newest word of the events counts. --data-step is the step of the order itself."""
+    save_config(Config(data=data_config(corpus), train=TrainConfig(global_batch_sequences=6)), tmp_path / "config.yaml")
+    for name, jumps in events:
+        append_event(tmp_path / "events.jsonl", {"event": name, "step": 5, "data_jumps": jumps})
+    main(["at", "--run", str(tmp_path), "--step", "7"])
+    found = capsys.readouterr().out
+    main(["at", "--run", str(tmp_path), "--data-step", str(expected)])
+    assert capsys.readouterr().out == found
+    parts = list(documents_of_step(Sources(data_config(corpus)), expected, 6))
+    assert [line.split("\t")[4] for line in found.splitlines()[1:]] == [part.origin for part in parts]
+
+
+def test_the_documents_of_a_step_in_short(tmp_path):
+    """Source, first and last document of each of the first sequences."""
+    write_corpus(tmp_path / "c", numbered_documents([5, 90, 3, 3, 200, 1, 60, 70, 80, 90] * 5), block_tokens=200)
+    data = DataConfig(path=str(tmp_path / "c"), sequence_length_tokens=S, num_workers=0)
+    for joined in (False, True):
+        changed = dataclasses.replace(data, carry_state=joined)
+        found = Loader(changed, VOCAB_SIZE, 10, 2).documents(2)
+        parts = list(documents_of_step(Sources(changed, 10), 3, 10))
+        assert len(found) == 8 < 10
+        for place, name in enumerate(found):
+            numbers = [part.document for part in parts if part.sequence == place]
+            first, last = min(numbers), max(numbers)
+            assert name == (f"c:{first}-{last}" if last > first else f"c:{first}")
 
 
 def test_verify_passes_and_then_finds_a_flipped_byte(corpus, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from based_megatron.config import Config, ModelConfig, MonitorConfig, TrainConfig
+from based_megatron.data.jumps import DataJumps
 from based_megatron.monitor.hub import Metrics
 from based_megatron.monitor.progress import Progress
 from based_megatron.monitor.sinks.base import RunFacts
@@ -48,6 +49,8 @@ def values_of(step: int, **changes: float) -> dict[str, float]:
         "train/perplexity": 2.5,
         "train/lr": 1e-3 * step,
         "train/skipped": False,
+        "train/skipped_steps": 0,
+        "train/rollbacks": 0,
         "train/tokens_seen": TOKENS_PER_STEP * step,
         "memory/rss_gib": 0.5,
         **changes,
@@ -90,6 +93,7 @@ class FakeTrainer:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     clock: FakeClock = field(default_factory=FakeClock)
     skips: SkipCount = field(default_factory=SkipCount)
+    guard: Any = field(default_factory=lambda: SimpleNamespace(rollbacks=0, data=DataJumps()))
     metrics: Metrics = field(default_factory=lambda: Metrics(torch.device("cpu")))
 
     @property

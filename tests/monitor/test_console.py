@@ -95,10 +95,12 @@ def test_terminal_gets_a_live_line_that_is_closed(make_run, values):
     sink = ConsoleSink(console)
     sink.start(make_run())
     sink.log(10, values(10))
-    sink.event(10, "end", {"tokens_seen": 5120})
+    sink.event(10, "end", {"tokens_seen": 5120, "skipped_steps": 4})
     sink.close()
     shown = text_of(console)
-    assert "step 10/10 loss 0.1000" in shown and "after 5.12k tokens" in shown
+    assert (
+        "step 10/10 loss 0.1000" in shown and "ended at step 10, of which 4 were skipped, after 5.12k tokens" in shown
+    )
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is hidden, then shown again
 
 

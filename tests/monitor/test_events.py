@@ -20,6 +20,8 @@ def test_fields_of_a_step_go_by_their_short_names(make_run, values, speed):
         "perplexity": 2.5,
         "lr": 0.002,
         "skipped": False,
+        "skipped_steps": 0,
+        "rollbacks": 0,
         "tokens_seen": 1024,
         "tokens_per_second": 256.0,
         "mfu": 0.064,

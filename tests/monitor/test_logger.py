@@ -69,6 +69,8 @@ def test_values_of_a_log_point(make_trainer):
         "train/perplexity": math.e,
         "train/lr": 1e-3,
         "train/skipped": False,
+        "train/skipped_steps": 0,
+        "train/rollbacks": 0,
         "train/tokens_seen": 512,
     }, "the first step of a process compiles: its time is not measured"
     assert (fourth["train/loss"], fourth["train/grad_norm"], fourth["train/tokens_seen"]) == (0.25, 8.0, 2048)
@@ -98,11 +100,11 @@ def test_every_hook_has_its_event(make_trainer):
     logger.on_error(trainer, ValueError("no more data"))
     assert notes.events[0][2].pop("parameters") > 1000 and notes.events[0][2].pop("process_seconds") > 0
     assert notes.events == [
-        (7, "resume", {"tokens_seen": 3584, "world_size": 4, "hosts": {"a": 2, "b": 2}}),
+        (7, "resume", {"tokens_seen": 3584, "world_size": 4, "data_jumps": (), "hosts": {"a": 2, "b": 2}}),
         (7, "validation", {"loss": 2.0, "perplexity": math.exp(2.0)}),
         (7, "checkpoint", {"path": "x"}),
         (5, "skip", {"in_a_row": 1}),
-        (7, "end", {"tokens_seen": 3584}),
+        (7, "end", {"tokens_seen": 3584, "skipped_steps": 0}),
     ], "a sink that is closed hears of nothing"
     assert notes.closed == 1
 

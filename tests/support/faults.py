@@ -14,6 +14,8 @@ from based_megatron.data.sources import Sources
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train import train as module
+from based_megatron.train import trainer
+from based_megatron.train.schedule import learning_rate
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
 from support.pool import rank_device
@@ -29,6 +31,8 @@ class Faults:
 
     gradients: Mapping[int, float] = field(default_factory=dict)
     """Factor of the gradient of one parameter, on the last data parallel and tensor parallel rank."""
+    rates: Mapping[int, float] = field(default_factory=dict)
+    """Factor of the learning rate."""
     outputs: Mapping[int, float] = field(default_factory=dict)
     """Factor of the output of the first layer, likewise."""
 
@@ -67,7 +71,11 @@ def train_with_faults(run_dir: Path, data: Path, faults: Faults, *overrides: str
 
         return wrapped
 
+    def rate(*args: Any) -> float:
+        return learning_rate(*args) * faults.rates.get(taken, 1.0)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "learning_rate", rate)
         patch.setattr(module, "build_step", build_disturbed)
         sources = Sources(config.data, config.train.global_batch_sequences)
         return module.train_in_folder(config, topology, sources, StopVote(run_dir / config.train.stop_file))

@@ -17,6 +17,7 @@ from based_megatron.monitor.hub import Metrics
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, Past
 from based_megatron.train.callbacks import checkpointer as module
 from based_megatron.train.callbacks.checkpointer import Checkpointer
+from based_megatron.train.guard import Guard
 from based_megatron.train.skips import SkipCount
 
 FINGERPRINT = "abc/seed=42"
@@ -33,6 +34,8 @@ class Disk:
         self.optimizers: list[Any] = []
         self.pruned: list[tuple[int, str]] = []
         self.newest: Path | None = None
+        self.latest_step: int | None = None
+        self.set_aside_after: int | None = None
         self.state: dict[str, Any] = {}
         self.full = self.locked = False
         self.warning = ""
@@ -53,10 +56,14 @@ class Disk:
     def after_load(self, engine: Any, optimizer: Any) -> None:
         self.optimizers.append(optimizer)
 
-    def newest_valid(self, folder: Path, warn: Any, ranks: Any) -> Path | None:
+    def newest_valid(self, folder: Path, warn: Any, ranks: Any, latest_step: int | None = None) -> Path | None:
+        self.latest_step = latest_step
         if self.warning:
             warn(self.warning)
         return self.newest
+
+    def set_aside(self, folder: Path, step: int) -> None:
+        self.set_aside_after = step
 
     def prune(self, folder: Path, keep_last: int, saved: Path) -> None:
         if self.locked:
@@ -72,11 +79,6 @@ class FakeTrainer:
         self.topology = SimpleNamespace(world_size=8)
         self.records: list[tuple[str, dict]] = []
         self.skips, self.metrics = SkipCount(), Metrics(torch.device("cpu"))
-        self.skipped: set[int] = set()
-
-    def check_skips(self) -> None:
-        """Count the steps that a test wants to be skipped."""
-        self.skips.in_a_row = int(self.step in self.skipped)
 
     def saving(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -91,7 +93,15 @@ class FakeTrainer:
 @pytest.fixture
 def disk(monkeypatch) -> Disk:
     disk = Disk()
-    for name in ("save_checkpoint", "load_checkpoint", "load_carried", "after_load", "newest_valid", "prune"):
+    for name in (
+        "save_checkpoint",
+        "load_checkpoint",
+        "load_carried",
+        "after_load",
+        "newest_valid",
+        "prune",
+        "set_aside",
+    ):
         monkeypatch.setattr(module, name, getattr(disk, name))
     monkeypatch.setattr(module, "resolve_checkpoint", lambda path, warn, ranks: path / "newest")
     monkeypatch.setattr(module, "zero_fragments", lambda engine: [])
@@ -108,7 +118,11 @@ def config_with(**checkpoint: Any) -> Config:
 
 
 def make(config: Config) -> Checkpointer:
-    return Checkpointer(engine=None, config=config, run_id=RUN_ID, data_fingerprint=FINGERPRINT)
+    return Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config))
+
+
+def guard_of(config: Config) -> Guard:
+    return Guard(config, torch.device("cpu"))
 
 
 def train(
@@ -116,14 +130,13 @@ def train(
 ) -> FakeTrainer:
     """Run the hooks of so many steps."""
     trainer: Any = FakeTrainer()
-    trainer.skipped = set(skipped)
     callback.on_start(trainer)
     for step in range(1, steps + 1):
         trainer.step, trainer.tokens_seen = step, 100 * step
+        trainer.skips.in_a_row = int(step in skipped)
         if disk is not None:
             disk.full = step == full_at
         callback.post_step(trainer, SimpleNamespace(step=step))  # type: ignore[arg-type]
-    trainer.check_skips()
     callback.on_end(trainer)
     return trainer
 
@@ -157,6 +170,7 @@ def test_what_is_saved_beside_the_tensors(disk):
         "data_fingerprint": FINGERPRINT,
         "world_size": 8,
         "config": to_dict(config),
+        "guard": guard_of(config).state(),
     }
 
 
@@ -295,10 +309,10 @@ def test_the_state_of_another_optimizer_is_refused(disk):
 def test_the_known_past_of_carried_states_is_saved_and_restored(disk, saved, expected):
     carried = CarriedStates({row: CarriedState(past=Past(((192, 0),))) for row in (0, 4)}, {})
     config = config_with(interval_steps=0)
-    train(Checkpointer(None, config, RUN_ID, FINGERPRINT, carried), 3)
+    train(Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), carried), 3)
     assert disk.saved[0][1]["past_tokens"] == ((192, 0),)
     disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=saved)
-    Checkpointer(None, config, RUN_ID, FINGERPRINT, carried).restore()
+    Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), carried).restore()
     assert disk.carried == ["run/step-6"]
     assert [state.past for state in carried.by_row.values()] == [expected] * 2
 
@@ -315,7 +329,8 @@ def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected)
     disk.newest, disk.state = Path("run/step-6"), saved_state(**saved)
     disk.state["config"]["model"] |= disk.state.pop("model", {})
     carried = CarriedStates({0: CarriedState()}, {})
-    callback = Checkpointer(None, config_with(allow_changed=("model",)), RUN_ID, FINGERPRINT, carried)
+    config = config_with(allow_changed=("model",))
+    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), carried)
     assert callback.restore() == (6, 600)
     ((_, told),) = train(callback, 0).records[:1]
     assert "the first step starts without carried states: run/step-6" in told["message"] and expected in told["message"]
@@ -326,3 +341,16 @@ def test_a_run_that_carries_nothing_asks_for_nothing(disk):
     disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=64)
     assert make(config_with()).restore() == (6, 600)
     assert disk.carried == []
+
+
+def test_a_run_goes_back_to_a_checkpoint_and_to_what_the_guard_knew_then(disk):
+    config = config_with(interval_steps=2)
+    guard = guard_of(config)
+    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard)
+    assert callback.go_back(7) is None and disk.latest_step == 7
+    guard.settle(1, *torch.ones(2), applied=False)
+    disk.newest, disk.state = Path("run/step-00000006"), saved_state(guard=guard.state())
+    guard.settle(2, *torch.ones(2), applied=False)
+    assert callback.go_back(7) == (6, 600)
+    assert disk.loaded == [("run/step-00000006", False)] and disk.set_aside_after == 6
+    assert guard.skips == SkipCount(1, 1)

@@ -11,9 +11,9 @@ from based_megatron.data.sources import Sources
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train import train as module
-from based_megatron.train.callbacks.debug_gradients import in_model_order
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
+from based_megatron.train.suspects import in_model_order
 from support.pool import rank_device
 from support.runs import command, events
 

@@ -272,7 +272,7 @@ def test_bad_input_is_one_line_before_any_work(corpus, tmp_path, capsys, overrid
 
 DIVERGES = (
     "--optimizer.lr 1e18 --optimizer.weight-decay 0 --optimizer.clip-grad-norm 0 --schedule.warmup-steps 3 "
-    "--checkpoint.interval-steps 1 --checkpoint.keep-last 2 --train.max-skipped-steps 5"
+    "--checkpoint.interval-steps 1 --checkpoint.keep-last 2 --train.max-skipped-steps 5 --guards.no-rollback"
 )
 
 
@@ -288,7 +288,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(corpus, tmp_path, ca
     (error,) = finished.stderr.splitlines()
     assert f"the newest checkpoint is step {good}: lower optimizer.lr" in error
     advised = error.partition("`based ")[2].partition("`")[0]
-    assert advised == f"data at --run {tmp_path} --step {skipped[0]}"
+    assert advised == f"data at --run {tmp_path} --data-step {skipped[0]}"
     assert main(advised.split()) == 0
     assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
     resumed = run_job(tmp_path, corpus, *DIVERGES.split())

@@ -63,13 +63,17 @@ def reads_by_step(*job: Any) -> dict[int, list[str]]:
         (2, ("--parallel.tensor", "2")),
         (2, ("--parallel.pipeline", "2")),
         (2, ("--parallel.zero-stage", "3")),
+        (2, ("--train.precision", "bf16", "--guards.spike", "record")),
         (2, ("--data.carry-state", "--model.layer-pattern", "cLS", "--parallel.context", "2")),
     ],
-    ids=["single", "tensor", "pipeline", "zero 3", "carried"],
+    ids=["single", "tensor", "pipeline", "zero 3", "recorded spikes", "carried"],
 )
 def test_only_log_points_read(worker_pool, corpus, tmp_path, world_size, overrides):
-    job = ("--monitor.log-interval-steps", "4", "--checkpoint.interval-steps", "0", "--validation.interval-steps", "0")
-    for reads in worker_pool(world_size).run(reads_by_step, tmp_path, corpus, *job, *overrides):
+    job = (
+        "--monitor.log-interval-steps", "4", "--checkpoint.interval-steps", "0", "--validation.interval-steps", "0",
+        "--guards.warmup-steps", "2", "--guards.window-steps", "4", *overrides,
+    )  # fmt: skip
+    for reads in worker_pool(world_size).run(reads_by_step, tmp_path, corpus, *job):
         assert {step for step, who in reads.items() if who} == {1, 4, 8}, reads
         assert sorted(reads) == list(range(1, 9))
 

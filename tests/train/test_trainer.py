@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from based_megatron.config import Config, load_config
+from based_megatron.config import Config, GuardsConfig, load_config
 from based_megatron.errors import TrainingError
 from based_megatron.monitor.hub import Metrics
 from based_megatron.train.callbacks.base import Callback
+from based_megatron.train.guard import NOT_FINITE, Guard
 from based_megatron.train.schedule import learning_rate
 from based_megatron.train.step import LossSum, Update
 from based_megatron.train.trainer import Trainer
@@ -24,7 +25,8 @@ class FakeStep:
     """Gives the losses and gradient norms it is told to, and notes the learning rate at the time of both calls."""
 
     def __init__(self, norms: list[float]) -> None:
-        self.engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]))
+        self.engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]), gradients=self.gradients)
+        self.missed: list[int] = []
         self.norms = iter(norms)
         self.batches: list[list[Any]] = []
         self.rates: list[float] = []
@@ -34,11 +36,26 @@ class FakeStep:
         self.rates.append(self._rate())
         return LossSum(torch.tensor(30.0 * len(self.batches)).double(), torch.tensor(10.0).double())
 
-    def update(self, on_gradients: Callable[[], None]) -> Update:
+    def update(
+        self,
+        on_gradients: Callable[[], None],
+        judge: Callable[[torch.Tensor], torch.Tensor],
+        on_skip: Callable[[], None],
+    ) -> Update:
         assert self._rate() == self.rates[-1]
         on_gradients()
-        norm = next(self.norms)
-        return Update(torch.tensor(norm).double(), math.isfinite(norm))
+        norm = torch.tensor(next(self.norms)).double()
+        applied = bool(norm.isfinite() and not judge(norm))
+        if not applied:
+            on_skip()
+        return Update(norm, applied)
+
+    def gradients(self) -> list[tuple[Any, torch.Tensor]]:
+        names = {"layers.1.mlp.fc1.weight": math.nan, "embedding.weight": math.inf, "final_norm.weight": 1.0}
+        return [(SimpleNamespace(spec=SimpleNamespace(name=n)), torch.tensor([0.5, x])) for n, x in names.items()]
+
+    def miss(self, tokens: int) -> None:
+        self.missed.append(tokens)
 
     def _rate(self) -> float:
         return self.engine.optimizer.param_groups[0]["lr"]
@@ -47,6 +64,9 @@ class FakeStep:
 class FakeLoader:
     def micro_batches(self, step: int) -> list[Any]:
         return [f"batch of step {step}"]
+
+    def documents(self, step: int) -> list[str]:
+        return [f"document of step {step}"]
 
 
 class FakeStop:
@@ -114,19 +134,34 @@ def make(
     callbacks: list[Callback] | None = None,
     interval: int = 1,
     run_dir: str = "run",
+    checkpoints: Sequence[int] = (),
+    guards: GuardsConfig | None = None,
     **train: Any,
 ) -> tuple[Trainer, FakeStep, list[tuple]]:
     log: list[tuple] = []
     step = FakeStep([1.0] * 20 if norms is None else norms)
     topology = SimpleNamespace(device=torch.device("cpu"))
+    config = dataclasses.replace(config_of(interval, run_dir, **train), guards=guards or GuardsConfig())
+    guard = Guard(config, torch.device("cpu"))
+    states = {0: guard.state()}
+
+    def go_back(latest_step: int) -> tuple[int, int] | None:
+        found = max((step for step in checkpoints if step <= latest_step), default=None)
+        if found is None:
+            return None
+        guard.restore(states[0])
+        return found, 300 * found
+
     trainer = Trainer(
-        config_of(interval, run_dir, **train),
+        config,
         topology,  # type: ignore[arg-type]
         step,  # type: ignore[arg-type]
         FakeLoader(),
         Metrics(torch.device("cpu")),
         callbacks if callbacks is not None else [Witness(log)],
         stop or FakeStop(),  # type: ignore[arg-type]
+        guard,
+        go_back,
         start,
     )
     return trainer, step, log
@@ -205,32 +240,73 @@ def test_a_stop_at_the_last_step_is_a_finished_run():
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize(("interval", "place"), [(1, 2), (4, 4)])
-def test_a_skipped_step_is_recorded_at_the_next_log_point(bad, interval, place):
-    trainer, _, log = make(norms=[1.0, bad, 1.0, 1.0], interval=interval, max_skipped_steps=9)
+@pytest.mark.parametrize("interval", [1, 4])
+def test_a_skipped_step_is_recorded_at_once(bad, interval):
+    trainer, _, log = make(norms=[1.0, bad, 1.0, 1.0], interval=interval, run_dir="my run")
     trainer.fit()
-    assert names(log)[place] == "skip" and names(log).count("skip") == 1
-    (fields,) = (fields for name, fields in log if name == "skip")
-    assert fields == {"step": 2, "loss": 6.0, "in_a_row": 1}
-    assert trainer.step == STEPS
+    assert names(log) == ["start", "step", "skip", "step", "step", "step", "end"]
+    fields = dict(log[2][1])
+    assert str(fields.pop("grad_norm")) == str(bad)
+    assert fields == {
+        "step": 2,
+        "loss": 6.0,
+        "reason": NOT_FINITE,
+        "in_a_row": 1,
+        "parameters": ["embedding.weight", "layers.1.mlp.fc1.weight"],
+        "documents": ["document of step 1"],
+        "look": "based data at --run 'my run' --data-step 2",
+    }
+    assert (trainer.step, trainer.tokens_seen) == (STEPS, STEPS * 300), "its tokens were seen"
+    assert (trainer.skips.in_a_row, trainer.skips.total) == (0, 1)
 
 
-@pytest.mark.parametrize(("interval", "steps_taken"), [(1, LIMIT), (100, LIMIT + 1)])
-def test_too_many_skipped_steps_in_a_row_end_the_run(interval, steps_taken):
-    """Norms are read at log points, here steps 1, ... and 1, 101, ..., and whenever the limit of them is unread."""
+@pytest.mark.parametrize("interval", [1, 100])
+def test_too_many_skipped_steps_in_a_row_end_the_run(interval):
     trainer, step, log = make(norms=[math.nan] * 20, steps=20, interval=interval)
     with pytest.raises(TrainingError, match=r"3 steps in a row .*step 3.*optimizer\.lr"):
         trainer.fit()
-    assert len(step.batches) == steps_taken
+    assert len(step.batches) == LIMIT
     assert [(fields["step"], fields["in_a_row"]) for name, fields in log if name == "skip"] == [(1, 1), (2, 2), (3, 3)]
     assert names(log)[-1] == "error" and "end" not in names(log)
 
 
-@pytest.mark.parametrize("interval", [1, 100])
-def test_skipped_steps_at_the_end_of_a_run_are_recorded(interval):
-    trainer, _, log = make(norms=[1.0, 1.0, math.nan, math.nan], interval=interval)
-    trainer.fit()
-    assert [fields["step"] for name, fields in log if name == "skip"] == [3, 4] and trainer.skips.in_a_row == 2
+def test_too_many_skipped_steps_go_back_and_step_over_their_data():
+    """To a checkpoint of before the first of them; one from which nothing good came is passed over the next time."""
+    norms = [1.0, 1.0, *[math.nan] * LIMIT, *[math.nan] * LIMIT, *[1.0] * 9]
+    trainer, step, log = make(norms, checkpoints=[1, 2, 5], steps=6)
+    assert trainer.fit() is True
+    numbers = [int(batches[0].removeprefix("batch of step ")) for batches in step.batches]
+    assert numbers == [0, 1, 2, 3, 4, 5, 6, 7, *range(8, 13)]
+    first, second = (fields for name, fields in log if name == "rollback")
+    assert (first["step"], first["to_step"], first["rollbacks"], first["skipped_data_steps"]) == (5, 2, 1, 3)
+    assert first["data_jumps"] == ((2, 5),) and "3 steps in a row were skipped up to step 5" in first["reason"]
+    assert (second["step"], second["to_step"], second["rollbacks"], second["skipped_data_steps"]) == (5, 1, 2, 7)
+    assert second["data_jumps"] == ((1, 8),)
+    assert step.missed == [3 * 50, 7 * 50], "tokens of each row"
+    reports = [report for name, report in log if name == "step"]
+    assert [report.step for report in reports] == [1, 2, 3, 4, 3, 4, 2, 3, 4, 5, 6]
+    assert trainer.tokens_seen == 300 + 5 * 300 and trainer.skips.total == 0
+
+
+def test_so_many_rollbacks_and_no_more():
+    trainer, _, log = make(
+        [math.nan] * 99, checkpoints=[0], guards=GuardsConfig(max_rollbacks=2), start=(4, 0), steps=9
+    )
+    with pytest.raises(TrainingError, match=r"steps in a row.*optimizer\.lr.*--data-step"):
+        trainer.fit()
+    assert names(log).count("rollback") == 1, "nothing is before step 0"
+    bad_then_good = [*[math.nan] * LIMIT, 1.0] * 9
+    trainer, _, log = make(bad_then_good, checkpoints=[0], guards=GuardsConfig(max_rollbacks=2), steps=9)
+    with pytest.raises(TrainingError, match=r"after 2 rollbacks"):
+        trainer.fit()
+    assert [fields["data_jumps"] for name, fields in log if name == "rollback"] == [((0, 3),), ((0, 7),)]
+
+
+def test_nobody_goes_back_where_it_is_turned_off():
+    trainer, _, log = make([math.nan] * 9, checkpoints=[0], guards=GuardsConfig(rollback=False), steps=9)
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        trainer.fit()
+    assert "rollback" not in names(log)
 
 
 @pytest.mark.parametrize("saved", [None, 2])
@@ -245,7 +321,7 @@ def test_the_error_names_the_newest_checkpoint_and_a_command_that_works(tmp_path
         trainer.fit()
     message = str(error.value)
     assert ("the newest checkpoint is step 2" if saved else "no checkpoint was saved") in message
-    assert f"`based data at --run '{run_dir}' --step 2`" in message, "step 2 was the first to be skipped"
+    assert f"`based data at --run '{run_dir}' --data-step 2`" in message, "step 2 was the first to be skipped"
     assert "\n" not in message
 
 

@@ -53,7 +53,8 @@ class ConsoleSink(Sink):
             self._print(f"step {step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
         elif name == "end":
             self._stop_progress()
-            self._print(f"ended at step {step} after {human(fields['tokens_seen'])} tokens; {self._run_dir}")
+            skipped = f", of which {count} were skipped" if (count := fields.get("skipped_steps")) else ""
+            self._print(f"ended at step {step}{skipped}, after {human(fields['tokens_seen'])} tokens; {self._run_dir}")
         else:
             # The table has the run folder.
             fields = {

@@ -14,6 +14,7 @@ LAYOUT = {
         "largest loss and gradient norm of a step": ["Multiline", ["^train/loss_max$", "^train/grad_norm_max$"]],
         "loss of the step": ["Multiline", ["^train/loss$"]],
         "gradient norm": ["Multiline", ["^train/grad_norm$"]],
+        "skipped steps and rollbacks": ["Multiline", ["^train/(skipped_steps|rollbacks)$"]],
         "learning rate": ["Multiline", ["^train/lr$"]],
         "tokens per second": ["Multiline", ["^throughput/tokens_per_second$"]],
         "MFU and goodput": ["Multiline", ["^throughput/mfu$", "^throughput/goodput$"]],

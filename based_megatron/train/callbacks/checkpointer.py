@@ -13,13 +13,14 @@ from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, load_carried, load_checkpoint, read_state
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.checkpoint.save import save_checkpoint
-from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint
+from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint, set_aside, step_of
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.finite import not_finite
 from based_megatron.parallel.sequence.carried import CarriedStates, Past
 from based_megatron.train.callbacks.base import Callback, StepReport
+from based_megatron.train.guard import GUARD, Guard
 from based_megatron.train.identity import check_changes
 
 if TYPE_CHECKING:
@@ -43,10 +44,11 @@ class Checkpointer(Callback):
         config: Config,
         run_id: str,
         data_fingerprint: str,
+        guard: Guard,
         carried: CarriedStates | None = None,
     ) -> None:
-        self._engine, self._config, self._data_fingerprint, self._carried = engine, config, data_fingerprint, carried
-        self._run_id = run_id
+        self._engine, self._config, self._run_id, self._data_fingerprint = engine, config, run_id, data_fingerprint
+        self._guard, self._carried = guard, carried
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
         self._ranks: Ranks = all_ranks(dist.new_group(backend="gloo"))
@@ -58,14 +60,22 @@ class Checkpointer(Callback):
         settings = self._config.checkpoint
         found = newest_valid(self._folder, self._warnings.append, self._ranks) if settings.resume else None
         if found is not None:
-            state = self._load(found, weights_only=False)
-            check_changes(self._config, self._data_fingerprint, found, state)
-            self._restore_carried(found, state)
-            self._saved_step = state["step"]
-            return state["step"], state["tokens_seen"]
+            return self._resume(found)
         if settings.load:
             self._load(resolve_checkpoint(Path(settings.load), self._warnings.append, self._ranks), weights_only=True)
         return 0, 0
+
+    def go_back(self, latest_step: int) -> tuple[int, int] | None:
+        """(steps done, tokens seen) of the newest valid checkpoint of a step up to `latest_step`, now loaded; None if there is none.
+
+        Those of later steps are moved out of the way of a resume. Collective.
+        """
+        warnings: list[str] = []
+        found = newest_valid(self._folder, warnings.append, self._ranks, latest_step)
+        if found is None:
+            return None
+        self._ranks.on_first(lambda: set_aside(self._folder, step_of(found)))
+        return self._resume(found)
 
     def on_start(self, trainer: Trainer) -> None:
         for line in self._warnings:
@@ -74,7 +84,6 @@ class Checkpointer(Callback):
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
         interval_steps = self._config.checkpoint.interval_steps
         if interval_steps and report.step % interval_steps == 0:
-            trainer.check_skips()
             if trainer.skips.in_a_row:
                 trainer.record("warning", message=f"step {report.step} was skipped: nothing is saved until one is not")
                 return
@@ -104,6 +113,7 @@ class Checkpointer(Callback):
             "data_fingerprint": self._data_fingerprint,
             "world_size": trainer.topology.world_size,
             "config": to_dict(self._config),
+            GUARD: self._guard.state(),
         }
         if self._carried is not None:
             state[PAST_TOKENS] = self._carried.past.runs
@@ -134,6 +144,16 @@ class Checkpointer(Callback):
             prune(self._folder, self._config.checkpoint.keep_last, saved)
         except CheckpointError as error:
             trainer.record("warning", message=str(error))
+
+    def _resume(self, path: Path) -> tuple[int, int]:
+        """Take all up that a checkpoint has. Returns its steps and tokens."""
+        state = self._load(path, weights_only=False)
+        check_changes(self._config, self._data_fingerprint, path, state)
+        self._restore_carried(path, state)
+        if GUARD in state:
+            self._guard.restore(state[GUARD])
+        self._saved_step = state["step"]
+        return state["step"], state["tokens_seen"]
 
     def _load(self, path: Path, weights_only: bool) -> dict[str, Any]:
         if not weights_only:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from based_megatron.monitor.finite import not_finite
 from based_megatron.train.callbacks.base import Callback
+from based_megatron.train.suspects import NAMES_SHOWN, in_model_order
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
-
-NAMES_SHOWN = 20
 
 
 class DebugGradients(Callback):
@@ -53,11 +52,3 @@ class DebugGradients(Callback):
     def _note(self, name: str, outputs: tuple[Tensor, ...]) -> None:
         is_finite = torch.stack([output.detach().isfinite().all() for output in outputs]).all()
         self._is_finite[name] = is_finite & self._is_finite.get(name, is_finite)
-
-
-def in_model_order(name: str) -> tuple[int, int, str]:
-    """Sorts global names of parameters: the embedding, layers by their number, the final norm, the output projection."""
-    part, *rest = name.split(".")
-    if part == "layers":
-        return 1, int(rest[0]), name
-    return {"embedding": 0, "final_norm": 2}.get(part, 3), 0, name

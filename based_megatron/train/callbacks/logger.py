@@ -48,6 +48,7 @@ class Logger(Callback):
             tokens_seen=trainer.tokens_seen,
             world_size=topology.world_size,
             parameters=parameter_count(config.model),
+            data_jumps=trainer.guard.data.jumps,
             process_seconds=process_seconds(),
             hosts=dict(Counter(self._hosts)),
         )
@@ -85,7 +86,7 @@ class Logger(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         self._write_steps()
-        self._tell(trainer, "end", tokens_seen=trainer.tokens_seen)
+        self._tell(trainer, "end", tokens_seen=trainer.tokens_seen, skipped_steps=trainer.skips.total)
         self._close()
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
@@ -116,6 +117,8 @@ class Logger(Callback):
             "train/perplexity": perplexity(values["train/loss"]),
             "train/lr": report.lr,
             "train/skipped": trainer.skips.in_a_row > 0,
+            "train/skipped_steps": trainer.skips.total,
+            "train/rollbacks": trainer.guard.rollbacks,
             "train/tokens_seen": trainer.tokens_seen,
             **speed,
         }
