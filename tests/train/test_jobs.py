@@ -77,8 +77,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         (("--data.seed", "7"), 2, "data.seed 42 -> 7"),
         (("--train.steps", "9"), 2, "train.steps 8 -> 9"),
         (("--checkpoint.no-resume",), 2, "has a checkpoint of step 8"),
+        (("--optimizer.lr", "0.01", "--dry-run"), 2, "-> 0.01"),
     ],
-    ids=["unchanged", "another experiment", "other data", "longer", "without resuming"],
+    ids=["unchanged", "another experiment", "other data", "longer", "without resuming", "dry run"],
 )
 def test_a_finished_run_stays_as_it_is(uninterrupted, corpus, overrides, returncode, words):
     before = contents(uninterrupted)
@@ -150,10 +151,12 @@ def test_every_rank_learns_of_a_refusal(worker_pool, corpus, tmp_path):
     """Only rank 0 looks at the lock; the others do not wait for it for ever."""
     lock = RunLock(tmp_path, this_process(600), print)
     assert lock.try_take()
+    dry_run = run_job(tmp_path, corpus, "--dry-run")
+    assert dry_run.returncode == 2 and f"in use by process {os.getpid()} on" in dry_run.stderr
     first, second = worker_pool(2).run(refusal_in_pool, tmp_path, corpus)
     lock.release()
     assert first == second and f"in use by process {os.getpid()} on" in first
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"stderr", "stdout"}
 
 
 def test_foreign_things_in_the_folder_are_refused_before_training(corpus, tmp_path):
@@ -172,6 +175,7 @@ def test_a_killed_job_resumes_bit_for_bit(uninterrupted, corpus, tmp_path, momen
     resumed = run_job(tmp_path, corpus, "--monitor.no-tensorboard")
     assert resumed.returncode == 0, resumed.stderr
     assert "waiting" not in resumed.stdout, "the owner of the lock is known to be gone"
+    assert "changed_settings" in resumed.stdout and "'monitor.tensorboard': [True, False]" in resumed.stdout
     (resume,) = events(tmp_path, "resume")
     assert resume["step"] in (2, 4)
     assert losses(tmp_path) == losses(uninterrupted)
