@@ -17,6 +17,7 @@ from based_megatron.checkpoint.store import list_checkpoints, verify
 from based_megatron.cli import main
 from based_megatron.config import load_config
 from based_megatron.errors import BasedError
+from based_megatron.run_folder.files import FILES, FOLDERS
 from based_megatron.run_folder.history import read_history
 from based_megatron.run_folder.lock import RunLock, read_owner, this_process
 from support.runs import command, events, kill_when, losses, run_job, start_command, start_job, train_in_pool, wait_for
@@ -61,6 +62,9 @@ def test_a_run_is_written_down_and_its_folder_set_free(uninterrupted, corpus, ca
         assert read_state(path)["run_id"] == start.run_id
         assert read_state(path)["config"]["data"]["path"] == str(corpus)
     assert not (uninterrupted / "lock").exists()
+    assert {path.name for path in uninterrupted.iterdir()} <= {*FILES, *FOLDERS, "stderr", "stdout"}, (
+        "not in the list of names"
+    )
     assert main(["data", "at", "--run", str(uninterrupted), "--step", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
 
