@@ -69,6 +69,9 @@ def test_a_run_is_written_down_and_its_folder_set_free(uninterrupted, corpus, ca
     assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
 
 
+ALLOWED = ("--checkpoint.allow-changed", "model", "train.steps")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[:3] != "std"}
 
@@ -82,8 +85,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         (("--train.steps", "9"), 2, "train.steps 8 -> 9"),
         (("--checkpoint.no-resume",), 2, "has a checkpoint of step 8"),
         (("--optimizer.lr", "0.01", "--dry-run"), 2, "-> 0.01"),
+        (("--model.ffn-hidden-size", "64", "--train.steps", "9", *ALLOWED), 2, "in this model"),
     ],
-    ids=["unchanged", "another experiment", "other data", "longer", "without resuming", "dry run"],
+    ids=["unchanged", "another experiment", "other data", "longer", "without resuming", "dry run", "another shape"],
 )
 def test_a_finished_run_stays_as_it_is(uninterrupted, corpus, overrides, returncode, words):
     before = contents(uninterrupted)
