@@ -75,7 +75,7 @@ def train_over(
     metrics = build_metrics(topology)
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
     guard = Guard(config, topology.device)
-    checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, guard, carried)
+    checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, guard, topology.device, carried)
     start = checkpointer.restore()
     record_start(config, identity, start[0], all_ranks())
 
