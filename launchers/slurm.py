@@ -52,8 +52,10 @@ def _accepted(options: SlurmOptions, command: Sequence[str]) -> _Run:
     script = render_sbatch(options, command, config)
     if not options.after:
         from based_megatron.train.accept import accept
+        from based_megatron.train.identity import identify
 
-        accept(config, ranks_of(options))
+        sources = accept(config, ranks_of(options))
+        identify(config, sources.fingerprint)
     tokens = config.train.micro_batch_sequences * config.data.sequence_length_tokens // config.parallel.context
     if options.gpus_per_node and tokens < FULL_TOKENS:
         print(

@@ -75,6 +75,15 @@ def problems(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
     return [problem for entry in entries[rank::size] if (problem := _problem(folder, entry))]
 
 
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether one file of a checkpoint is whole."""
+    try:
+        entries = [entry for entry in read_manifest(folder) if entry.name == name]
+    except (OSError, ValueError):
+        return False
+    return bool(entries) and _problem(folder, entries[0]) is None
+
+
 def _problem(folder: Path, entry: FileEntry) -> str | None:
     try:
         size_bytes = (folder / entry.name).stat().st_size

@@ -2,7 +2,8 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -20,25 +21,16 @@ class Resume(enum.Enum):
     """Is part of what the run is: a changed value is refused unless `checkpoint.allow_changed` names it."""
 
 
-def resume_marks(
-    schema: type, inherited: Resume | None = None, prefix: str = ""
-) -> Iterator[tuple[str, Resume | None]]:
-    """Every key of a schema with its mark; None for one that has forgotten to choose."""
-    hints = get_type_hints(schema, include_extras=True)
-    for field in dataclasses.fields(schema):
-        hint = hints[field.name]
-        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        mark = next((mark for mark in marks if isinstance(mark, Resume)), inherited)
-        if dataclasses.is_dataclass(kind):
-            yield from resume_marks(kind, mark, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-        else:
-            yield prefix + field.name, mark
+@functools.cache
+def resume_marks(schema: type) -> Mapping[str, Resume | None]:
+    """The mark of every key of a schema; None for one that has forgotten to choose."""
+    return dict(_marks(schema, None, ""))
 
 
 def changed_settings(schema: type, then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """Settings of a saved config that differ now, as [then, now]. What only one of the two versions of the schema has is left out."""
     found = {}
-    for key, _ in resume_marks(schema):
+    for key in resume_marks(schema):
         old, new = _value(then, key), _value(now, key)
         if MISSING not in (old, new) and old != new:
             found[key] = [old, new]
@@ -47,7 +39,7 @@ def changed_settings(schema: type, then: dict[str, Any], now: dict[str, Any]) ->
 
 def refused_changes(schema: type, changes: dict[str, list[Any]], allowed: Sequence[str]) -> dict[str, list[Any]]:
     """The changes that make another run of it and that nobody has allowed by the name of the setting or of its section."""
-    fixed = {key for key, mark in resume_marks(schema) if mark is not Resume.FREE}
+    fixed = {key for key, mark in resume_marks(schema).items() if mark is not Resume.FREE}
     return {key: values for key, values in changes.items() if key in fixed and not is_allowed(key, allowed)}
 
 
@@ -58,7 +50,7 @@ def is_allowed(key: str, allowed: Sequence[str]) -> bool:
 
 def check_allowed(schema: type, allowed: Sequence[str]) -> None:
     """Raise ConfigError for a name that is neither a setting nor a section."""
-    keys = [key for key, _ in resume_marks(schema)]
+    keys = resume_marks(schema)
     names = {key[:end] for key in keys for end, sign in enumerate(f"{key}.") if sign == "."}
     for name in allowed:
         if name not in names:
@@ -72,6 +64,18 @@ def check_allowed(schema: type, allowed: Sequence[str]) -> None:
 def describe_changes(changes: dict[str, list[Any]]) -> str:
     """The changes in words, on one line."""
     return ", ".join(f"{key} {_shown(then)} -> {_shown(now)}" for key, (then, now) in changes.items())
+
+
+def _marks(schema: type, inherited: Resume | None, prefix: str) -> Iterator[tuple[str, Resume | None]]:
+    hints = get_type_hints(schema, include_extras=True)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        mark = next((mark for mark in marks if isinstance(mark, Resume)), inherited)
+        if dataclasses.is_dataclass(kind):
+            yield from _marks(kind, mark, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + field.name, mark
 
 
 def _value(config: Any, key: str) -> Any:

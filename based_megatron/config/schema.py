@@ -248,7 +248,7 @@ class CheckpointConfig:
     max_failed_saves: Count = 3
     """Saves in a row that fail before the run stops."""
     resume: bool = True
-    """Continue from the newest complete checkpoint of the run folder if there is one."""
+    """Continue from the newest complete checkpoint of the run folder if there is one. If this is off, a folder that has one is refused."""
     load: MaybePath = ""
     """Start from the weights of this checkpoint (a new run, step 0) when the run folder has none."""
     allow_changed: tuple[str, ...] = ()

@@ -52,9 +52,8 @@ def new_run_id() -> str:
 def read_history(run_dir: Path) -> list[Start]:
     """The starts of a run, first to last; none for a folder without a history. Raises OSError if it cannot be read."""
     path = run_dir / HISTORY
-    names = {field.name for field in dataclasses.fields(Start)}
     lines = read_lines(path) if path.exists() else ()
-    return [Start(**{name: line[name] for name in names}) for line in lines if names <= line.keys()]
+    return [start for line in lines if (start := _start(line)) is not None]
 
 
 def append_start(run_dir: Path, start: Start) -> None:
@@ -77,6 +76,15 @@ def git_commit(folder: Path) -> str | None:
     """The commit of the repository that tracks a folder, with `-dirty` where files differ from it; None if there is none."""
     tracked = _git(folder, "ls-files", "--", ".")
     return (_git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None) if tracked else None
+
+
+def _start(line: dict[str, Any]) -> Start | None:
+    """The entry that a line holds; None for one of another version, or one that was damaged."""
+    names = {field.name for field in dataclasses.fields(Start)}
+    kinds = {"start": int, "run_id": str, "config": dict, "from_step": int}
+    if not names <= line.keys() or not all(isinstance(line[name], kind) for name, kind in kinds.items()):
+        return None
+    return Start(**{name: line[name] for name in names})
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 import based_megatron
 from based_megatron.checkpoint.load import MODEL, read_state
+from based_megatron.checkpoint.manifest import is_as_written
 from based_megatron.checkpoint.ranks import Ranks
-from based_megatron.checkpoint.store import FOLDER, list_checkpoints, newest_valid, step_of
+from based_megatron.checkpoint.store import FOLDER, STATE, list_checkpoints, newest_valid, step_of
 from based_megatron.config import Config, save_config, to_dict
 from based_megatron.config.changes import changed_settings, describe_changes, is_allowed, refused_changes
 from based_megatron.errors import CheckpointError, ConfigError
@@ -54,7 +55,7 @@ def identify(config: Config, data_fingerprint: str) -> Identity:
             f"{run_dir} has a checkpoint of step {step_of(checkpoints[0])}, from which a later start would go on: with "
             f"checkpoint.resume=false give the new run a run_dir of its own"
         )
-    newest = _newest_readable(checkpoints)
+    newest = _newest_state(checkpoints)
     run_id = last.run_id if last else None
     changes: dict[str, list[Any]] = {}
     if newest:
@@ -174,13 +175,11 @@ def _step_or_0(path: Path) -> int:
         return 0
 
 
-def _newest_readable(checkpoints: list[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose state can be read. Whether its tensors can shows when they are loaded."""
+def _newest_state(checkpoints: list[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose state is as written. Whether its tensors are shows when they are loaded."""
     for path in checkpoints:
-        try:
+        if is_as_written(path, STATE):
             return path, read_state(path)
-        except CheckpointError:
-            continue
     return None
 
 

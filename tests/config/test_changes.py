@@ -19,7 +19,7 @@ from based_megatron.config.changes import (
 from based_megatron.config.limits import settings_of
 from based_megatron.errors import ConfigError
 
-MARKS = dict(resume_marks(Config))
+MARKS = resume_marks(Config)
 
 
 def test_every_setting_says_whether_it_may_change_when_a_run_goes_on():
@@ -122,7 +122,7 @@ def test_a_field_that_has_not_chosen_is_taken_for_fixed():
         x: int = 1
         y: Annotated[int, Resume.FREE] = 1
 
-    assert list(resume_marks(Forgetful)) == [("x", None), ("y", Resume.FREE)]
+    assert resume_marks(Forgetful) == {"x": None, "y": Resume.FREE}
     assert refused_changes(Forgetful, {"x": [1, 2], "y": [1, 2]}, ()) == {"x": [1, 2]}
 
 

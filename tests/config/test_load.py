@@ -59,6 +59,7 @@ def test_the_saved_form_is_plain():
 
 def test_missing_keys_take_their_defaults():
     assert from_dict({}) == Config()
+    assert from_dict({"data": {"allow_changed": True}}) == Config(), "a setting that earlier versions have saved"
     assert from_dict({"optimizer": {"lr": 1e-3}}) == changed(Config(), {"optimizer.lr": 1e-3})
 
 

@@ -315,14 +315,28 @@ def test_too_few_tokens_for_a_gpu_are_noted(tmp_path, launch, capsys, micro_batc
     assert ("1,024 tokens a rank" in capsys.readouterr().err) is notes
 
 
+@pytest.fixture
+def ended(tmp_path) -> Path:
+    """Folder of a run that has a checkpoint, by name, and is done."""
+    (tmp_path / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
+    for name in ("done", "checkpoints/step-00000008/manifest.json"):
+        (tmp_path / "run" / name).touch()
+    return tmp_path / "run"
+
+
 @pytest.mark.parametrize("name", ["done", "failures", "stop"])
-def test_a_run_that_ended_can_be_submitted_again(tmp_path, fake_sbatch, launch, name):
+def test_a_run_that_ended_can_be_submitted_again(ended, fake_sbatch, launch, name):
     """The script ends at once where it finds the file, or with the next failure."""
-    file = tmp_path / "run" / name
-    file.parent.mkdir()
-    file.touch()
-    launch(tmp_path / "run")
-    assert not file.exists()
+    (ended / name).touch()
+    launch(ended)
+    assert not (ended / name).exists()
+
+
+def test_a_start_that_would_not_go_on_with_the_run_is_not_submitted(ended, fake_sbatch, launch):
+    shutil.rmtree(ended / "checkpoints")
+    with pytest.raises(ConfigError, match="there is no whole checkpoint"):
+        launch(ended)
+    assert not fake_sbatch.exists() and (ended / "done").exists()
 
 
 def test_a_stop_file_is_kept_for_the_job_before(tmp_path, fake_sbatch, launch, monkeypatch):
@@ -333,13 +347,11 @@ def test_a_stop_file_is_kept_for_the_job_before(tmp_path, fake_sbatch, launch, m
     assert (tmp_path / "run" / "stop").exists()
 
 
-def test_a_refusal_of_slurm_is_one_line(tmp_path, fake_sbatch, launch, monkeypatch):
+def test_a_refusal_of_slurm_is_one_line(ended, fake_sbatch, launch, monkeypatch):
     monkeypatch.setenv("REFUSE", "1")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "done").touch()
     with pytest.raises(ConfigError, match="no such partition"):
-        launch(tmp_path / "run")
-    assert submissions(fake_sbatch) == [["--test-only"]] and (tmp_path / "run" / "done").exists()
+        launch(ended)
+    assert submissions(fake_sbatch) == [["--test-only"]] and (ended / "done").exists()
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(tmp_path, fake_sbatch, launch, capsys):

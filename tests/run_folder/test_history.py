@@ -3,6 +3,8 @@
 import dataclasses
 import subprocess
 
+import pytest
+
 from based_megatron import __version__
 from based_megatron.run_folder.files import HISTORY
 from based_megatron.run_folder.history import Start, append_start, git_commit, new_run_id, read_history, versions
@@ -39,6 +41,13 @@ def test_entries_of_other_versions_are_read_as_far_as_they_are_known(tmp_path):
     append_start(tmp_path, START)
     path = tmp_path / HISTORY
     path.write_text(path.read_text().replace('"ranks": 16', '"ranks": 16, "later": 1'))
+    assert read_history(tmp_path) == [START]
+
+
+@pytest.mark.parametrize("name", ["start", "run_id", "config", "from_step"])
+def test_entries_that_are_damaged_are_left_out(tmp_path, name):
+    append_start(tmp_path, dataclasses.replace(START, **{name: ["junk"]}))
+    append_start(tmp_path, START)
     assert read_history(tmp_path) == [START]
 
 

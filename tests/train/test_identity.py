@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from based_megatron.checkpoint.manifest import MANIFEST
+from based_megatron.checkpoint.manifest import MANIFEST, seal_file, write_manifest
 from based_megatron.checkpoint.ranks import ALONE
 from based_megatron.config import Config, from_dict, load_config, to_dict
 from based_megatron.errors import BasedError, ConfigError
@@ -47,7 +47,8 @@ def save(config: Config, step: int, **changes: Any) -> Path:
         "data_fingerprint": DATA,
     }
     (path / "state.json").write_text(json.dumps(state | changes))
-    (path / MANIFEST).write_text("{}")
+    (path / ".metadata").touch()
+    write_manifest(path, [seal_file(path / name) for name in (".metadata", "state.json")])
     return path
 
 
@@ -186,11 +187,17 @@ def test_a_checkpoint_of_another_run_is_refused(run):
     assert "step-00000015 is of run beef, but its folder belongs to run" in refusal(run())
 
 
-def test_an_unreadable_state_is_left_to_the_loading_and_the_next_one_asked(run):
+@pytest.mark.parametrize("damage", ["cut", "another value", "deleted"])
+def test_a_damaged_state_is_left_to_the_loading_and_the_next_one_asked(run, damage):
+    """Its settings may be anything: a flipped bit is no changed setting."""
     save(run(), 10, run_id="f00d")
-    (save(run(), 15, run_id="f00d") / "state.json").write_text("{")
-    assert identify(run(), DATA).run_id == "f00d"
-    assert "optimizer.lr" in refusal(run({"optimizer.lr": 0.01}))
+    state = save(run(), 15, run_id="f00d") / "state.json"
+    text = state.read_text()
+    state.write_text(text[:-9] if damage == "cut" else text.replace('"f00d"', '"f00e"').replace("1111", "1112"))
+    if damage == "deleted":
+        state.unlink()
+    assert (identify(run(), DATA).run_id, identify(run(), DATA).changes) == ("f00d", {})
+    assert "step-00000010 is of a run with other settings: optimizer.lr" in refusal(run({"optimizer.lr": 0.01}))
 
 
 def test_imported_weights_have_no_settings_to_keep(run):

@@ -1,6 +1,8 @@
 """Whole jobs: resume, crashes, stops, changed layouts and bad input, as a user meets them."""
 
+import dataclasses
 import functools
+import json
 import os
 import resource
 import shutil
@@ -16,8 +18,10 @@ from based_megatron.checkpoint.load import read_state
 from based_megatron.checkpoint.store import list_checkpoints, verify
 from based_megatron.cli import main
 from based_megatron.config import load_config
-from based_megatron.errors import DataError
+from based_megatron.errors import BasedError, DataError
+from based_megatron.run_folder.files import FILES, FOLDERS
 from based_megatron.run_folder.history import read_history
+from based_megatron.run_folder.lock import RunLock, read_owner, this_process
 from based_megatron.train.callbacks.norms import Norms
 from based_megatron.train.trainer import Trainer
 from support.runs import command, events, kill_when, losses, run_job, start_command, start_job, train_in_pool, wait_for
@@ -30,6 +34,13 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     finished = run_job(run_dir, Path(corpus.name), before=functools.partial(os.chdir, corpus.parent))
     assert finished.returncode == 0, finished.stderr
     return run_dir
+
+
+def write_lock(folder: Path, stale_seconds: int) -> None:
+    """The lock of a process elsewhere."""
+    folder.mkdir(exist_ok=True)
+    owner = dataclasses.replace(this_process(stale_seconds, {}), host="node7", pid=1, processes="another boot")
+    (folder / "lock").write_text(json.dumps(dataclasses.asdict(owner)))
 
 
 def copy_checkpoint(source: Path, run_dir: Path, step: int) -> None:
@@ -55,8 +66,14 @@ def test_a_run_is_written_down_and_its_folder_set_free(uninterrupted, corpus, ca
         assert read_state(path)["run_id"] == start.run_id
         assert read_state(path)["config"]["data"]["path"] == str(corpus)
     assert not (uninterrupted / "lock").exists()
+    assert {path.name for path in uninterrupted.iterdir()} <= {*FILES, *FOLDERS, "stderr", "stdout"}, (
+        "not in the list of names"
+    )
     assert main(["data", "at", "--run", str(uninterrupted), "--step", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
+
+
+ALLOWED = ("--checkpoint.allow-changed", "model", "train.steps")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -71,8 +88,10 @@ def contents(folder: Path) -> dict[str, bytes]:
         (("--data.seed", "7"), 2, "data.seed 42 -> 7"),
         (("--train.steps", "9"), 2, "train.steps 8 -> 9"),
         (("--checkpoint.no-resume",), 2, "has a checkpoint of step 8"),
+        (("--optimizer.lr", "0.01", "--dry-run"), 2, "-> 0.01"),
+        (("--model.ffn-hidden-size", "64", "--train.steps", "9", *ALLOWED), 2, "in this model"),
     ],
-    ids=["unchanged", "another experiment", "other data", "longer", "without resuming"],
+    ids=["unchanged", "another experiment", "other data", "longer", "without resuming", "dry run", "another shape"],
 )
 def test_a_finished_run_stays_as_it_is(uninterrupted, corpus, overrides, returncode, words):
     before = contents(uninterrupted)
@@ -118,6 +137,40 @@ def test_a_folder_has_one_job_at_a_time(uninterrupted, corpus, tmp_path):
     assert len(read_history(run)) == 1 and "lr: 0.01" not in (run / "config.yaml").read_text()
 
 
+def test_a_run_that_lost_its_folder_ends_without_another_save(corpus, tmp_path):
+    """As after a pause in which another machine took it for gone: what that one wrote stays."""
+    log = tmp_path / "events.jsonl"
+    endless = ("--train.lock-seconds", "6", "--train.steps", "100000")
+    first = start_job(tmp_path, corpus, *endless)
+    wait_for(first, lambda: log.exists() and '"step": 2' in log.read_text())
+    write_lock(tmp_path / "other", stale_seconds=60)
+    os.replace(tmp_path / "other" / "lock", tmp_path / "lock")
+    first.wait(timeout_seconds=60)
+    assert first.returncode == 2 and "was taken by process 1 on node7" in first.stderr
+    owner = read_owner(tmp_path)
+    assert owner is not None and owner.host == "node7"
+    (error,) = events(tmp_path, "error")
+    assert [event["step"] for event in events(tmp_path, "checkpoint") if event["step"] >= error["step"]] == []
+
+
+def refusal_in_pool(run_dir: Path, corpus: Path) -> str:
+    with pytest.raises(BasedError) as refused:
+        train_in_pool(run_dir, corpus)
+    return str(refused.value)
+
+
+def test_every_rank_learns_of_a_refusal(worker_pool, corpus, tmp_path):
+    """Only rank 0 looks at the lock; the others do not wait for it for ever."""
+    lock = RunLock(tmp_path, this_process(600), print)
+    assert lock.try_take()
+    dry_run = run_job(tmp_path, corpus, "--dry-run")
+    assert dry_run.returncode == 2 and f"in use by process {os.getpid()} on" in dry_run.stderr
+    first, second = worker_pool(2).run(refusal_in_pool, tmp_path, corpus)
+    lock.release()
+    assert first == second and f"in use by process {os.getpid()} on" in first
+    assert {path.name for path in tmp_path.iterdir()} == {"stderr", "stdout"}
+
+
 def test_foreign_things_in_the_folder_are_refused_before_training(corpus, tmp_path):
     (tmp_path / "heartbeat").mkdir()
     job = run_job(tmp_path, corpus)
@@ -134,6 +187,7 @@ def test_a_killed_job_resumes_bit_for_bit(uninterrupted, corpus, tmp_path, momen
     resumed = run_job(tmp_path, corpus, "--monitor.no-tensorboard")
     assert resumed.returncode == 0, resumed.stderr
     assert "waiting" not in resumed.stdout, "the owner of the lock is known to be gone"
+    assert "changed_settings" in resumed.stdout and "'monitor.tensorboard': [True, False]" in resumed.stdout
     (resume,) = events(tmp_path, "resume")
     assert resume["step"] in (2, 4)
     assert losses(tmp_path) == losses(uninterrupted)
@@ -164,8 +218,9 @@ def check_resumed(uninterrupted: Path, run_dir: Path) -> None:
     "overrides", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2"), ("--parallel.zero-stage", "3")]
 )
 def test_another_layout_resumes(worker_pool, uninterrupted, corpus, tmp_path, overrides):
-    """From step 4 of the single process to two ranks."""
+    """From step 4 of the single process to two ranks, although a job elsewhere has left its lock: no rank gives up while one waits."""
     copy_checkpoint(uninterrupted, tmp_path, 4)
+    write_lock(tmp_path, stale_seconds=1)
     assert worker_pool(2).run(train_in_pool, tmp_path, corpus, *overrides) == [True, True]
     check_resumed(uninterrupted, tmp_path)
 
