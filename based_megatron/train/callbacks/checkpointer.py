@@ -64,7 +64,7 @@ class Checkpointer(Callback):
         )
         kept = Kept(settings.keep_last, settings.keep_every_steps, proven_after_steps)
         self._saver = Saver(self._folder, kept, self._ranks, writers, device)
-        self._saved_step, self._failed_in_a_row, self._stood_still_seconds = -1, 0, 0.0
+        self._saved_step, self._failed_in_a_row, self._stood_still_seconds = 0, 0, 0.0
         self._warnings: list[str] = []
         self._loaded: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
@@ -84,13 +84,12 @@ class Checkpointer(Callback):
     def go_back(self, latest_step: int) -> tuple[int, int] | None:
         """(steps done, tokens seen) of the newest valid checkpoint of a step up to `latest_step`, now loaded; None if there is none.
 
-        Those of later steps are moved out of the way of a resume. Collective.
+        Those of later steps are moved out of the way of a resume, and so is one that is being written. Collective.
         """
         if self._saver.in_flight:
             assert self._trainer is not None
             self._finish(self._trainer)
-        warnings: list[str] = []
-        found = newest_valid(self._folder, warnings.append, self._ranks, latest_step)
+        found = newest_valid(self._folder, lambda line: None, self._ranks, latest_step)
         if found is None:
             return None
         self._ranks.on_first(lambda: set_aside(self._folder, step_of(found)))
