@@ -34,9 +34,9 @@ def reads_by_step(*job: Any) -> dict[int, list[str]]:
     reads: dict[int, list[str]] = {}
     take_step = Trainer._take_step
 
-    def counted(trainer: Trainer) -> Any:
+    def counted(trainer: Trainer, batches: Any) -> Any:
         reads[trainer.step + 1] = []
-        return take_step(trainer)
+        return take_step(trainer, batches)
 
     def watched(name: str) -> Any:
         real = getattr(Tensor, name)
