@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ class StopVote:
     By the pause file the script of a SLURM job asks the ranks to leave its nodes; the run goes on in the next job.
     """
 
-    def __init__(self, stop_file: Path, signals: StopSignals | None = None) -> None:
+    def __init__(self, stop_file: Path, signals: StopSignals | None = None, timeout_seconds: int = 600) -> None:
+        """timeout_seconds: how long to wait for the votes of the others."""
         self._stop_file, self._pause_file = stop_file, stop_file.with_name(PAUSE)
         self._stopped_file = stop_file.with_name(STOPPED)
         self._signals = signals or StopSignals()
+        self._timeout = timedelta(seconds=timeout_seconds)
         self._hosts: dist.ProcessGroup | None = None
 
     def agreed(self, failure: str = "") -> str:
@@ -32,7 +35,7 @@ class StopVote:
         """
         reason = self._file() or self._signals.received
         if self._hosts is None:
-            self._hosts = dist.new_group(backend="gloo")
+            self._hosts = dist.new_group(backend="gloo", timeout=self._timeout)
         votes = torch.tensor([2 if failure else 1 if reason else 0])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._hosts)
         if int(votes) == 2:

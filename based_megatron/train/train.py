@@ -35,7 +35,7 @@ def train(config: Config, signals: StopSignals | None = None) -> None:
     """
     config = absolute_paths(config)
     run_dir = Path(config.run_dir)
-    stop = StopVote(run_dir / config.train.stop_file, signals)
+    stop = StopVote(run_dir / config.train.stop_file, signals, config.parallel.timeout_seconds)
     rank = rank_from_environment()
     sources = accept(config, rank.world_size)
     device = pick_device(config.train.device, rank.local_rank)

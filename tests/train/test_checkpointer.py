@@ -125,11 +125,15 @@ def config_with(**checkpoint: Any) -> Config:
 
 
 def make(config: Config) -> Checkpointer:
-    return Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU)
+    return checkpointer_of(config, guard_of(config))
 
 
 def guard_of(config: Config) -> Guard:
     return Guard(config, CPU)
+
+
+def checkpointer_of(config: Config, guard: Guard, carried: CarriedStates | None = None) -> Checkpointer:
+    return Checkpointer(None, config, RUN_ID, FINGERPRINT, guard, CPU, carried)
 
 
 def train(
@@ -412,10 +416,10 @@ def test_the_state_of_another_optimizer_is_refused(disk):
 def test_the_known_past_of_carried_states_is_saved_and_restored(disk, saved, expected):
     carried = CarriedStates({row: CarriedState(past=Past(((192, 0),))) for row in (0, 4)}, {})
     config = config_with(interval_steps=0)
-    train(Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU, carried), 3)
+    train(checkpointer_of(config, guard_of(config), carried), 3)
     assert disk.saved[0][1]["past_tokens"] == ((192, 0),)
     disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=saved)
-    Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU, carried).restore()
+    checkpointer_of(config, guard_of(config), carried).restore()
     assert disk.carried == ["run/step-6"]
     assert [state.past for state in carried.by_row.values()] == [expected] * 2
 
@@ -433,7 +437,7 @@ def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected)
     disk.state["config"]["model"] |= disk.state.pop("model", {})
     carried = CarriedStates({0: CarriedState()}, {})
     config = config_with(allow_changed=("model",))
-    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU, carried)
+    callback = checkpointer_of(config, guard_of(config), carried)
     assert callback.restore() == (6, 600)
     ((_, told),) = train(callback, 0).records[:1]
     assert "the first step starts without carried states: run/step-6" in told["message"] and expected in told["message"]
@@ -449,7 +453,7 @@ def test_a_run_that_carries_nothing_asks_for_nothing(disk):
 def test_a_run_goes_back_to_a_checkpoint_and_to_what_the_guard_knew_then(disk):
     config = config_with(interval_steps=2)
     guard = guard_of(config)
-    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard, CPU)
+    callback = checkpointer_of(config, guard)
     assert callback.go_back(7) is None and disk.latest_step == 7
     guard.settle(1, *torch.ones(2), applied=False)
     disk.newest, disk.state = Path("run/step-00000006"), saved_state(guard=guard.state())

@@ -89,8 +89,7 @@ class Checkpointer(Callback):
         if self._saver.in_flight:
             assert self._trainer is not None
             self._finish(self._trainer)
-        warnings: list[str] = []
-        found = newest_valid(self._folder, warnings.append, self._ranks, latest_step)
+        found = newest_valid(self._folder, lambda line: None, self._ranks, latest_step)
         if found is None:
             return None
         self._ranks.on_first(lambda: set_aside(self._folder, step_of(found)))
