@@ -88,7 +88,7 @@ def train_with_a_flip(run_dir: Path, data: Path, rank: int, parameter: str, *ove
         (4, 2, "embedding.weight", ("--train.precision", "bf16"), [2]),
         (2, 0, "final_norm.weight", ("--parallel.tensor", "2"), [0, 1]),
         (2, 1, "embedding.weight", ("--parallel.pipeline", "2"), [0, 1]),
-        (4, 0, "", ("--parallel.pipeline", "2", "--parallel.tensor", "2"), []),
+        pytest.param(4, 0, "", ("--parallel.pipeline", "2", "--parallel.tensor", "2"), [], marks=pytest.mark.slow),
         (2, 0, "", ("--parallel.context", "2", "--parallel.zero-stage", "2"), []),
         (2, 1, "layers.1.mlp.fc1.weight", ("--parallel.zero-stage", "3"), []),
     ],
