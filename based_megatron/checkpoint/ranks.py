@@ -1,9 +1,12 @@
 """The processes that act together on a checkpoint, and how they agree on failures."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
@@ -41,6 +44,14 @@ class Ranks:
         """Run `action` on rank 0 and return its result on every rank; fails everywhere if it fails there."""
         return self.together(lambda: action() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
+    def lowest(self, value: int) -> int:
+        """The smallest of the values of all ranks, on every rank (collective; the group must be gloo)."""
+        if self.group is None:
+            return value
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.group)
+        return int(tensor)
+
     def _try(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
         try:
             return action(), None
@@ -72,3 +83,17 @@ def all_ranks(group: dist.ProcessGroup | None = None) -> Ranks:
         return ALONE
     group = group or dist.group.WORLD
     return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+@contextmanager
+def without_dcp_warning(ranks: Ranks) -> Iterator[None]:
+    """Surroundings for torch.distributed.checkpoint, which warns of a process that is alone.
+
+    Filters of warnings belong to the whole process: threads that save have a group, and leave them as they are.
+    """
+    if ranks.group is not None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

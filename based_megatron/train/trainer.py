@@ -98,6 +98,11 @@ class Trainer:
         """Whether a step, counted from 1, is a log point."""
         return step == 1 or step % self.config.monitor.log_interval_steps == 0 or step == self.config.train.steps
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last step that was read changed the weights: a checkpoint made now is one to go back to."""
+        return not self.skips.in_a_row
+
     def record(self, name: str, **fields: Any) -> None:
         """Tell the callbacks of something worth a record."""
         for callback in self.callbacks:
@@ -131,6 +136,8 @@ class Trainer:
 
     def advice(self, step: int) -> str:
         """What a user can do about a step that went wrong, as the end of an error's line."""
+        for callback in self.callbacks:
+            callback.settle()
         found = find_checkpoint(self.run_dir / FOLDER)
         newest = "no checkpoint was saved" if found is None else f"the newest checkpoint is step {step_of(found)}"
         return f"{newest}: lower optimizer.lr, or look at the documents with `{self._look(step)}`"

@@ -200,7 +200,7 @@ def limit_file_size() -> None:
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run(uninterrupted, corpus, tmp_path):
     """No file may grow beyond a limit that tensors reach and logs do not. Only the last save, which must work, ends the job."""
-    finished = run_job(tmp_path, corpus, before=limit_file_size)
+    finished = run_job(tmp_path, corpus, "--checkpoint.max-failed-saves", "9", before=limit_file_size)
     assert finished.returncode == 2
     assert "was not saved" in finished.stderr.splitlines()[-1]
     assert [event["step"] for event in events(tmp_path, "warning")] == [2, 4, 6, 8]

@@ -15,8 +15,8 @@ from support.runs import train_in_pool
 
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
 PACKAGE = str(Path(based_megatron.__file__).parent)
-HOST_TENSORS = ("data/", "parallel/sequence/", "train/stop.py")
-"""Files whose tensors live on the host: documents, plans of slices, the vote of the hosts to stop."""
+HOST_TENSORS = ("data/", "parallel/sequence/", "train/stop.py", "checkpoint/ranks.py")
+"""Files whose tensors live on the host: documents, plans of slices, the votes of the hosts on stops and saves."""
 
 
 def reader(frame: FrameType | None) -> str:
