@@ -16,7 +16,7 @@ JOB = (
     "--checkpoint.interval-steps", "10", "--checkpoint.keep-last", "3", "--monitor.log-interval-steps", "50",
     "--schedule.warmup-steps", "20", "--train.max-skipped-steps", "5",
 )  # fmt: skip
-SEEDS = range(42, 45)
+SEEDS = (42, 43)
 GUARDS = ("--guards.window-steps", "32", "--guards.warmup-steps", "16", "--guards.max-rollbacks", "10")
 NO_GUARDS = ("--guards.spike", "off", "--guards.no-rollback")
 FAULTS = {
@@ -40,14 +40,15 @@ def test_with_guards_faults_cost_no_more_than_another_order_of_the_data(worker_p
         for seed in SEEDS
     ]
     assert all(events(tmp_path / f"clean {seed}", "skip") == [] for seed in SEEDS), "nothing is skipped for no reason"
-    noise = max(clean) - min(clean)
-    print(f"\nno fault: {clean[0]:.3f}; other orders of the data: {min(clean):.3f} to {max(clean):.3f}")
+    noise = abs(clean[1] - clean[0])
+    print(f"\nno fault: {clean[0]:.3f}; another order of the data: {clean[1]:.3f}")
     for number, (name, faults) in enumerate(FAULTS.items()):
         run_dir = tmp_path / f"guarded {number}"
         guarded = final_loss(worker_pool, run_dir, corpus, faults, *GUARDS)
         skips, rollbacks = (len(events(run_dir, kind)) for kind in ("skip", "rollback"))
         unguarded = final_loss(worker_pool, tmp_path / f"bare {number}", corpus, faults, *NO_GUARDS)
         print(f"{name}: {guarded:.3f} with guards ({skips} skips, {rollbacks} rollbacks), {unguarded:.3f} without")
-        assert skips and abs(guarded - clean[0]) <= 2 * noise
+        # Some steps are lost: a run of fewer steps is a little worse, and less so than one of another order.
+        assert skips and abs(guarded - clean[0]) < min(noise, 0.1)
         # Clipping has bounded what one parameter's gradient can do.
-        assert "gradient" in name or unguarded > clean[0] + 2 * noise
+        assert "gradient" in name or unguarded > guarded + 0.02
