@@ -38,7 +38,7 @@ LAYOUT = {
         "where time went, in seconds": ["Multiline", ["^wall_seconds/"]],
         "parts of a step": ["Multiline", ["^time/(data|forward_backward|optimizer)_seconds$"]],
         "memory": ["Multiline", ["^memory/"]],
-        "saves": ["Multiline", ["^time/save_seconds$"]],
+        "saves": ["Multiline", ["^time/save_seconds$", "^time/save_write_seconds$"]],
     },
 }
 """Charts of the tab "Custom scalars": the run on one page. Tags are regular expressions."""
