@@ -15,7 +15,8 @@ CAUSES = "BASED_CAUSES"
 """Variable with the folder in which a launcher looks for causes of failure."""
 PR_SET_PDEATHSIG = 1
 AFTERMATH = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|remote process|terminated", re.IGNORECASE
+    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|remote process|communicator was aborted|terminated",
+    re.IGNORECASE,
 )
 """What an error says if it comes of the failure of another rank."""
 
@@ -57,7 +58,7 @@ def leave_cause(error: BaseException) -> None:
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     final = isinstance(error, BasedError) and not error.may_pass
     priority = 0 if final or not AFTERMATH.search(message) else 1
-    line = f"{priority} {time.time():.3f} {2 if final else 1} rank {rank} on {socket.gethostname()}: {message:.2000}\n"
+    line = f"{priority} {time.time():.3f} {2 if final else 1} rank {rank} on {socket.gethostname()}: {message:.500}\n"
     try:
         (Path(folder) / f"cause-{int(rank):04d}").write_text(line)
     except OSError as failure:

@@ -17,8 +17,8 @@ from based_megatron.config.limits import check_limits, flag
 from based_megatron.config.schema import Count
 from based_megatron.config.validate import validate
 from based_megatron.errors import ConfigError
+from based_megatron.run_folder.files import SBATCH
 
-SCRIPT_NAME = "pretrain.sbatch"
 OWN_OPTIONS = {
     "array": "its elements would all train in one run folder; --sweep gives each its own",
     "dependency": "use --after",
@@ -67,7 +67,9 @@ class SlurmOptions:
     max_failures: Count = 3
     """Give up after this number of failures in a row without a newer checkpoint."""
     exclude_after_failure: bool = True
-    """Start again without the nodes that were lost, or whose ranks said nothing in a hang (file excluded_nodes)."""
+    """Start again without the nodes that were lost, or that kept the others waiting in a hang (file excluded_nodes)."""
+    exclude_stragglers: bool = False
+    """Start again without the nodes whose ranks were reported as slow."""
     check: bool = False
     """Measure the nodes first (`based nodes`), and train without those that are slow or wrong."""
     spare_nodes: int = 0
@@ -139,7 +141,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
     _check_options(options, config)
     _check_layout(options, config)
     run_dir = run_folder(config)
-    template = resources.files("based_megatron.launchers").joinpath(SCRIPT_NAME).read_text()
+    template = resources.files("based_megatron.launchers").joinpath(SBATCH).read_text()
     interfaces = " ".join(
         f"{name}={shlex.quote(options.interface)}" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
     )
@@ -158,6 +160,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
         max_failures=options.max_failures,
         exclude=shlex.quote(options.exclude),
         exclude_after_failure="yes" if options.exclude_after_failure else "",
+        exclude_stragglers="yes" if options.exclude_stragglers else "",
         hook=shlex.quote(options.hook),
         srun_options=shlex.join(_srun_options(options, config)),
         command=shlex.join(_rank_command(options, command, config)),

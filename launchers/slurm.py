@@ -12,8 +12,9 @@ from based_megatron.config import Config, parse_config
 from based_megatron.config.limits import absolute_paths
 from based_megatron.config.validate import check_run_dir
 from based_megatron.errors import ConfigError
-from based_megatron.launchers.script import SCRIPT_NAME, SlurmOptions, job_name, ranks_of, render_sbatch, run_folder
+from based_megatron.launchers.script import SlurmOptions, job_name, ranks_of, render_sbatch, run_folder
 from based_megatron.launchers.sweep import sweep_commands
+from based_megatron.run_folder.files import DONE, EXCLUDED_NODES, FAILURES, SBATCH
 
 FULL_TOKENS = 2048
 """Tokens of a micro batch on one rank below which a step takes no less: the host launches kernels all the time."""
@@ -67,12 +68,12 @@ def _submit(options: SlurmOptions, run: _Run) -> None:
     run_dir, stop_file = run_folder(run.config), run.config.train.stop_file
     check_run_dir(run_dir, needed_bytes=0)
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / SCRIPT_NAME
+    path = run_dir / SBATCH
     path.write_text(run.script)
     arguments = [*_first_submission(options, run_dir), str(path)]
     _sbatch("--test-only", *arguments)
     # Whoever submits a finished run again has given it more steps; one that gave up may fail as often again.
-    for name in ("done", "failures"):
+    for name in (DONE, FAILURES):
         (run_dir / name).unlink(missing_ok=True)
     if not _queued(job_name(run_dir)):
         # Otherwise it is for the job before, which has not ended yet.
@@ -88,7 +89,7 @@ def _first_submission(options: SlurmOptions, run_dir: Path) -> list[str]:
     if options.after:
         jobs = ":".join(options.after.split(","))
         words += [f"--dependency=singleton,afterok:{jobs}", "--kill-on-invalid-dep=yes"]
-    excluded_file = run_dir / "excluded_nodes"
+    excluded_file = run_dir / EXCLUDED_NODES
     if excluded_file.is_file():
         failed = [line.split()[0] for line in excluded_file.read_text().splitlines() if line.strip()]
         print(

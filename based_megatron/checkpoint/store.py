@@ -207,12 +207,14 @@ def _named(folder: Path) -> list[Path]:
 
 
 def _under_other_names(folder: Path) -> list[tuple[Path, int | None]]:
-    """What holds a checkpoint of another step than its name says, with that step (None if unreadable). Unfinished saves do not count."""
+    """What holds a checkpoint of another step than its name says, with that step (None if unreadable). Unfinished saves do
+    not count, nor what one that has replaced it was deleting."""
     if not folder.is_dir():
         return []
     found = []
     for path in sorted(folder.iterdir()):
-        if path.suffix != ".tmp" and (path / MANIFEST).is_file():
+        replaced = path.suffix == ".old" and path.with_suffix("").is_dir()
+        if path.suffix != ".tmp" and not replaced and (path / MANIFEST).is_file():
             named, step = _NAMED.fullmatch(path.name), _state(path).get("step")
             if named is None or int(named[1]) != step:
                 found.append((path, step if isinstance(step, int) else None))

@@ -8,18 +8,15 @@ import torch
 import torch.distributed as dist
 
 from based_megatron.errors import DataError
+from based_megatron.run_folder.files import PAUSE, STOPPED
 from based_megatron.train.signals import StopSignals
-
-PAUSE = "pause"
-"""File by which the script of a SLURM job asks the ranks to leave its nodes; the run goes on in the next job."""
-STOPPED = "stopped"
-"""Name of the stop file once the run has stopped for it."""
 
 
 class StopVote:
     """Collects stop signals, a stop file and the launcher's pause file, and asks the other ranks.
 
     A stop file counts whenever it was made, before the start too. The run renames it when it has ended, so the next start runs.
+    By the pause file the script of a SLURM job asks the ranks to leave its nodes; the run goes on in the next job.
     """
 
     def __init__(self, stop_file: Path, signals: StopSignals | None = None) -> None:

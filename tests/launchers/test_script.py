@@ -14,9 +14,10 @@ from based_megatron.launchers.script import SlurmOptions, render_sbatch
 CONFIG = load_config("tiny")
 STUBS = {
     "scontrol": 'case $1 in show) printf "node1\\nnode2\\n";; requeue) [ -z "$NO_REQUEUE" ] && echo requeue >>calls;; esac',
-    "squeue": "cat state",
+    "squeue": 'case "$*" in *--steps*) printf "7.batch\\n7.1\\n";; *) cat state;; esac',
+    "scancel": 'echo scancel "$@" >>calls',
     "sinfo": 'cat sinfo 2>/dev/null',
-    "sbatch": 'echo sbatch "$@" >>calls; echo 8',
+    "sbatch": 'echo sbatch "$@" ${BASED_FORMER_JOB:+of $BASED_FORMER_JOB} >>calls; echo 8',
     "getent": "true",
     "sleep": "/bin/sleep 0.05",
     "hook": 'echo "$BASED_RUN_DIR $1: $2" >>hooks',
@@ -128,8 +129,9 @@ def test_failures_without_a_newer_checkpoint_end_the_run(job):
 
 
 def test_a_newer_checkpoint_begins_the_count_anew(job):
-    for step in (3, 10, 11):
-        job.run(CHECKPOINT % (step, step) + "; exit 9")
+    for step in (3, 10, 123456789):
+        state = f"""; echo '{{"good": true}}' >run/checkpoints/step-{step:08d}/state.json"""
+        job.run(CHECKPOINT % (step, step) + state + "; exit 9")
         assert job.read("calls") == ["requeue"] and job.read("run/failures") == [f"1 {step}"]
 
 
@@ -138,9 +140,11 @@ def test_a_newer_checkpoint_begins_the_count_anew(job):
     [
         "mkdir -p run/checkpoints/step-00000009.tmp && touch run/checkpoints/step-00000009.tmp/manifest.json",
         "mkdir -p run/checkpoints/step-00000009",
+        "mkdir -p run/checkpoints/step-00000009.old && touch run/checkpoints/step-00000009.old/manifest.json",
         CHECKPOINT % (2, 2),
+        CHECKPOINT % (9, 9) + """; echo '{"step": 9, "good": false}' >run/checkpoints/step-00000009/state.json""",
     ],
-    ids=["unfinished", "without a manifest", "older"],
+    ids=["unfinished", "without a manifest", "replaced", "older", "bad"],
 )
 def test_what_is_no_progress(job, ranks):
     job.run(CHECKPOINT % (3, 3) + "; exit 9")
@@ -150,13 +154,13 @@ def test_what_is_no_progress(job, ranks):
 
 def test_a_time_limit_without_a_checkpoint_is_a_failure_and_a_preemption_is_none(job):
     for number, calls, failures in [("TERM", ["requeue"], "0 -1"), ("USR1", ["requeue"], "1 -1"), ("USR1", [], "2 -1")]:
-        job.run(f"trap '' USR2; kill -{number} $PPID; /bin/sleep 0.2")
+        job.run(f"trap '' USR2; /bin/sleep 0.2; kill -{number} $PPID; /bin/sleep 0.2")
         assert job.read("calls") == calls and job.read("run/failures") == [failures]
 
 
 def test_ranks_that_die_of_the_request_to_pause_did_not_fail(job):
     """Before they have a handler."""
-    job.run("kill -TERM $PPID; exec /bin/sleep 5")
+    job.run("/bin/sleep 0.3; kill -TERM $PPID; exec /bin/sleep 5")
     assert "ended with status 140" in job.log and job.read("calls") == ["requeue"]
     assert job.read("run/failures") == ["0 -1"] and job.read("hooks") == []
 
@@ -183,6 +187,21 @@ def test_the_first_cause_is_shown(job):
     ranks = cause(0, 1, 1, "RuntimeError: Connection closed by peer") + cause(1, 0, 1, "OSError: no")
     job.run(ranks + "exit 143")
     assert "cause: rank 1 on node2: OSError: no\n" in job.log and job.read("calls") == ["requeue"]
+
+
+@pytest.mark.parametrize(
+    ("other", "shown"),
+    [
+        (cause(0, 1, 1, "RuntimeError: Connection closed by peer"), "node2: task 1: Killed"),
+        ("", "node2: task 1: Killed"),
+        (cause(0, 0, 1, "MemoryError: no"), "rank 0 on node1: MemoryError: no"),
+    ],
+    ids=["aftermath", "nothing", "a cause"],
+)
+def test_a_rank_that_was_killed_is_a_cause(job, other, shown):
+    srun = "echo 'srun: error: node1: task 0: Exited with exit code 1' >&2; echo 'srun: error: node2: task 1: Killed' >&2; "
+    job.run(other + srun + "exit 137")
+    assert f"cause: {shown}\n" in job.log and "srun: error: node2: task 1: Killed\n" in job.log
 
 
 @pytest.mark.parametrize("before", ["no disk", "folder in its place", "garbage", "empty"])
@@ -212,7 +231,7 @@ def test_a_job_that_slurm_is_ending_does_not_start_again(job, state):
 
 def test_a_job_that_cannot_be_requeued_goes_on_in_a_new_one(job):
     job.run(CHECKPOINT % (3, 3), NO_REQUEUE="1")
-    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch of 7"]
 
 
 HANG = """
@@ -225,7 +244,7 @@ def test_the_node_of_a_silent_rank_is_excluded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = Job(tmp_path, exclude="node9")
     job.run(HANG + cause(0, 1, 1, "RuntimeError: Timed out waiting 20000ms") + "exit 143")
-    assert job.read("calls") == [f"sbatch --parsable --exclude=node9,node2 {tmp_path}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node9,node2 {tmp_path}/run/pretrain.sbatch of 7"]
     (line,) = job.read("run/excluded_nodes")
     assert line.startswith("node2 silent in job 7 at 20")
 
@@ -245,7 +264,7 @@ def test_ranks_that_crash_do_not_cost_their_node(job):
 def test_if_no_rank_says_anything_no_node_is_to_blame(job):
     job.run(HANG + "touch run/hung; exit 143")
     assert job.read("run/excluded_nodes") == []
-    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch of 7"]
 
 
 def test_a_rank_whose_watchdog_spoke_is_not_silent(job):
@@ -258,7 +277,39 @@ def test_nodes_that_slurm_has_lost_are_excluded(job):
     (job.folder / "sinfo").write_text("node1 allocated\nnode2 down*\nnode2 down*\n")
     job.run("exit 9")
     assert [line.split()[:2] for line in job.read("run/excluded_nodes")] == [["node2", "down*"]]
-    assert job.read("calls") == [f"sbatch --parsable --exclude=node2 {job.folder}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node2 {job.folder}/run/pretrain.sbatch of 7"]
+
+
+def event(kind: str, hosts: str) -> str:
+    """Shell of a rank that records an event which names hosts."""
+    return f"""echo '{{"time": 1.5, "step": 3, "event": "{kind}", "message": "no", {hosts}, "stacks": "stacks"}}' >>run/events.jsonl; """
+
+
+@pytest.mark.parametrize(
+    ("hosts", "excluded"),
+    [
+        ('"hosts": ["node2.cluster"]', ["node2"]),
+        ('"host": "node1"', ["node1"]),
+        ('"hosts": ["node1", "node2"]', ["node1", "node2"]),
+        ('"hosts": []', []),
+        ('"hosts": ["login"]', []),
+    ],
+)
+def test_nodes_that_the_ranks_blame_for_a_hang_are_excluded(job, hosts, excluded):
+    (job.folder / "run").mkdir()
+    (job.folder / "run/events.jsonl").write_text('{"event": "hang", "hosts": ["node1", "node2"]}\n')
+    job.run(event("hang", hosts) + "exit 9")
+    assert [line.split()[:2] for line in job.read("run/excluded_nodes")] == [[node, "hang"] for node in excluded]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_stragglers_are_excluded_if_asked(tmp_path, monkeypatch, asked):
+    """At a time limit too."""
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, exclude_stragglers=asked)
+    job.run(event("straggler", '"hosts": ["node2"]') + CHECKPOINT % (3, 3))
+    again = f"sbatch --parsable --exclude=node2 {tmp_path}/run/pretrain.sbatch of 7"
+    assert job.read("calls") == ([again] if asked else ["requeue"])
 
 
 def test_nodes_are_kept_if_asked(tmp_path, monkeypatch):
@@ -286,6 +337,7 @@ def test_a_run_that_hangs_is_ended(job, beats, hangs):
     (job.folder / "run/heartbeat").write_text('{"limit_seconds": 0}')
     job.run("/bin/sleep 0.3; " + beats + ("exec /bin/sleep 10" if hangs else "exit 9"))
     assert (hangs in job.log) if hangs else "no step for" not in job.log
+    assert (job.read("calls")[:1] == ["scancel --signal=KILL 7.1"]) is bool(hangs)
     assert ("status 137" in job.log) is (job.folder / "run/hung").exists() is bool(hangs)
 
 
@@ -347,7 +399,7 @@ def test_without_a_spare_the_run_goes_on_in_a_job_without_the_bad_node(tmp_path,
     monkeypatch.chdir(tmp_path)
     job = Job(tmp_path, check=True)
     assert job.run(BAD.format("touch run/done")) == 1
-    assert job.read("calls") == [f"sbatch --parsable --exclude=node1 {tmp_path}/run/pretrain.sbatch"]
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node1 {tmp_path}/run/pretrain.sbatch of 7"]
     assert not job.read("calls_of_ranks")
 
 

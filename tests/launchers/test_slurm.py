@@ -115,7 +115,7 @@ def rank_command(**changes) -> tuple[str, str]:
     lines = render(**changes).splitlines()
     srun = next(i for i, line in enumerate(lines) if line.startswith("srun "))
     words = lines[srun].partition('-%N.log"')[2].removesuffix("\\").strip()
-    return words, lines[srun + 1].strip().removesuffix("</dev/null &").strip()
+    return words, lines[srun + 1].strip().partition("</dev/null")[0].strip()
 
 
 TRAIN = "-m based_megatron train --config tiny --run-dir 'runs/a b'"

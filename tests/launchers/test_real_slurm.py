@@ -1,0 +1,31 @@
+"""Two scenarios of slurm_trial.py on a real SLURM, where there is one."""
+
+import pytest
+import slurm_trial
+
+from support.slurm_cluster import why_no_slurm
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm() or "it can")]
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trial")
+    with slurm_trial.trial_cluster(folder) as trial:
+        yield trial
+
+
+@pytest.mark.parametrize("title", ["scontrol requeue", "a rank is stopped (SIGSTOP)"])
+def test_a_disturbed_run_goes_on_bit_for_bit(trial, title):
+    run, when = slurm_trial.SCENARIOS[title](trial, "run-" + title.split()[-1].strip("()").lower())
+    _, last_words, starts, _, again, equal = slurm_trial.row(trial, title, run, when)
+    assert (last_words, starts, equal) == ("done", "2", "bit for bit")
+    assert int(again) <= 10
+
+
+def test_the_node_of_a_stopped_rank_is_excluded(trial):
+    """By the run of the test before."""
+    run = slurm_trial.Run(trial.folder / "run-sigstop")
+    first, second = [line.split(";")[0].split() for line in run.log.split("starting on ")[1:]]
+    assert [line.split()[0] for line in (run.folder / "excluded_nodes").read_text().splitlines()] == [first[1]]
+    assert first[1] not in second
