@@ -100,7 +100,7 @@ class StopWhen:
     """Ends a run after so many steps, and not while a save is in flight."""
 
     def __init__(self, steps: int, checkpointer: SavesAtIntervals | None) -> None:
-        self._left, self._checkpointer = steps, checkpointer
+        self._left, self._checkpointer = steps + 1, checkpointer  # asked before each step
 
     def forget_last(self) -> None:
         """No file to remove."""
@@ -108,7 +108,7 @@ class StopWhen:
     def honoured(self) -> None:
         """Nor one to remove at the end."""
 
-    def agreed(self) -> str:
+    def agreed(self, failure: str = "") -> str:
         """A reason, if it is time."""
         self._left -= 1
         waits = self._checkpointer is not None and self._checkpointer._saver.in_flight

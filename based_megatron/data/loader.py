@@ -1,6 +1,6 @@
 """The loader: makes the micro batches of one rank from the number of a step.
 
-    step --global batch--> numbers --mixture, permutation--> (source, sequence) --memory map--> tokens, labels, masks
+    step --global batch--> numbers --mixture, permutation--> (source, sequence) --checked read--> tokens, labels, masks
 
 Every arrow is a pure function, so there is no state to save: a run resumes exactly at any step, with any number of data
 parallel ranks, context parallel ranks and reader threads.

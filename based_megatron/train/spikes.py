@@ -53,7 +53,7 @@ class SpikeWindow:
         if self.judges:
             median, limit = self._limits()
             spikes = point > median + limit
-            if self._settings.rollback and self._is_full:
+            if self._settings.rollback and self._settings.spike == "skip" and self._is_full:
                 has_risen = (median[0] > self._lowest + limit[0])[None]
         self._verdict = torch.cat([is_nan, spikes, has_risen])
         return self._verdict.any() if self._settings.spike == "skip" else self._verdict[0]

@@ -1,15 +1,18 @@
 """Faults planted in whole jobs: a nan in a gradient, and so on, at given steps."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from based_megatron.config import parse_config
+from based_megatron.data.batch import MicroBatch
+from based_megatron.data.loader import Loader
 from based_megatron.data.sources import Sources
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import build_topology
@@ -18,6 +21,7 @@ from based_megatron.train import trainer
 from based_megatron.train.schedule import learning_rate
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
+from based_megatron.train.train import build_loader
 from support.pool import rank_device
 from support.runs import command
 
@@ -33,6 +37,8 @@ class Faults:
     """Factor of the gradient of one parameter, on the last data parallel and tensor parallel rank."""
     rates: Mapping[int, float] = field(default_factory=dict)
     """Factor of the learning rate."""
+    data: Sequence[int] = ()
+    """Steps of the data, from 0, whose tokens are noise."""
     outputs: Mapping[int, float] = field(default_factory=dict)
     """Factor of the output of the first layer, likewise."""
 
@@ -71,11 +77,24 @@ def train_with_faults(run_dir: Path, data: Path, faults: Faults, *overrides: str
 
         return wrapped
 
+    def build_poisoned(*args: Any) -> Loader:
+        loader = build_loader(*args)
+        read = loader.micro_batches
+        loader.micro_batches = lambda step: list(map(noise, read(step))) if step in faults.data else read(step)  # type: ignore[method-assign]
+        return loader
+
     def rate(*args: Any) -> float:
         return learning_rate(*args) * faults.rates.get(taken, 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "learning_rate", rate)
         patch.setattr(module, "build_step", build_disturbed)
+        patch.setattr(module, "build_loader", build_poisoned)
         sources = Sources(config.data, config.train.global_batch_sequences)
         return module.train_in_folder(config, topology, sources, StopVote(run_dir / config.train.stop_file))
+
+
+def noise(batch: MicroBatch) -> MicroBatch:
+    """A batch of random tokens in the place of its own."""
+    tokens = torch.randint(0, 300, batch.tokens_BL.shape, generator=torch.Generator().manual_seed(1))
+    return replace(batch, tokens_BL=tokens, labels_BL=tokens.flip(1))

@@ -90,17 +90,19 @@ def test_recorded_spikes_are_not_skipped():
     assert judged(window, 1e3, 0.5) == (False, [REASONS[1]])
 
 
-@pytest.mark.parametrize("rollback", [True, False])
-def test_a_loss_that_rises_slowly_and_stays_is_found(rollback):
+@pytest.mark.parametrize(("spike", "rollback"), [("skip", True), ("skip", False), ("record", True)])
+def test_a_loss_that_rises_slowly_and_stays_is_found(spike, rollback):
     """No step of it is a spike. The reason is told only where something can be done."""
-    settings = dataclasses.replace(SETTINGS, rollback=rollback)
+    settings = dataclasses.replace(SETTINGS, spike=spike, rollback=rollback)
     window, _, _ = warm(settings, noise=0.0)
     found, loss = [], 3.0
     for _ in range(60):
         loss *= 1.003
         found.append(judged(window, loss, 0.5))
+    if spike == "record":
+        assert all(why == [] for _, why in found)
     first = next((place for place, (skip, _) in enumerate(found) if skip), None)
-    if not rollback:
+    if not rollback or spike == "record":
         assert first is None
         return
     assert first is not None and found[first] == (True, [HAS_RISEN])

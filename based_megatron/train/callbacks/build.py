@@ -19,6 +19,7 @@ from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.callbacks.debug_gradients import DebugGradients
 from based_megatron.train.callbacks.logger import Logger
 from based_megatron.train.callbacks.norms import Norms
+from based_megatron.train.callbacks.replicas import Replicas
 from based_megatron.train.callbacks.sampler import Sampler
 from based_megatron.train.callbacks.validator import Validator
 from based_megatron.train.callbacks.watchdog import Watchdog
@@ -28,6 +29,8 @@ from based_megatron.train.identity import Identity
 def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
     """What is measured of the model, and validation and samples where the config asks for them."""
     jobs: list[Callback] = [Advice(sources.warnings), Norms([mixer.name for mixer in layer_mixers(config.model)])]
+    if config.guards.replica_check_interval_steps and config.parallel.zero_stage < 3 and topology.world_size > 1:
+        jobs.append(Replicas())
     if config.monitor.debug_gradients:
         jobs.append(DebugGradients())
     if config.validation.interval_steps:
