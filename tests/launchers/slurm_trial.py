@@ -160,6 +160,21 @@ def disturbed(
     return run, when
 
 
+def cut_off(trial: Trial, name: str, in_save: bool) -> tuple[Run, float]:
+    """A run whose second node loses its network, and has it back after the end."""
+    run = trial.launch(name)
+    trial.wait_step(run, 13)
+    node = trial.nodes(run)[1]
+    if in_save:
+        wait(lambda: any(run.folder.glob("checkpoints/*.tmp")), 60, 0.002)
+    trial.cluster.machines.cut(node)
+    when = time.time()
+    trial.wait_end(run)
+    trial.cluster.machines.heal(node)
+    _all_idle(trial)
+    return run, when
+
+
 @scenario("nothing")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     trial.undisturbed()
@@ -228,18 +243,15 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
         return disturbed(trial, name, lambda run: trial.cluster.machines.kill(lost(trial.nodes(run)[0])))
 
 
-@scenario("a node is cut off the network")
+@scenario("a node is cut off the network in a step")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """Its rank goes on, and sees the file system."""
-    run = trial.launch(name)
-    trial.wait_step(run, 13)
-    node = trial.nodes(run)[1]
-    trial.cluster.machines.cut(node)
-    when = time.time()
-    trial.wait_end(run)
-    trial.cluster.machines.heal(node)
-    _all_idle(trial)
-    return run, when
+    return cut_off(trial, name, in_save=False)
+
+
+@scenario("a node is cut off the network in a save")
+def _(trial: Trial, name: str) -> tuple[Run, float]:
+    return cut_off(trial, name, in_save=True)
 
 
 @scenario("a rank is killed")
