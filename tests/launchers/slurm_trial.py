@@ -362,13 +362,13 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 
 @scenario("a node with a slow network, and --check")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
-    trial.cluster.machines.slow("node1")
+    trial.cluster.machines.slow("node3")
     run, when = trial.launch(name, "--check", "--spare-nodes", "1"), time.time()
     trial.wait_end(run)
     excluded = [line.split()[0] for line in (run.folder / "excluded_nodes").read_text().splitlines()]
-    assert excluded == ["node1"] and "node1" not in trial.nodes(run), excluded
-    trial.cluster.machines.kill("node1")
-    trial.cluster.start("node1")
+    assert excluded == ["node3"] and "node3" not in trial.nodes(run), excluded
+    trial.cluster.machines.kill("node3")
+    trial.cluster.start("node3")
     _all_idle(trial)
     return run, when
 
