@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from based_megatron.data.manifest import Member, Split
+from based_megatron.data.manifest import HASHED_BYTES, Member, Split
+
+HASH_BYTES = 8
 
 
 class TokenizedDocument(NamedTuple):
@@ -143,6 +145,10 @@ class _Shard:
             self._add(f"{key}.{ending}", payload)
             for ending, payload in zip(("tokens.npy", "docs.json", "origins.json"), payloads, strict=True)
         )
+        hashed_end = self._file.tell()
+        hashes = io.BytesIO()
+        np.save(hashes, self._hashes(begin, hashed_end))
+        hashes_at = self._add(f"{key}.hashes.npy", hashes.getvalue())
         end = self._file.tell()
         self._file.seek(begin)
         digest = xxhash.xxh3_128_hexdigest(self._file.read(end - begin))
@@ -160,7 +166,16 @@ class _Shard:
             docs=len(docs["ends"]),
             first_document=docs["first_document"],
             xxh3=digest,
+            hashed_end=hashed_end,
+            hashes_offset=hashes_at + len(hashes.getvalue()) - HASH_BYTES * -(-(hashed_end - begin) // HASHED_BYTES),
         )
+
+    def _hashes(self, begin: int, end: int) -> np.ndarray:
+        """uint64 hashes of the pieces of what was written from `begin` to `end`."""
+        self._file.seek(begin)
+        written = memoryview(self._file.read(end - begin))
+        pieces = (written[first : first + HASHED_BYTES] for first in range(0, len(written), HASHED_BYTES))
+        return np.array([xxhash.xxh3_64_intdigest(piece) for piece in pieces], "<u8")
 
     def close(self) -> None:
         with self._file:

@@ -1,7 +1,6 @@
 """Whole, unsharded weights out of a checkpoint and into one, in a single process."""
 
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, read_state, stored_shapes
-from based_megatron.checkpoint.ranks import ALONE
+from based_megatron.checkpoint.ranks import ALONE, without_dcp_warning
 from based_megatron.checkpoint.rectangles import stored_name
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, resolve_checkpoint
@@ -31,8 +30,7 @@ def read_full(path: Path) -> tuple[dict[str, Tensor], Config]:
         for name, shape in stored_shapes(path).items()
         if name.startswith(stored_name(MODEL, ""))
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with without_dcp_warning(ALONE):
         dcp.load(
             {stored_name(MODEL, name): tensor for name, tensor in weights.items()},
             storage_reader=dcp.FileSystemReader(path),

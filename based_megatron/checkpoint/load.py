@@ -1,7 +1,6 @@
 """Reading a checkpoint into live tensors, however it was sharded when written."""
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from based_megatron.checkpoint.carried import CARRIED
 from based_megatron.checkpoint.fragments import Fragment
-from based_megatron.checkpoint.ranks import Ranks, all_ranks
+from based_megatron.checkpoint.manifest import STATE
+from based_megatron.checkpoint.ranks import Ranks, all_ranks, without_dcp_warning
+from based_megatron.checkpoint.reader import RangeReader
 from based_megatron.checkpoint.rectangles import FragmentLoadPlanner, stored_name
 from based_megatron.checkpoint.save import FORMAT
-from based_megatron.checkpoint.store import STATE
 from based_megatron.errors import CheckpointError
 
 MODEL = "model"
@@ -116,11 +116,10 @@ def _check_carried(path: Path, fragments: Sequence[Fragment]) -> None:
 
 def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str], ranks: Ranks) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with without_dcp_warning(ranks):
             dcp.load(
                 {},
-                storage_reader=dcp.FileSystemReader(path),
+                storage_reader=RangeReader(path),
                 planner=FragmentLoadPlanner(fragments, kinds),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,

@@ -8,6 +8,8 @@ from pathlib import Path
 import xxhash
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
+STATE = "state.json"
 _READ_BYTES = 16 * 2**20
 
 
@@ -51,11 +53,17 @@ def write_manifest(folder: Path, entries: list[FileEntry]) -> None:
 
 
 def read_manifest(folder: Path) -> list[FileEntry]:
-    """Entries of the manifest; raises OSError or ValueError if it cannot be read."""
+    """Entries of the manifest; raises OSError or ValueError if it cannot be read or is not one."""
     try:
-        return [FileEntry(**entry) for entry in json.loads((folder / MANIFEST).read_text())["files"]]
+        entries = [FileEntry(**entry) for entry in json.loads((folder / MANIFEST).read_text())["files"]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{MANIFEST} has no list of files ({error!r})") from error
+        raise ValueError(f"it has no list of files: {error!r}") from error
+    listed = {entry.name for entry in entries if isinstance(entry.name, str)}
+    if len(listed) < len(entries) or any(Path(name).name != name for name in listed):
+        raise ValueError("its list of files has something else than names, or one twice")
+    if missing := {METADATA, STATE} - listed:
+        raise ValueError(f"it does not list {' and '.join(sorted(missing))}")
+    return entries
 
 
 def problems(folder: Path, rank: int = 0, size: int = 1) -> list[str]:

@@ -1,9 +1,12 @@
 """The processes that act together on a checkpoint, and how they agree on failures."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
@@ -24,7 +27,7 @@ class Ranks:
     def together(self, action: Callable[[], T]) -> list[T]:
         """Run `action` everywhere and return all results by rank, on every rank.
 
-        Raises CheckpointError on all ranks, with one message, if it failed on any: nobody waits for one that gave up.
+        If it failed on any, all ranks raise that BasedError (CheckpointError for others): nobody waits for one that gave up.
         """
         outcomes: list[Any] = [None] * self.size
         outcome = self._try(action)
@@ -32,22 +35,31 @@ class Ranks:
             outcomes = [outcome]
         else:
             dist.all_gather_object(outcomes, outcome, group=self.group)
-        for _, error in outcomes:
-            if error is not None:
-                raise CheckpointError(error)
+        for _, failure in outcomes:
+            if failure is not None:
+                kind, message = failure
+                raise kind(message)
         return [result for result, _ in outcomes]
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result on every rank; fails everywhere if it fails there."""
         return self.together(lambda: action() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def _try(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
+    def lowest(self, value: int) -> int:
+        """The smallest of the values of all ranks, on every rank (collective; the group must be gloo)."""
+        if self.group is None:
+            return value
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.group)
+        return int(tensor)
+
+    def _try(self, action: Callable[[], T]) -> tuple[T | None, tuple[type[BasedError], str] | None]:
         try:
             return action(), None
         except BasedError as error:
-            return None, str(error)
+            return None, (type(error), str(error))
         except Exception as error:
-            return None, self.describe(error, self.rank)
+            return None, (CheckpointError, self.describe(error, self.rank))
 
     def describe(self, error: BaseException, rank: int) -> str:
         """One line about an error, with its rank if there are several."""
@@ -72,3 +84,17 @@ def all_ranks(group: dist.ProcessGroup | None = None) -> Ranks:
         return ALONE
     group = group or dist.group.WORLD
     return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+@contextmanager
+def without_dcp_warning(ranks: Ranks) -> Iterator[None]:
+    """Surroundings for torch.distributed.checkpoint, which warns of a process that is alone.
+
+    Filters of warnings belong to the whole process: threads that save have a group, and leave them as they are.
+    """
+    if ranks.group is not None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,10 +11,19 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 
 from based_megatron.checkpoint.fragments import Fragment
-from based_megatron.checkpoint.manifest import FileEntry, seal_file, sync_folder, write_durably, write_manifest
-from based_megatron.checkpoint.ranks import Ranks, all_ranks
+from based_megatron.checkpoint.manifest import (
+    METADATA,
+    STATE,
+    FileEntry,
+    seal_file,
+    sync_folder,
+    write_durably,
+    write_manifest,
+)
+from based_megatron.checkpoint.ranks import Ranks, all_ranks, without_dcp_warning
 from based_megatron.checkpoint.rectangles import FragmentSavePlanner
-from based_megatron.checkpoint.store import STATE, step_name
+from based_megatron.checkpoint.store import step_name
+from based_megatron.checkpoint.writer import PartWriter
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.history import versions
 
@@ -71,11 +79,10 @@ def _make_empty(path: Path) -> None:
 
 def _write_tensors(path: Path, fragments: Sequence[Fragment], ranks: Ranks) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with without_dcp_warning(ranks):
             dcp.save(
                 {},
-                storage_writer=dcp.FileSystemWriter(path, sync_files=False),
+                storage_writer=PartWriter(path),
                 planner=FragmentSavePlanner(fragments),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
@@ -93,7 +100,7 @@ def _commit(unfinished: Path, final: Path, sealed: list[FileEntry], document: di
                 f"rank 0 does not see {path} as written: --run-dir must be on a disk shared by all nodes"
             )
     write_durably(unfinished / STATE, json.dumps(document, indent=1))
-    write_manifest(unfinished, [*sealed, seal_file(unfinished / ".metadata"), seal_file(unfinished / STATE)])
+    write_manifest(unfinished, [*sealed, seal_file(unfinished / METADATA), seal_file(unfinished / STATE)])
     sync_folder(unfinished)
     replaced = final.with_name(final.name + ".old")
     if final.exists():

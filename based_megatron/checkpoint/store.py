@@ -2,27 +2,43 @@
 
 run_dir/checkpoints/
   step-00001000/          complete: it was renamed to this after everything in it was on the disk
-    .metadata  __0_0.distcp  __1_0.distcp ...   tensors, in the format of torch.distributed.checkpoint
-    state.json            step, tokens, Adam's step, known past of carried states, data fingerprint, config, versions
+    .metadata  __0_0_0.distcp  __1_0_0.distcp ...   tensors, in the format of torch.distributed.checkpoint
+    state.json            step, tokens, optimizer, whether it is good, known past of carried states, data fingerprint, config, versions
     manifest.json         size and hash of every file above
   step-00002000.tmp/      being written, or left by a run that was killed
   step-00001000.old/      replaced by a new checkpoint of the same step; used only if that one is damaged
 """
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from based_megatron.checkpoint.manifest import MANIFEST, problems
+import torch.distributed.checkpoint as dcp
+
+from based_megatron.checkpoint.manifest import MANIFEST, STATE, problems, read_manifest
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
 from based_megatron.run_folder.files import ROLLED_BACK
 
-STATE = "state.json"
-_COMPLETE = re.compile(r"step-(\d{8,})(\.old)?")
+GOOD = "good"
+"""Entry of a checkpoint's state: false if steps before it were skipped or suspect, so that its weights may have diverged."""
+_NAMED = re.compile(r"step-(\d{8,})(\.old)?")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay when a new one is there. The new one and the newest good one always do."""
+
+    last: int = 0
+    """Newest ones; 0 keeps all."""
+    every_steps: int = 0
+    """The first checkpoint of every so many steps stays for good; 0 keeps none for that."""
 
 
 def step_name(step: int) -> str:
@@ -32,7 +48,7 @@ def step_name(step: int) -> str:
 
 def step_of(path: Path) -> int:
     """Step of a checkpoint folder."""
-    match = _COMPLETE.fullmatch(path.name)
+    match = _NAMED.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not a checkpoint: its name must be like {step_name(1000)}")
     return int(match[1])
@@ -40,10 +56,7 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a folder by name, newest first; their files are not looked at."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: (-step_of(path), path.name))
+    return [path for path in _named(folder) if (path / MANIFEST).is_file()]
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -51,11 +64,26 @@ def find_checkpoint(folder: Path) -> Path | None:
     return next(iter(list_checkpoints(folder)), None)
 
 
+def newest_good(folder: Path, before_step: int | None = None) -> Path | None:
+    """The newest complete checkpoint that was saved while no step was skipped or suspect, or None; its files are not verified.
+
+    before_step: look at those of earlier steps only. Checkpoints that do not say whether they are good are.
+    """
+    for path in list_checkpoints(folder):
+        if (before_step is None or step_of(path) < before_step) and _state(path).get(GOOD, True):
+            return path
+    return None
+
+
 def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
-    """Faults of a checkpoint's files, none if it is whole; the ranks share the hashing (collective)."""
+    """Faults of a checkpoint's files, none if it is whole; the ranks share the hashing (collective).
+
+    Each file is read by one rank.
+    """
     ranks = ranks or all_ranks()
     shares = ranks.together(lambda: problems(path, ranks.rank, ranks.size))
-    return list(dict.fromkeys(problem for share in shares for problem in share))
+    wrong = list(dict.fromkeys(problem for share in shares for problem in share))
+    return wrong or ranks.on_first(lambda: _contradictions(path))
 
 
 def newest_valid(
@@ -65,24 +93,32 @@ def newest_valid(
 
     latest_step: leave those of later steps out.
 
-    Damaged ones are skipped and reported to `on_skip` on rank 0, one line each. Raises CheckpointError if all are
-    damaged: whether to start over in their place is for the user to decide.
+    Every newer one that is skipped is reported to `on_skip` on rank 0, one line each: damaged ones, and what holds a
+    checkpoint under another name. Raises CheckpointError if there are only such: whether to start over in their place is for
+    the user to decide.
     """
     ranks = ranks or all_ranks()
-    candidates = ranks.on_first(lambda: list_checkpoints(folder))
+    candidates = ranks.on_first(lambda: _named(folder))
     if latest_step is not None:
         candidates = [path for path in candidates if step_of(path) <= latest_step]
+    others = ranks.on_first(lambda: _under_other_names(folder))
+    tell = on_skip if ranks.rank == 0 else lambda line: None
     for path in candidates:
         wrong = verify(path, ranks)
         if not wrong:
+            for other, step in others:
+                if step is None or step > step_of(path):
+                    tell(f"{other} was skipped: {_renamed(step)}")
             return path
-        if ranks.rank == 0:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            on_skip(f"checkpoint {path} is damaged and was skipped: {wrong[0]}{more}")
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        tell(f"checkpoint {path} is damaged and was skipped: {wrong[0]}{more}")
     if candidates:
         raise CheckpointError(
             f"all {len(candidates)} checkpoints in {folder} are damaged: restore one, or choose another --run-dir"
         )
+    if others:
+        other, step = others[-1]
+        raise CheckpointError(f"there is no checkpoint in {folder} but {other.name}: {_renamed(step)}")
     return None
 
 
@@ -119,14 +155,13 @@ def set_aside(folder: Path, step: int) -> None:
         raise CheckpointError(f"cannot move a checkpoint aside: {error}") from error
 
 
-def prune(folder: Path, keep_last: int, saved: Path) -> list[Path]:
+def prune(folder: Path, kept: Kept, saved: Path) -> list[Path]:
     """Delete what a new checkpoint `saved` makes superfluous, on one rank; returns the checkpoints deleted.
 
-    `saved` and the keep_last - 1 newest before it stay (0 keeps all), and so do later steps, which only an earlier run
-    that went further can have left. Remains of unfinished saves go. Raises CheckpointError if a deletion fails.
+    `saved` stays, what `kept` says, the newest good one, and later steps, which only an earlier run that went further can have
+    left. Remains of unfinished saves go. Raises CheckpointError if a deletion fails.
     """
-    before = [path for path in list_checkpoints(folder) if step_of(path) < step_of(saved)]
-    doomed = before[keep_last - 1 :] if keep_last > 0 else []
+    doomed = _superfluous(folder, kept, saved)
     try:
         for leftover in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:
             shutil.rmtree(leftover)
@@ -137,3 +172,60 @@ def prune(folder: Path, keep_last: int, saved: Path) -> list[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot delete an old checkpoint: {error}") from error
     return doomed
+
+
+def _superfluous(folder: Path, kept: Kept, saved: Path) -> list[Path]:
+    before = [path for path in list_checkpoints(folder) if step_of(path) < step_of(saved)]
+    if not kept.last:
+        return []
+    stays = {newest_good(folder, before_step=step_of(saved) + 1)}
+    if kept.every_steps:
+        # Newest first: the last one to be entered is the first of its interval.
+        firsts = {step_of(path) // kept.every_steps: path for path in [saved, *before]}
+        stays |= {path for number, path in firsts.items() if number}
+    return [path for path in before[kept.last - 1 :] if path not in stays]
+
+
+def _named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAMED.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (-step_of(path), path.name))
+
+
+def _under_other_names(folder: Path) -> list[tuple[Path, int | None]]:
+    """What holds a checkpoint but has not the name of one, nor that of an unfinished save, with its step (None if unreadable)."""
+    if not folder.is_dir():
+        return []
+    others = [path for path in folder.iterdir() if not _NAMED.fullmatch(path.name) and path.suffix != ".tmp"]
+    found = [path for path in others if (path / MANIFEST).is_file()]
+    steps = [(path, _state(path).get("step")) for path in sorted(found)]
+    return [(path, step if isinstance(step, int) else None) for path, step in steps]
+
+
+def _renamed(step: int | None) -> str:
+    return (
+        "it holds a checkpoint"
+        if step is None
+        else f"it holds the checkpoint of step {step}, whose name is {step_name(step)}"
+    )
+
+
+def _contradictions(path: Path) -> list[str]:
+    """What the files of a checkpoint, each as written, say against each other or its name."""
+    named, saved = _NAMED.fullmatch(path.name), _state(path).get("step")
+    if named and int(named[1]) != saved:
+        return [f"it is named for step {int(named[1])} but {STATE} is of step {saved}"]
+    listed = {entry.name for entry in read_manifest(path)}
+    stored = {info.relative_path for info in dcp.FileSystemReader(path).read_metadata().storage_data.values()}
+    return [f"{name} is not listed in {MANIFEST}" for name in sorted(stored - listed)]
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What state.json says, empty if it cannot be read."""
+    try:
+        found = json.loads((path / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

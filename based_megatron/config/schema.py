@@ -236,9 +236,17 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     interval_steps: int = 1000
-    """Steps between checkpoints; 0 saves only at the end."""
+    """Steps between checkpoints; 0 saves at the end only, or by time."""
+    interval_seconds: float = 0.0
+    """Longest time between the starts of two saves, by the clock of rank 0; 0 saves by steps only."""
     keep_last: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Keep the first checkpoint of every so many steps for good; 0 keeps none for that."""
+    asynchronous: bool = True
+    """Copy weights and moments to host memory and write them while training goes on. Without room for a copy, training waits."""
+    max_failed_saves: Count = 3
+    """Saves in a row that fail before the run stops."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder if there is one."""
     load: MaybePath = ""

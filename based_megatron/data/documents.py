@@ -43,9 +43,10 @@ def documents_of_step(sources: Sources, step: int, global_batch_sequences: int) 
     for place, (source, sequence) in enumerate(sources.locate(numbers)):
         reader = sources.train[source]
         folder = reader.manifest.folder
-        for number, start, stop in reader.pieces(sequence, 0, sources.sequence_length_tokens):
+        for piece in reader.pieces(sequence, 0, sources.sequence_length_tokens):
+            number, start, _ = piece
             member, ends, origins = reader.members[number], reader.ends(number), reader.origins(number)
-            inputs = reader.block(number)[start:stop]
+            inputs = reader.part(piece)
             document = int(np.searchsorted(ends, start, side="right"))
             position = 0
             while position < len(inputs):

@@ -11,11 +11,14 @@ Legend: B sequences, S tokens of a whole sequence, L tokens of this context para
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from based_megatron.config import Config
 from based_megatron.config.schema import DataConfig
+from based_megatron.config.validate import slice_multiple
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.manifest import check_tokenizer
 from based_megatron.data.reader import SequenceReader
@@ -23,6 +26,9 @@ from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.slices import even_bounds, slice_of
+
+if TYPE_CHECKING:
+    from based_megatron.parallel.topology import Topology
 
 SEQUENCES_NAMED = 8
 
@@ -154,3 +160,18 @@ class Loader:
             bounds=self._bounds,
             sources=tuple(names[source] for source, _ in chosen) if len(names) > 1 else (),
         )
+
+
+def build_loader(config: Config, topology: "Topology") -> Loader:
+    """This rank's view of the prepared data."""
+    return Loader(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        global_batch_sequences=config.train.global_batch_sequences,
+        micro_batch_sequences=config.train.micro_batch_sequences,
+        dp_rank=topology.data.rank,
+        dp_size=topology.data.size,
+        cp_rank=topology.context.rank,
+        cp_size=topology.context.size,
+        slice_multiple=slice_multiple(config.parallel),
+    )

@@ -14,7 +14,12 @@ import xxhash
 
 from based_megatron.errors import DataError
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+HASHED_VERSION = 2
+"""First version whose samples have hashes of their pieces."""
+HASHED_BYTES = 1 << 14
+"""Bytes of a sample that one of its hashes is of: no more need be read than a sequence and what is around it."""
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 READ_BYTES = 1 << 24
@@ -27,8 +32,8 @@ class Member:
     file: str
     """Shard, relative to the manifest's folder."""
     key: str
-    """Sample key: `<key>.tokens.npy` is the block, `<key>.docs.json` has the ends of its documents, and
-    `<key>.origins.json` the input files they come from."""
+    """Sample key: `<key>.tokens.npy` is the block, `<key>.docs.json` has the ends of its documents, `<key>.origins.json` the
+    input files they come from, and `<key>.hashes.npy` the xxh3_64 of every HASHED_BYTES before itself, from `begin` on."""
     begin: int
     """First byte of the sample, tar header included."""
     end: int
@@ -51,6 +56,10 @@ class Member:
     """Number, within the split, of the first of them."""
     xxh3: str
     """xxh3_128 of the bytes from begin to end."""
+    hashed_end: int = 0
+    """Byte after those that have hashes; 0 if there are none."""
+    hashes_offset: int = 0
+    """First byte of the hashes, after the npy header."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def load_manifest(path: str | Path, check_hashes: bool = False) -> Manifest:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}; write the corpus again with `based prep`") from error
     version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
+    if version not in READABLE:
         raise DataError(f"{path} has version {version!r}, not {VERSION}: write the corpus again with this `based prep`")
     if values.get("fingerprint") != fingerprint(values):
         raise DataError(
@@ -154,7 +163,7 @@ def verify(manifest: Manifest) -> None:
     for split in manifest.splits.values():
         for member in split.members:
             path = manifest.folder / member.file
-            if _hash_range(path, member.begin, member.end) != member.xxh3:
+            if hash_range(path, member.begin, member.end) != member.xxh3:
                 raise DataError(
                     f"{path} is damaged: sample {member.key} (bytes {member.begin} to {member.end}) does not match its "
                     f"recorded hash; write the corpus again with `based prep`"
@@ -213,7 +222,8 @@ def _check_sizes(manifest: Manifest) -> None:
             )
 
 
-def _hash_range(path: Path, begin: int, end: int) -> str:
+def hash_range(path: Path, begin: int, end: int) -> str:
+    """xxh3_128 of a part of a file."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         file.seek(begin)

@@ -1,16 +1,20 @@
-"""Random access to the sequences of a prepared corpus, through memory maps of its shards."""
+"""Random access to the sequences of a prepared corpus; every byte is checked as it is read."""
 
 import functools
 import json
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
-from based_megatron.data.manifest import Manifest, Member
+from based_megatron.data.manifest import HASHED_BYTES, Manifest, Member, hash_range
 from based_megatron.errors import DataError
 
 CACHED_MEMBERS = 4096
+OPEN_SHARDS = 256
 
 
 class Piece(NamedTuple):
@@ -38,8 +42,9 @@ class SequenceReader:
         counts = [max(0, count - 1) // sequence_length_tokens for count in tokens]
         self._first_sequence = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        # A mapped shard costs no memory of the process; the parsed ends of documents do.
-        self._shard: Callable[[str], np.ndarray] = functools.cache(self._map_shard)
+        self._open: Callable[[str], _Descriptor] = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._hashes: Callable[[Member], list[int]] = functools.lru_cache(CACHED_MEMBERS)(self._read_hashes)
+        self._check_whole: Callable[[Member], None] = functools.cache(self._find_damage)
         self.ends: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_MEMBERS)(self._read_ends)
 
     def __len__(self) -> int:
@@ -66,14 +71,14 @@ class SequenceReader:
     def tokens(self, sequence: int, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids of a window, uint16 or uint32: S + 1, or those from `begin` to `end` of them.
 
-        Raises DataError for an id that the tokenizer does not have.
+        Raises DataError for what is not as it was written, and for an id that the tokenizer does not have.
         """
         found = []
-        for number, start, stop in self.pieces(sequence, begin, end):
-            tokens = self.block(number)[start:stop]
+        for piece in self.pieces(sequence, begin, end):
+            tokens = self.part(piece)
             if tokens.max() >= self.manifest.vocab_size:
                 raise self._damaged(
-                    self.members[number],
+                    self.members[piece.member],
                     f"has token {tokens.max()} but the vocabulary ends at {self.manifest.vocab_size}",
                 )
             found.append(tokens)
@@ -130,10 +135,14 @@ class SequenceReader:
         return self.members[number].first_document == before.first_document + before.docs
 
     def block(self, number: int) -> np.ndarray:
-        """All tokens of a member, as a view of the mapped file."""
-        member = self.members[number]
-        end = member.offset + self.manifest.token_bytes(member)
-        return self._shard(member.file)[member.offset : end].view(self._dtype)
+        """All tokens of a member."""
+        return self.part(Piece(number, 0, self.members[number].tokens))
+
+    def part(self, piece: Piece) -> np.ndarray:
+        """The tokens of a piece."""
+        member, size = self.members[piece.member], self._dtype.itemsize
+        data = self._checked(member, member.offset + piece.start * size, member.offset + piece.stop * size)
+        return np.frombuffer(data, self._dtype)
 
     def origins(self, number: int) -> list[tuple[str, int]]:
         """(file, record) of each document of a member."""
@@ -144,18 +153,55 @@ class SequenceReader:
         member = self.members[number]
         return np.array(self._json(member, member.docs_offset, member.docs_bytes)["ends"], np.int64)
 
-    def _map_shard(self, file: str) -> np.ndarray:
-        path = self.manifest.folder / file
-        try:
-            return np.memmap(path, np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read shard {path}: {error}; restore it or write the corpus again") from error
-
     def _json(self, member: Member, offset: int, length: int):
         try:
-            return json.loads(self._shard(member.file)[offset : offset + length].tobytes())
+            return json.loads(self._checked(member, offset, offset + length))
         except ValueError as error:
             raise self._damaged(member, f"has documents that are no JSON ({error})") from error
+
+    def _checked(self, member: Member, begin: int, end: int) -> bytes:
+        """Bytes of a sample as they were written: what has just been read is hashed, every time.
+
+        Raises DataError if they are not what was written, or cannot be read.
+        """
+        if not member.hashed_end:
+            self._check_whole(member)
+            return self._read(member, begin, end)
+        first, last = (begin - member.begin) // HASHED_BYTES, -(-(end - member.begin) // HASHED_BYTES)
+        start = member.begin + first * HASHED_BYTES
+        data = self._read(member, start, min(member.begin + last * HASHED_BYTES, member.hashed_end))
+        hashes, view = self._hashes(member), memoryview(data)
+        for place in range(last - first):
+            piece = view[place * HASHED_BYTES : (place + 1) * HASHED_BYTES]
+            if xxhash.xxh3_64_intdigest(piece) != hashes[first + place]:
+                at = start + place * HASHED_BYTES
+                raise self._damaged(member, f"does not match its hash in bytes {at} to {at + len(piece)}")
+        return data[begin - start : end - start]
+
+    def _read_hashes(self, member: Member) -> list[int]:
+        count = -(-(member.hashed_end - member.begin) // HASHED_BYTES)
+        data = self._read(member, member.hashes_offset, member.hashes_offset + 8 * count)
+        return np.frombuffer(data, "<u8").tolist()
+
+    def _find_damage(self, member: Member) -> None:
+        """Check a sample that has one hash for all of it."""
+        if hash_range(self.manifest.folder / member.file, member.begin, member.end) != member.xxh3:
+            raise self._damaged(member, "does not match its hash")
+
+    def _read(self, member: Member, begin: int, end: int) -> bytes:
+        # Not a memory map: a file that is truncated under it kills the process without a word.
+        try:
+            shard = self._open(member.file)
+            data = os.pread(shard.descriptor, end - begin, begin)
+        except OSError as error:
+            path = self.manifest.folder / member.file
+            raise DataError(f"cannot read shard {path}: {error}; restore it or write the corpus again") from error
+        if len(data) < end - begin:
+            raise self._damaged(member, f"ends at byte {begin + len(data)}, before {end}")
+        return data
+
+    def _open_shard(self, file: str) -> "_Descriptor":
+        return _Descriptor(os.open(self.manifest.folder / file, os.O_RDONLY))
 
     def _damaged(self, member: Member, what: str) -> DataError:
         folder = self.manifest.folder
@@ -163,3 +209,13 @@ class SequenceReader:
             f"{folder / member.file} is damaged: sample {member.key} {what}; "
             f"check the corpus with `based data verify --path {folder}`"
         )
+
+
+@dataclass
+class _Descriptor:
+    """An open file, closed when nobody has it any more: who reads from it keeps it until the bytes are there."""
+
+    descriptor: int
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from based_megatron.config.schema import DataConfig, SourceConfig
-from based_megatron.data.manifest import load_manifest
+from based_megatron.data.manifest import HASHED_VERSION, load_manifest
 from based_megatron.data.mixture import Mixture, split_counts
 from based_megatron.data.order import shuffled
 from based_megatron.data.reader import SequenceReader
@@ -62,6 +62,14 @@ class Sources:
         ]
         order = "carried" if self._data.carry_state else f"seed={self._data.seed}"
         return f"{'+'.join(parts)}/{order}/sequence_length_tokens={self._data.sequence_length_tokens}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines on what is not wrong but could be better."""
+        old = [str(manifest.folder) for manifest in self.manifests if manifest.version < HASHED_VERSION]
+        return [
+            f"{', '.join(old)}: written by an older `based prep`, and checked by whole samples, each of which is read once"
+        ] * bool(old)
 
     @cached_property
     def names(self) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from based_megatron.errors import DataError
 from based_megatron.run_folder.files import PAUSE, STOPPED
 from based_megatron.train.signals import StopSignals
 
@@ -24,13 +25,20 @@ class StopVote:
         self._signals = signals or StopSignals()
         self._hosts: dist.ProcessGroup | None = None
 
-    def agreed(self) -> str:
-        """Why to stop now, or an empty string on all ranks (collective). Hosts vote among themselves: no device is waited for."""
+    def agreed(self, failure: str = "") -> str:
+        """Why to stop now, or an empty string on all ranks (collective). Hosts vote among themselves: no device is waited for.
+
+        failure: why this rank cannot take the next step. Raises DataError on all ranks if any cannot: nobody waits for it.
+        """
         reason = self._file() or self._signals.received
         if self._hosts is None:
             self._hosts = dist.new_group(backend="gloo")
-        votes = torch.tensor([1 if reason else 0])
+        votes = torch.tensor([2 if failure else 1 if reason else 0])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._hosts)
+        if int(votes) == 2:
+            failures = [""] * dist.get_world_size(self._hosts)
+            dist.all_gather_object(failures, failure, group=self._hosts)
+            raise DataError(next(filter(None, failures)))
         return (reason or "another rank") if int(votes) else ""
 
     def forget_last(self) -> None:

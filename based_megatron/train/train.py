@@ -5,8 +5,7 @@ from pathlib import Path
 from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.config import Config
 from based_megatron.config.limits import absolute_paths
-from based_megatron.config.validate import slice_multiple
-from based_megatron.data.loader import Loader
+from based_megatron.data.loader import build_loader
 from based_megatron.data.sources import Sources
 from based_megatron.model.build import build_model
 from based_megatron.monitor.hub import build_metrics
@@ -76,7 +75,7 @@ def train_over(
     metrics = build_metrics(topology)
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
     guard = Guard(config, topology.device)
-    checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, guard, carried)
+    checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, guard, topology.device, carried)
     start = checkpointer.restore()
     record_start(config, identity, start[0], all_ranks())
 
@@ -88,18 +87,3 @@ def train_over(
         return Trainer(config, topology, step, loader, metrics, callbacks, stop, guard, go_back, start).fit()
     finally:
         loader.close()
-
-
-def build_loader(config: Config, topology: Topology) -> Loader:
-    """This rank's view of the prepared data."""
-    return Loader(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        global_batch_sequences=config.train.global_batch_sequences,
-        micro_batch_sequences=config.train.micro_batch_sequences,
-        dp_rank=topology.data.rank,
-        dp_size=topology.data.size,
-        cp_rank=topology.context.rank,
-        cp_size=topology.context.size,
-        slice_multiple=slice_multiple(config.parallel),
-    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from based_megatron.checkpoint.store import FOLDER, find_checkpoint, step_of
 from based_megatron.config import Config
 from based_megatron.data.batch import MicroBatch
-from based_megatron.errors import TrainingError
+from based_megatron.errors import DataError, TrainingError
 from based_megatron.monitor.clock import StepClock
 from based_megatron.monitor.hub import Metrics
 from based_megatron.parallel.partitions import Piece
@@ -75,16 +75,15 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             while self.step < self.config.train.steps:
-                report = self._take_step()
-                if report is None:
-                    continue
-                for callback in self.callbacks:
-                    callback.post_step(self, report)
+                batches, failure = self._read()
                 with self.doing("stop vote"):
-                    reason = self.stop.agreed()
+                    reason = self.stop.agreed(failure)
                 if reason:
                     self.record("stop", reason=reason)
                     break
+                if report := self._take_step(batches):
+                    for callback in self.callbacks:
+                        callback.post_step(self, report)
             self._record_spikes()
             for callback in reversed(self.callbacks):
                 callback.on_end(self)
@@ -98,6 +97,11 @@ class Trainer:
     def logs(self, step: int) -> bool:
         """Whether a step, counted from 1, is a log point."""
         return step == 1 or step % self.config.monitor.log_interval_steps == 0 or step == self.config.train.steps
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last step that was read changed the weights: a checkpoint made now is one to go back to."""
+        return not self.skips.in_a_row
 
     def record(self, name: str, **fields: Any) -> None:
         """Tell the callbacks of something worth a record."""
@@ -132,6 +136,8 @@ class Trainer:
 
     def advice(self, step: int) -> str:
         """What a user can do about a step that went wrong, as the end of an error's line."""
+        for callback in self.callbacks:
+            callback.settle()
         found = find_checkpoint(self.run_dir / FOLDER)
         newest = "no checkpoint was saved" if found is None else f"the newest checkpoint is step {step_of(found)}"
         return f"{newest}: lower optimizer.lr, or look at the documents with `{self._look(step)}`"
@@ -141,11 +147,19 @@ class Trainer:
         data_step = self.guard.data.data_step(step - 1) + 1
         return f"based data at --run {shlex.quote(str(self.run_dir))} --data-step {data_step}"
 
-    def _take_step(self) -> StepReport | None:
+    def _read(self) -> tuple[list[MicroBatch], str]:
+        """This rank's micro batches of the next step, and why there are none."""
+        self.clock.begin("data", self.step + 1)
+        try:
+            return self.loader.micro_batches(self.guard.data.data_step(self.step)), ""
+        except DataError as error:
+            return [], str(error)
+        finally:
+            self.clock.end()
+
+    def _take_step(self, batches: list[MicroBatch]) -> StepReport | None:
         """Take one step. None if the run has gone back to an earlier one."""
         self.metrics.wanted = self.logs(self.step + 1)
-        self.clock.begin("data", self.step + 1)
-        batches = self.loader.micro_batches(self.guard.data.data_step(self.step))
         self.clock.begin("forward_backward")
         config = self.config
         lr = learning_rate(self.step, config.optimizer, config.schedule, config.train.steps)

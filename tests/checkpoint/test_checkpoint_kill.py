@@ -1,9 +1,13 @@
-"""kill -9 at every open, fsync, rename and delete of a save, and among its writes, leaves a checkpoint to resume from."""
+"""kill -9 at every open, fsync, rename and delete of a save, and among its writes, leaves a checkpoint to resume from.
+
+Saves are asynchronous: the calls are those of the saver's threads, and training has overwritten its tensors meanwhile.
+"""
 
 import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,16 +17,26 @@ from ckpt_engines import run_cases
 from ckpt_fragments import flat, full_tensors, shard
 
 from based_megatron.checkpoint.load import load_checkpoint
+from based_megatron.checkpoint.ranks import ALONE
 from based_megatron.checkpoint.save import save_checkpoint
-from based_megatron.checkpoint.store import newest_valid, prune
+from based_megatron.checkpoint.saver import Saver
+from based_megatron.checkpoint.store import Kept, newest_valid
 
 CALLS = {"fsync", "open", "rename", "mkdir", "unlink", "rmdir"}
 WRITES_BETWEEN_KILLS = 97  # there are about 1,200 writes, all to unfinished files
 
 
 def save_and_prune(folder: Path, step: int) -> None:
-    path = save_checkpoint(folder, step, flat(shard(full_tensors(step), 1, 2)), {"consumed_tokens": step})
-    prune(folder, 1, saved=path)
+    fragments = flat(shard(full_tensors(step), 1, 2))
+    saver = Saver(folder, Kept(last=1), ALONE, ALONE, torch.device("cpu"))
+    assert saver.take_memory(fragments) == ""
+    saver.start(step, fragments, {"consumed_tokens": step}, prunes=True)
+    saver.hold_update()
+    for fragment in fragments:
+        for tensor in fragment.tensors.values():
+            tensor.fill_(7.0)
+    saved = saver.finish()
+    assert not saved.error and not saved.warning
 
 
 def save_killed_at(event: int, folder: Path, step: int) -> bool:
@@ -41,6 +55,7 @@ def save_killed_at(event: int, folder: Path, step: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(count)
+        threading.setprofile(count)
         save_and_prune(folder, step)
         os._exit(0)
     _, status = os.waitpid(child, 0)

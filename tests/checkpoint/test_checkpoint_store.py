@@ -13,7 +13,14 @@ from based_megatron import __version__
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import load_checkpoint
 from based_megatron.checkpoint.save import save_checkpoint
-from based_megatron.checkpoint.store import find_checkpoint, list_checkpoints, newest_valid, prune, resolve_checkpoint
+from based_megatron.checkpoint.store import (
+    Kept,
+    find_checkpoint,
+    list_checkpoints,
+    newest_valid,
+    prune,
+    resolve_checkpoint,
+)
 from based_megatron.config import from_dict
 from based_megatron.errors import CheckpointError
 from based_megatron.parallel.sharding import ShardSpec
@@ -102,7 +109,7 @@ def test_newest_is_by_step_number_and_ignores_unfinished_ones(tmp_path):
 
 
 def files_of_a_checkpoint() -> list[str]:
-    return [".metadata", "__0_0.distcp", "state.json", "manifest.json"]
+    return [".metadata", "__0_0_0.distcp", "state.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("name", files_of_a_checkpoint())
@@ -118,18 +125,15 @@ def test_damage_to_the_newest_falls_back_to_the_one_before_and_says_so(tmp_path,
         (bad / name).write_bytes(content if damage == "flip" else content[:-1])
     skipped: list[str] = []
     assert newest_valid(tmp_path, skipped.append) == good
-    if (name, damage) == ("manifest.json", "delete"):
-        assert skipped == []  # without a manifest it was never complete
-    else:
-        assert len(skipped) == 1
-        assert str(bad) in skipped[0] and name in skipped[0] and "\n" not in skipped[0]
+    assert len(skipped) == 1
+    assert str(bad) in skipped[0] and name in skipped[0] and "\n" not in skipped[0]
 
 
 def test_a_damaged_checkpoint_named_directly_is_refused(tmp_path):
     path = save(tmp_path, 1)
-    with (path / "__0_0.distcp").open("ab") as stream:
+    with (path / "__0_0_0.distcp").open("ab") as stream:
         stream.write(b"x")
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has \d+ bytes instead of \d+"):
+    with pytest.raises(CheckpointError, match=r"__0_0_0\.distcp has \d+ bytes instead of \d+"):
         resolve_checkpoint(path, refuse)
 
 
@@ -161,20 +165,20 @@ def test_prune_keeps_the_last_ones_and_clears_unfinished_ones(tmp_path):
     paths = [save(tmp_path, step) for step in (1, 2, 3, 4)]
     (tmp_path / "step-00000009.tmp").mkdir()
     (tmp_path / "step-00000002.old").mkdir()
-    assert prune(tmp_path, 2, saved=paths[3]) == [paths[1], paths[0]]
+    assert prune(tmp_path, Kept(last=2), saved=paths[3]) == [paths[1], paths[0]]
     assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
 
 
 def test_prune_never_takes_the_one_just_saved_though_later_steps_are_there(tmp_path):
     older, saved, later = (save(tmp_path, step) for step in (1, 2, 9))
-    prune(tmp_path, 1, saved=saved)
+    prune(tmp_path, Kept(last=1), saved=saved)
     assert list_checkpoints(tmp_path) == [later, saved]
     assert not older.exists()
 
 
 def test_prune_with_zero_keeps_all(tmp_path):
     paths = [save(tmp_path, step) for step in (1, 2, 3)]
-    prune(tmp_path, 0, saved=paths[2])
+    prune(tmp_path, Kept(last=0), saved=paths[2])
     assert list_checkpoints(tmp_path) == paths[::-1]
 
 
@@ -218,7 +222,7 @@ def test_a_checkpoint_half_deleted_by_prune_is_not_taken_for_one(tmp_path, monke
 
     monkeypatch.setattr("shutil.rmtree", interrupted)
     with pytest.raises(CheckpointError, match="cannot delete an old checkpoint: stale file handle"):
-        prune(tmp_path, 1, saved=new)
+        prune(tmp_path, Kept(last=1), saved=new)
     assert list_checkpoints(tmp_path) == [new]
     assert not old.exists()
 

@@ -156,11 +156,13 @@ def case_damage(folder: Path) -> None:
     engine = make_engine(Layout(data=2), make_alone(), seed=0)
     good, bad = save(engine, folder, 1), save(engine, folder, 2)
     if dist.get_rank() == 0:
-        (bad / "__1_0.distcp").write_bytes(b"")
+        (bad / "__1_0_0.distcp").write_bytes(b"")
     dist.barrier()
     said: list[str] = []
     assert newest_valid(folder, said.append) == good
-    assert [f"{bad}" in line and "__1_0.distcp has 0 bytes" in line for line in said] == [True] * (1 - dist.get_rank())
+    assert [f"{bad}" in line and "__1_0_0.distcp has 0 bytes" in line for line in said] == [True] * (
+        1 - dist.get_rank()
+    )
 
 
 def case_mismatch(folder: Path) -> None:

@@ -122,9 +122,10 @@ def test_a_nan_in_one_step_is_gone_in_the_next(worker_pool, corpus, tmp_path, la
 def test_a_killed_job_resumes_bit_for_bit(worker_pool, uninterrupted, corpus, tmp_path):
     log = tmp_path / "events.jsonl"
     endless = ("--train.steps", "100000")  # the warmup, in which both are, does not depend on it
+    saved = tmp_path / f"checkpoints/step-{MIDDLE:08d}"  # its name comes while later steps are taken
     kill_when(
         start_job(tmp_path, corpus, *CARRY, *endless),
-        lambda: log.exists() and f'"step": {MIDDLE + 1}' in log.read_text(),
+        lambda: saved.exists() and f'"step": {MIDDLE + 1}' in log.read_text(),
     )
     worker_pool(1).run(train_in_pool, tmp_path, corpus, *CARRY, "--checkpoint.allow-changed", "train.steps")
     assert [event["step"] for event in events(tmp_path, "resume")] == [MIDDLE]

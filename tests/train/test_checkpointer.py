@@ -1,4 +1,7 @@
-"""When checkpoints are saved, what a failed save does, and what a run starts from; files are stood in for."""
+"""When checkpoints are saved, what a failed save does, and what a run starts from; files are stood in for.
+
+Saves run in their thread here too, but a test's step ends after them: what it sees does not depend on the time.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from based_megatron.checkpoint.ranks import ALONE
+from based_megatron.checkpoint import saver
+from based_megatron.checkpoint.ranks import ALONE, Ranks
+from based_megatron.checkpoint.store import Kept, step_name
 from based_megatron.config import Config, load_config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
 from based_megatron.monitor.hub import Metrics
@@ -32,7 +37,7 @@ class Disk:
         self.loaded: list[tuple[str, bool]] = []
         self.carried: list[str] = []
         self.optimizers: list[Any] = []
-        self.pruned: list[tuple[int, str]] = []
+        self.pruned: list[tuple[Kept, str]] = []
         self.newest: Path | None = None
         self.latest_step: int | None = None
         self.set_aside_after: int | None = None
@@ -44,7 +49,7 @@ class Disk:
         if self.full:
             raise CheckpointError(f"no room for step {step}")
         self.saved.append((step, state))
-        return folder / f"step-{step}"
+        return folder / step_name(step)
 
     def load_checkpoint(self, path: Path, fragments: Any, *, weights_only: bool, ranks: Any) -> dict:
         self.loaded.append((str(path), weights_only))
@@ -65,10 +70,13 @@ class Disk:
     def set_aside(self, folder: Path, step: int) -> None:
         self.set_aside_after = step
 
-    def prune(self, folder: Path, keep_last: int, saved: Path) -> None:
+    def prune(self, folder: Path, kept: Kept, saved: Path) -> None:
         if self.locked:
             raise CheckpointError("cannot remove step-1")
-        self.pruned.append((keep_last, saved.name))
+        self.pruned.append((kept, saved.name))
+
+    def pruned_by(self) -> list[int]:
+        return [int(name.removeprefix("step-")) for _, name in self.pruned]
 
 
 class FakeTrainer:
@@ -83,6 +91,10 @@ class FakeTrainer:
     def saving(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    @property
+    def is_healthy(self) -> bool:
+        return not self.skips.in_a_row
+
     def advice(self, step: int) -> str:
         return f"look at step {step}"
 
@@ -93,21 +105,15 @@ class FakeTrainer:
 @pytest.fixture
 def disk(monkeypatch) -> Disk:
     disk = Disk()
-    for name in (
-        "save_checkpoint",
-        "load_checkpoint",
-        "load_carried",
-        "after_load",
-        "newest_valid",
-        "prune",
-        "set_aside",
-    ):
+    for name in ("load_checkpoint", "load_carried", "after_load", "newest_valid", "set_aside"):
         monkeypatch.setattr(module, name, getattr(disk, name))
+    for name in ("save_checkpoint", "prune"):
+        monkeypatch.setattr(saver, name, getattr(disk, name))
     monkeypatch.setattr(module, "resolve_checkpoint", lambda path, warn, ranks: path / "newest")
     monkeypatch.setattr(module, "zero_fragments", lambda engine: [])
     monkeypatch.setattr(module, "optimizer_entry", lambda engine: {"name": "adamw", "step": 17})
     monkeypatch.setattr(module, "read_state", lambda path: disk.state)
-    monkeypatch.setattr(module.dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(module.dist, "new_group", lambda backend, timeout: (backend, timeout))
     monkeypatch.setattr(module, "all_ranks", lambda group: ALONE)
     return disk
 
@@ -118,11 +124,15 @@ def config_with(**checkpoint: Any) -> Config:
 
 
 def make(config: Config) -> Checkpointer:
-    return Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config))
+    return checkpointer_of(config, guard_of(config))
 
 
 def guard_of(config: Config) -> Guard:
     return Guard(config, torch.device("cpu"))
+
+
+def checkpointer_of(config: Config, guard: Guard, carried: CarriedStates | None = None) -> Checkpointer:
+    return Checkpointer(None, config, RUN_ID, FINGERPRINT, guard, torch.device("cpu"), carried)
 
 
 def train(
@@ -137,6 +147,7 @@ def train(
         if disk is not None:
             disk.full = step == full_at
         callback.post_step(trainer, SimpleNamespace(step=step))  # type: ignore[arg-type]
+        callback.settle()
     callback.on_end(trainer)
     return trainer
 
@@ -164,6 +175,7 @@ def test_what_is_saved_beside_the_tensors(disk):
     config = config_with(interval_steps=0)
     train(make(config), 2)
     assert disk.saved[0][1] == {
+        "good": True,
         "run_id": RUN_ID,
         "tokens_seen": 200,
         "optimizer": {"name": "adamw", "step": 17},
@@ -177,7 +189,7 @@ def test_what_is_saved_beside_the_tensors(disk):
 def test_a_failed_save_is_told_and_training_goes_on(disk):
     trainer = train(make(config_with(interval_steps=2)), 4, disk, full_at=2)
     assert steps_of(disk) == [4]
-    assert trainer.records[0] == ("warning", {"message": "no room for step 2"})
+    assert trainer.records[0] == ("warning", {"step": 2, "message": "no room for step 2"})
 
 
 def test_a_failed_interval_is_made_up_for_at_the_end(disk):
@@ -198,7 +210,7 @@ def test_the_last_save_must_work(disk):
 
 def test_nothing_is_saved_or_pruned_while_steps_are_skipped(disk):
     trainer = train(make(config_with(interval_steps=2)), 8, skipped=[3, 4, 5, 6])
-    assert steps_of(disk) == [2, 8] and [name for _, name in disk.pruned] == ["step-2", "step-8"]
+    assert steps_of(disk) == [2, 8] and disk.pruned_by() == [2, 8]
     warnings = [fields["message"] for name, fields in trainer.records if name == "warning"]
     assert [message.partition(" was skipped")[0] for message in warnings] == ["step 4", "step 6"]
 
@@ -206,7 +218,7 @@ def test_nothing_is_saved_or_pruned_while_steps_are_skipped(disk):
 def test_a_run_that_ends_on_a_skipped_step_is_saved_and_keeps_the_others(disk):
     """No weight changed since the last good step, but it may have been the one that diverged."""
     train(make(config_with(interval_steps=2)), 4, skipped=[3, 4])
-    assert steps_of(disk) == [2, 4] and [name for _, name in disk.pruned] == ["step-2"]
+    assert steps_of(disk) == [2, 4] and disk.pruned_by() == [2]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
@@ -216,13 +228,12 @@ def test_weights_that_are_not_finite_are_not_saved(disk, monkeypatch, bad, other
     here = torch.tensor([1.0, bad if not others else 1.0])
     fragments = [named("good", torch.ones(3)), named("empty", torch.ones(0)), named("bad", here), named("worse", here)]
     monkeypatch.setattr(module, "zero_fragments", lambda engine: fragments)
-    ranks = SimpleNamespace(rank=0, together=lambda action: [action(), others])
-    monkeypatch.setattr(module, "all_ranks", lambda group: ranks)
+    callback = make(config_with(interval_steps=2, asynchronous=False))
+    callback._ranks = SimpleNamespace(together=lambda action: [action(), others])  # type: ignore[assignment]
     first = others[0] if others else "bad"
-    with pytest.raises(
-        TrainingError, match=rf"weights or states of step 2 are not finite \({first} is the first.*look at step 2"
-    ):
-        train(make(config_with(interval_steps=2)), 2)
+    line = rf"weights or states of step 2 are not finite \({first} is the first.*look at step 2"
+    with pytest.raises(TrainingError, match=line):
+        train(callback, 2)
     assert disk.saved == []
 
 
@@ -238,12 +249,12 @@ def test_the_time_of_saves_is_a_metric(disk):
 
 
 def test_older_ones_are_pruned_after_each_save(disk):
-    train(make(config_with(interval_steps=2, keep_last=5)), 4)
-    assert disk.pruned == [(5, "step-2"), (5, "step-4")]
+    train(make(config_with(interval_steps=2, keep_last=5, keep_every_steps=10)), 4)
+    assert disk.pruned_by() == [2, 4] and disk.pruned[0][0] == Kept(last=5, every_steps=10)
 
 
 def test_one_rank_prunes(disk, monkeypatch):
-    monkeypatch.setattr(module, "all_ranks", lambda group: SimpleNamespace(rank=1, together=lambda action: [action()]))
+    monkeypatch.setattr(module, "all_ranks", lambda group: Ranks(rank=1))
     train(make(config_with(interval_steps=2)), 4)
     assert steps_of(disk) == [2, 4] and disk.pruned == []
 
@@ -252,6 +263,98 @@ def test_a_failed_pruning_is_told_alone(disk):
     disk.locked = True
     trainer = train(make(config_with(interval_steps=0)), 1)
     assert [name for name, _ in trainer.records] == ["warning", "checkpoint"]
+
+
+def seconds_of(disk: Disk, monkeypatch, times: Sequence[float], **settings: Any) -> list[int]:
+    """Steps of the saves of a run whose start and steps end at these seconds of rank 0's clock."""
+    callback, trainer = make(config_with(interval_steps=0, **settings)), FakeTrainer()
+    clock = SimpleNamespace(now=times[0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: 0.0))
+    callback.on_start(trainer)  # type: ignore[arg-type]
+    for step, clock.now in enumerate(times[1:], start=1):
+        trainer.step = step
+        callback.post_step(trainer, SimpleNamespace(step=step))  # type: ignore[arg-type]
+        callback.settle()
+    return steps_of(disk)
+
+
+def test_it_saves_by_time_counted_from_the_start_of_the_save_before(disk, monkeypatch):
+    assert seconds_of(disk, monkeypatch, [0, 9, 10, 12, 19, 25, 34, 35], interval_seconds=10) == [2, 5, 7]
+
+
+def test_a_save_by_steps_puts_off_the_next_one_by_time(disk, monkeypatch):
+    assert seconds_of(disk, monkeypatch, [0, 8, 10, 17, 18]) == []
+    callback = make(config_with(interval_steps=1, interval_seconds=10))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 100.0, perf_counter=lambda: 0.0))
+    train(callback, 1)
+    assert callback._last_start == 100.0
+
+
+@pytest.mark.parametrize(("lowest", "saved"), [(0, []), (1, [1])])
+def test_the_clock_of_rank_0_counts(disk, monkeypatch, lowest, saved):
+    """Another rank says that a save is due, whatever its own clock, and all do what rank 0 says."""
+    votes: list[int] = []
+    callback, trainer = make(config_with(interval_steps=0, interval_seconds=1e9)), FakeTrainer()
+    callback.on_start(trainer)  # type: ignore[arg-type]
+    callback._ranks = SimpleNamespace(  # type: ignore[assignment]
+        rank=1, lowest=lambda vote: votes.append(vote) or lowest, together=lambda action: [action()]
+    )
+    trainer.step = 1
+    callback.post_step(trainer, SimpleNamespace(step=1))  # type: ignore[arg-type]
+    callback.settle()
+    assert votes == [1] and steps_of(disk) == saved
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_failed_saves_in_a_row_stop_the_run(disk, asynchronous):
+    callback = make(config_with(interval_steps=1, max_failed_saves=3, asynchronous=asynchronous))
+    trainer: Any = FakeTrainer()
+    callback.on_start(trainer)
+    outcomes = [True, True, False, True, True, True]
+    with pytest.raises(
+        CheckpointError, match=r"3 saves in a row failed.*checkpoint\.max_failed_saves.*no room for step 6"
+    ):
+        for step, disk.full in enumerate([*outcomes, False], start=1):
+            trainer.step = step
+            callback.post_step(trainer, SimpleNamespace(step=step))  # type: ignore[arg-type]
+            callback.settle()
+    assert steps_of(disk) == [3]
+    warnings = [fields["step"] for name, fields in trainer.records if name == "warning"]
+    assert warnings == [1, 2, 4, 5, 6]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_seconds_of_a_save_are_told_apart(disk, asynchronous):
+    trainer = train(make(config_with(interval_steps=0, asynchronous=asynchronous)), 1)
+    ((_, fields),) = [record for record in trainer.records if record[0] == "checkpoint"]
+    assert fields["step"] == 1 and fields["path"] == str(Path("run/checkpoints/step-00000001"))
+    assert 0 < fields["write_seconds"] <= fields["seconds"] < 60, "the last save is waited for"
+    assert (fields["copy_seconds"] > 0) == asynchronous
+
+
+def test_a_save_with_skips_before_it_is_not_good(disk):
+    train(make(config_with(interval_steps=2)), 4, skipped=[3, 4])
+    assert [(step, state["good"]) for step, state in disk.saved] == [(2, True), (4, False)]
+
+
+def test_without_host_memory_training_waits_for_saves_and_one_line_says_so(disk, monkeypatch):
+    monkeypatch.setattr(saver, "available_bytes", lambda: -1)
+    callback = make(config_with(interval_steps=1))
+    trainer: Any = FakeTrainer()
+    callback.on_start(trainer)
+    trainer.step = 1
+    callback.post_step(trainer, SimpleNamespace(step=1))  # type: ignore[arg-type]
+    assert steps_of(disk) == [1] and [name for name, _ in trainer.records] == ["warning", "checkpoint"]
+    assert "checkpoint.asynchronous=false" in trainer.records[0][1]["message"]
+
+
+def test_an_error_of_training_waits_for_the_save_in_flight(disk):
+    callback, trainer = make(config_with(interval_steps=1)), FakeTrainer()
+    callback.on_start(trainer)  # type: ignore[arg-type]
+    trainer.step = 1
+    callback.post_step(trainer, SimpleNamespace(step=1))  # type: ignore[arg-type]
+    callback.on_error(trainer, RuntimeError())  # type: ignore[arg-type]
+    assert steps_of(disk) == [1]
 
 
 def test_a_new_run_starts_from_nothing(disk):
@@ -275,8 +378,11 @@ def test_a_run_goes_on_from_its_newest_checkpoint(disk):
 def test_weights_of_another_run_start_a_new_one(disk):
     """With a fresh optimizer, from step 0."""
     disk.state = saved_state()
-    assert make(config_with(load="other")).restore() == (0, 0)
+    callback, trainer = make(config_with(load="other", interval_steps=0)), FakeTrainer()
+    assert callback.restore() == (0, 0)
     assert disk.loaded == [("other/newest", True)] and disk.optimizers == [None]
+    callback.on_start(trainer)  # type: ignore[arg-type]
+    assert trainer.records == [("load", {"path": "other/newest", "what": "weights", "of_step": 6})]
 
 
 def test_resume_can_be_turned_off(disk):
@@ -309,10 +415,10 @@ def test_the_state_of_another_optimizer_is_refused(disk):
 def test_the_known_past_of_carried_states_is_saved_and_restored(disk, saved, expected):
     carried = CarriedStates({row: CarriedState(past=Past(((192, 0),))) for row in (0, 4)}, {})
     config = config_with(interval_steps=0)
-    train(Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), carried), 3)
+    train(checkpointer_of(config, guard_of(config), carried), 3)
     assert disk.saved[0][1]["past_tokens"] == ((192, 0),)
     disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=saved)
-    Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), carried).restore()
+    checkpointer_of(config, guard_of(config), carried).restore()
     assert disk.carried == ["run/step-6"]
     assert [state.past for state in carried.by_row.values()] == [expected] * 2
 
@@ -330,7 +436,7 @@ def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected)
     disk.state["config"]["model"] |= disk.state.pop("model", {})
     carried = CarriedStates({0: CarriedState()}, {})
     config = config_with(allow_changed=("model",))
-    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), carried)
+    callback = checkpointer_of(config, guard_of(config), carried)
     assert callback.restore() == (6, 600)
     ((_, told),) = train(callback, 0).records[:1]
     assert "the first step starts without carried states: run/step-6" in told["message"] and expected in told["message"]
@@ -346,7 +452,7 @@ def test_a_run_that_carries_nothing_asks_for_nothing(disk):
 def test_a_run_goes_back_to_a_checkpoint_and_to_what_the_guard_knew_then(disk):
     config = config_with(interval_steps=2)
     guard = guard_of(config)
-    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard)
+    callback = checkpointer_of(config, guard)
     assert callback.go_back(7) is None and disk.latest_step == 7
     guard.settle(1, *torch.ones(2), applied=False)
     disk.newest, disk.state = Path("run/step-00000006"), saved_state(guard=guard.state())

@@ -7,14 +7,19 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from based_megatron.checkpoint.load import read_state
 from based_megatron.checkpoint.store import list_checkpoints, verify
 from based_megatron.cli import main
 from based_megatron.config import load_config
+from based_megatron.errors import DataError
 from based_megatron.run_folder.history import read_history
+from based_megatron.train.callbacks.norms import Norms
+from based_megatron.train.trainer import Trainer
 from support.runs import command, events, kill_when, losses, run_job, start_command, start_job, train_in_pool, wait_for
 
 
@@ -195,7 +200,7 @@ def limit_file_size() -> None:
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run(uninterrupted, corpus, tmp_path):
     """No file may grow beyond a limit that tensors reach and logs do not. Only the last save, which must work, ends the job."""
-    finished = run_job(tmp_path, corpus, before=limit_file_size)
+    finished = run_job(tmp_path, corpus, "--checkpoint.max-failed-saves", "9", before=limit_file_size)
     assert finished.returncode == 2
     assert "was not saved" in finished.stderr.splitlines()[-1]
     assert [event["step"] for event in events(tmp_path, "warning")] == [2, 4, 6, 8]
@@ -249,3 +254,29 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(corpus, tmp_path, ca
     assert len(capsys.readouterr().out.splitlines()) > 8, "documents of the 8 sequences of a step"
     resumed = run_job(tmp_path, corpus, *DIVERGES.split())
     assert resumed.returncode == 2 and events(tmp_path, "resume")[0]["step"] == good
+
+
+def train_on_damage(run_dir: Path, data: Path, *overrides: str) -> str:
+    """What a rank says of a shard that is damaged after the second step."""
+
+    def damage(trainer: Trainer, report: Any) -> None:
+        if report.step == 2 and trainer.topology.is_logger:
+            shard = data / "train" / "shard-00000.tar"
+            shard.write_bytes(bytes(shard.stat().st_size))
+        dist.barrier()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Norms, "post_step", lambda _, *of_step: damage(*of_step))
+        with pytest.raises(DataError) as error:
+            train_in_pool(run_dir, data, *overrides)
+    return str(error.value)
+
+
+def test_a_shard_that_is_damaged_in_the_middle_of_a_run_ends_all_ranks_with_one_line(worker_pool, corpus, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    job = (tmp_path / "run", data, "--parallel.context", "2", "--data.num-workers", "0")
+    said = worker_pool(2).run(train_on_damage, *job)
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert "train/shard-00000.tar is damaged: sample 00000000 does not match its hash" in said[0]
+    assert max(losses(tmp_path / "run")) == 2

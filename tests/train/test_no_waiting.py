@@ -15,8 +15,8 @@ from support.runs import train_in_pool
 
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
 PACKAGE = str(Path(based_megatron.__file__).parent)
-HOST_TENSORS = ("data/", "parallel/sequence/", "train/stop.py")
-"""Files whose tensors live on the host: documents, plans of slices, the vote of the hosts to stop."""
+HOST_TENSORS = ("data/", "parallel/sequence/", "train/stop.py", "checkpoint/ranks.py")
+"""Files whose tensors live on the host: documents, plans of slices, the votes of the hosts on stops and saves."""
 
 
 def reader(frame: FrameType | None) -> str:
@@ -34,9 +34,9 @@ def reads_by_step(*job: Any) -> dict[int, list[str]]:
     reads: dict[int, list[str]] = {}
     take_step = Trainer._take_step
 
-    def counted(trainer: Trainer) -> Any:
+    def counted(trainer: Trainer, batches: Any) -> Any:
         reads[trainer.step + 1] = []
-        return take_step(trainer)
+        return take_step(trainer, batches)
 
     def watched(name: str) -> Any:
         real = getattr(Tensor, name)

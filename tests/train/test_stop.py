@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from based_megatron.errors import DataError
 from based_megatron.train.signals import STOP_SIGNALS, StopSignals
 from based_megatron.train.stop import StopVote
 
@@ -73,3 +74,17 @@ def during_the_start(folder: Path) -> Any:
 
 def test_what_asks_for_a_stop_during_the_start_is_not_lost(worker_pool, tmp_path):
     assert worker_pool(1).run(during_the_start, tmp_path) == [["SIGTERM", "file stop", ["stop"]]]
+
+
+def failing_vote(folder: Path) -> str:
+    """What the ranks hear when rank 1 cannot read its data, and a stop is asked for too."""
+    (folder / "stop").touch()
+    vote = StopVote(folder / "stop", StopSignals())
+    try:
+        return vote.agreed("shard 7 is damaged" if dist.get_rank() == 1 else "")
+    except DataError as error:
+        return f"refused: {error}"
+
+
+def test_all_ranks_hear_of_one_that_cannot_go_on(worker_pool, tmp_path):
+    assert worker_pool(2).run(failing_vote, tmp_path) == ["refused: shard 7 is damaged"] * 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from based_megatron.config import Config, GuardsConfig, load_config
-from based_megatron.errors import TrainingError
+from based_megatron.errors import DataError, TrainingError
 from based_megatron.monitor.hub import Metrics
 from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.guard import NOT_FINITE, Guard
@@ -75,7 +75,9 @@ class FakeStop:
     def __init__(self, at: int = 0) -> None:
         self.at, self.asked, self.calls = at, 0, list[str]()
 
-    def agreed(self) -> str:
+    def agreed(self, failure: str) -> str:
+        if failure:
+            raise DataError(failure)
         self.asked += 1
         return "SIGTERM" if self.asked == self.at else ""
 
@@ -226,17 +228,33 @@ def test_a_finished_run_takes_no_step():
     assert step.batches == [] and names(log) == ["start", "end"]
 
 
-def test_an_agreed_stop_ends_the_run_after_the_step():
-    stop = FakeStop(at=2)
+def test_an_agreed_stop_ends_the_run_before_the_next_step():
+    stop = FakeStop(at=3)
     trainer, _, log = make(stop=stop)
     assert trainer.fit() is False
     assert names(log) == ["start", "step", "step", "stop", "end"]
     assert log[3] == ("stop", {"reason": "SIGTERM"}) and stop.calls == ["forget_last", "honoured"]
 
 
-def test_a_stop_at_the_last_step_is_a_finished_run():
-    trainer, _, _ = make(stop=FakeStop(at=STEPS))
-    assert trainer.fit() is True
+def test_a_stop_before_the_first_step_takes_none():
+    trainer, step, log = make(stop=FakeStop(at=1))
+    assert trainer.fit() is False
+    assert names(log) == ["start", "stop", "end"] and step.batches == []
+
+
+def test_a_rank_that_cannot_read_tells_the_others_before_it_raises():
+    trainer, step, log = make()
+    read = trainer.loader.micro_batches
+
+    def damaged(number: int) -> list[Any]:
+        if number == 2:
+            raise DataError("shard 7 is damaged")
+        return read(number)
+
+    trainer.loader.micro_batches = damaged  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="shard 7 is damaged"):
+        trainer.fit()
+    assert len(step.batches) == 2 and names(log)[-1] == "error"
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -387,8 +405,8 @@ def test_the_phase_of_a_rank_is_known_at_any_time():
     trainer.fit()
     of_a_step = [
         ("batches", "data"),
+        ("vote", "stop vote"),
         ("accumulate", "forward_backward"),
         ("update", "optimizer"),
-        ("vote", "stop vote"),
     ]
     assert phases == [(name, step, phase) for step in (1, 2) for name, phase in of_a_step]

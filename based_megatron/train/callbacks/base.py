@@ -29,7 +29,7 @@ class StepReport:
 class Callback:
     """Does something besides training. Hooks run on every rank, in the order of the callbacks, the last two in the opposite one.
 
-    All may use collectives but on_error.
+    All may use collectives but settle and on_error.
     """
 
     def on_start(self, trainer: Trainer) -> None:
@@ -49,6 +49,9 @@ class Callback:
 
     def on_event(self, trainer: Trainer, name: str, fields: dict) -> None:
         """When something is worth a record: a checkpoint, a skipped step, a stop, a sample."""
+
+    def settle(self) -> None:
+        """Wait for what still runs in the background of this rank, so that the files of the run are final."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, or after a clean stop."""

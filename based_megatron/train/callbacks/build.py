@@ -14,6 +14,7 @@ from based_megatron.model.mixers import layer_mixers
 from based_megatron.monitor.sinks.base import RunFacts
 from based_megatron.monitor.sinks.build import start_sinks
 from based_megatron.parallel.topology import Topology
+from based_megatron.train.callbacks.advice import Advice
 from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.callbacks.debug_gradients import DebugGradients
 from based_megatron.train.callbacks.heartbeat import Heartbeat
@@ -26,7 +27,7 @@ from based_megatron.train.identity import Identity
 
 def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
     """What is measured of the model, and validation and samples where the config asks for them."""
-    jobs: list[Callback] = [Norms([mixer.name for mixer in layer_mixers(config.model)])]
+    jobs: list[Callback] = [Advice(sources.warnings), Norms([mixer.name for mixer in layer_mixers(config.model)])]
     if config.monitor.debug_gradients:
         jobs.append(DebugGradients())
     if config.validation.interval_steps:

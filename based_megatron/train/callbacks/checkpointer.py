@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from based_megatron.checkpoint.carried import carried_fragments
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, load_carried, load_checkpoint, read_state
-from based_megatron.checkpoint.ranks import Ranks, all_ranks
-from based_megatron.checkpoint.save import save_checkpoint
-from based_megatron.checkpoint.store import FOLDER, newest_valid, prune, resolve_checkpoint, set_aside, step_of
+from based_megatron.checkpoint.ranks import all_ranks
+from based_megatron.checkpoint.saver import Saved, Saver
+from based_megatron.checkpoint.store import FOLDER, GOOD, Kept, newest_valid, resolve_checkpoint, set_aside, step_of
 from based_megatron.checkpoint.zero import after_load, optimizer_entry, saved_optimizer, zero_fragments
 from based_megatron.config import Config, to_dict
 from based_megatron.errors import CheckpointError, ConfigError, TrainingError
@@ -32,10 +34,11 @@ PAST_TOKENS = "past_tokens"
 
 
 class Checkpointer(Callback):
-    """Saves at every interval, at a stop and at the end. A failed save is recorded and training goes on; the last one must work.
+    """Saves at intervals of steps and of time, at a stop and at the end, in the background where the host has memory for a copy.
 
-    While steps are skipped nothing is saved at intervals, and older checkpoints stay: the newest may be from weights that have
-    diverged. Weights that are not finite are never saved.
+    A failed save is recorded and training goes on, until too many fail in a row; the last one must work. While steps are skipped
+    nothing is saved at intervals, and older checkpoints stay: the newest may be from weights that have diverged. Weights that are
+    not finite are never saved.
     """
 
     def __init__(
@@ -45,15 +48,21 @@ class Checkpointer(Callback):
         run_id: str,
         data_fingerprint: str,
         guard: Guard,
+        device: torch.device,
         carried: CarriedStates | None = None,
     ) -> None:
         self._engine, self._config, self._run_id, self._data_fingerprint = engine, config, run_id, data_fingerprint
         self._guard, self._carried = guard, carried
         self._folder = Path(config.run_dir) / FOLDER
         # Files and objects travel over gloo, so that NCCL's queues hold training alone.
-        self._ranks: Ranks = all_ranks(dist.new_group(backend="gloo"))
-        self._saved_step = -1
+        timeout = timedelta(seconds=config.parallel.timeout_seconds)
+        self._ranks, writers = (all_ranks(dist.new_group(backend="gloo", timeout=timeout)) for _ in range(2))
+        settings = config.checkpoint
+        kept = Kept(settings.keep_last, settings.keep_every_steps)
+        self._saver = Saver(self._folder, kept, self._ranks, writers, device)
+        self._saved_step, self._failed_in_a_row, self._stood_still_seconds = 0, 0, 0.0
         self._warnings: list[str] = []
+        self._loaded: dict[str, Any] | None = None
 
     def restore(self) -> tuple[int, int]:
         """(steps done, tokens seen) of the newest valid checkpoint, now loaded; (0, 0) for a new run. Collective."""
@@ -62,51 +71,89 @@ class Checkpointer(Callback):
         if found is not None:
             return self._resume(found)
         if settings.load:
-            self._load(resolve_checkpoint(Path(settings.load), self._warnings.append, self._ranks), weights_only=True)
+            path = resolve_checkpoint(Path(settings.load), self._warnings.append, self._ranks)
+            state = self._load(path, weights_only=True)
+            self._loaded = {"path": str(path), "what": "weights", "of_step": state["step"]}
         return 0, 0
 
     def go_back(self, latest_step: int) -> tuple[int, int] | None:
         """(steps done, tokens seen) of the newest valid checkpoint of a step up to `latest_step`, now loaded; None if there is none.
 
-        Those of later steps are moved out of the way of a resume. Collective.
+        Those of later steps are moved out of the way of a resume, and so is one that is being written. Collective.
         """
-        warnings: list[str] = []
-        found = newest_valid(self._folder, warnings.append, self._ranks, latest_step)
+        if self._saver.in_flight:
+            self._saver.finish()
+        found = newest_valid(self._folder, lambda line: None, self._ranks, latest_step)
         if found is None:
             return None
         self._ranks.on_first(lambda: set_aside(self._folder, step_of(found)))
         return self._resume(found)
 
     def on_start(self, trainer: Trainer) -> None:
+        if self._loaded:
+            trainer.record("load", **self._loaded)
+        if self._config.checkpoint.asynchronous:
+            self._warn(self._saver.take_memory(self._fragments()))
         for line in self._warnings:
             trainer.record("warning", message=line)
+        self._last_start = time.monotonic()
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        self._saver.hold_update()
 
     def post_step(self, trainer: Trainer, report: StepReport) -> None:
+        if self._saver.in_flight and self._saver.finished():
+            self._finish(trainer)
         interval_steps = self._config.checkpoint.interval_steps
-        if interval_steps and report.step % interval_steps == 0:
-            if trainer.skips.in_a_row:
-                trainer.record("warning", message=f"step {report.step} was skipped: nothing is saved until one is not")
-                return
-            try:
-                self._save(trainer)
-            except CheckpointError as error:
-                trainer.record("warning", message=str(error))
+        by_steps = bool(interval_steps) and report.step % interval_steps == 0
+        if not (by_steps or self._is_time()):
+            return
+        if trainer.is_healthy:
+            self._start(trainer, waits=not self._saver.asynchronous)
+            if not self._saver.asynchronous:
+                self._finish(trainer)
+        elif by_steps:
+            trainer.record("warning", message=f"step {report.step} was skipped: nothing is saved until one is not")
+
+    def settle(self) -> None:
+        self._saver.settle()
 
     def on_end(self, trainer: Trainer) -> None:
+        if self._saver.in_flight:
+            self._finish(trainer, may_stop=False)
         if trainer.step != self._saved_step:
-            self._save(trainer)
+            self._start(trainer, waits=True)
+            self._finish(trainer, must_work=True)
 
-    def _save(self, trainer: Trainer) -> None:
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        if (saved := self._saver.settle()) and not saved.error:
+            self._tell(trainer, saved)
+
+    def _is_time(self) -> bool:
+        """Whether rank 0 says that a save is due; a slow one is not followed by another at once (collective)."""
+        interval = self._config.checkpoint.interval_seconds
+        if not interval or self._saver.in_flight:
+            return False
+        waits = self._ranks.rank == 0 and time.monotonic() - self._last_start < interval
+        return bool(self._ranks.lowest(int(not waits)))
+
+    def _fragments(self) -> list[Fragment]:
+        return zero_fragments(self._engine) + (carried_fragments(self._carried) if self._carried is not None else [])
+
+    def _start(self, trainer: Trainer, waits: bool) -> None:
+        """Begin a save, after the end of the one before (collective). waits: until it is written too."""
         with trainer.saving():
-            self._save_now(trainer)
+            self._start_now(trainer, waits)
 
-    def _save_now(self, trainer: Trainer) -> None:
+    def _start_now(self, trainer: Trainer, waits: bool) -> None:
         started = time.perf_counter()
-        fragments = zero_fragments(self._engine)
-        if self._carried is not None:
-            fragments += carried_fragments(self._carried)
+        if self._saver.in_flight:
+            self._finish(trainer)
+        self._last_start = time.monotonic()
+        fragments = self._fragments()
         self._check_finite(trainer, fragments)
         state: dict[str, Any] = {
+            GOOD: trainer.is_healthy,
             "run_id": self._run_id,
             "tokens_seen": trainer.tokens_seen,
             "optimizer": optimizer_entry(self._engine),
@@ -117,13 +164,47 @@ class Checkpointer(Callback):
         }
         if self._carried is not None:
             state[PAST_TOKENS] = self._carried.past.runs
-        path = save_checkpoint(self._folder, trainer.step, fragments, state, self._ranks)
-        self._saved_step = trainer.step
-        if self._ranks.rank == 0 and not trainer.skips.in_a_row:
-            self._prune(trainer, path)
-        seconds = time.perf_counter() - started
-        trainer.metrics.record("time/save_seconds", seconds, "max")
-        trainer.record("checkpoint", path=str(path), seconds=seconds)
+        problem = self._saver.start(trainer.step, fragments, state, prunes=trainer.is_healthy)
+        if problem:
+            trainer.record("warning", message=problem)
+        if waits or not self._saver.asynchronous:
+            self._saver.settle()
+        self._stood_still_seconds = time.perf_counter() - started
+        trainer.metrics.record("time/save_seconds", self._stood_still_seconds, "max")
+
+    def _finish(self, trainer: Trainer, may_stop: bool = True, must_work: bool = False) -> None:
+        """Record how the save in flight ended, and wait for it if it has not (collective)."""
+        saved = self._saver.finish()
+        trainer.metrics.record("time/save_write_seconds", saved.write_seconds, "max")
+        if saved.warning:
+            trainer.record("warning", step=saved.step, message=saved.warning)
+        if not saved.error:
+            self._saved_step, self._failed_in_a_row = saved.step, 0
+            self._tell(trainer, saved)
+            return
+        self._failed_in_a_row += 1
+        if must_work:
+            raise CheckpointError(saved.error)
+        trainer.record("warning", step=saved.step, message=saved.error)
+        limit = self._config.checkpoint.max_failed_saves
+        if may_stop and self._failed_in_a_row >= limit:
+            raise CheckpointError(
+                f"{limit} saves in a row failed, as many as checkpoint.max_failed_saves allows: {saved.error}"
+            )
+
+    def _tell(self, trainer: Trainer, saved: Saved) -> None:
+        trainer.record(
+            "checkpoint",
+            step=saved.step,
+            path=str(saved.path),
+            seconds=self._stood_still_seconds,
+            copy_seconds=saved.copy_seconds,
+            write_seconds=saved.write_seconds,
+        )
+
+    def _warn(self, line: str) -> None:
+        if line:
+            self._warnings.append(line)
 
     def _check_finite(self, trainer: Trainer, fragments: list[Fragment]) -> None:
         """Raises TrainingError if a number to be saved is an infinity or a nan on any rank (collective)."""
@@ -138,12 +219,6 @@ class Checkpointer(Callback):
                 f"the weights or states of step {trainer.step} are not finite ({found[0]} is the first of {len(set(found))}) and are not "
                 f"saved; {trainer.advice(trainer.step)}"
             )
-
-    def _prune(self, trainer: Trainer, saved: Path) -> None:
-        try:
-            prune(self._folder, self._config.checkpoint.keep_last, saved)
-        except CheckpointError as error:
-            trainer.record("warning", message=str(error))
 
     def _resume(self, path: Path) -> tuple[int, int]:
         """Take all up that a checkpoint has. Returns its steps and tokens."""
