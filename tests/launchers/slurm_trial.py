@@ -348,15 +348,13 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("two jobs of one folder, by another name")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """Around `based launch`: the lock of the folder refuses the ranks of the second."""
-    run = trial.launch(name)
-    trial.wait_step(run, 1)
-    second = ["sbatch", "--parsable", "--job-name=other", "--dependency=", str(run.folder / "pretrain.sbatch")]
-    log = run.folder / f"slurm-{_output(*second).strip()}.log"
-    when = time.time()
-    wait(lambda: log.exists() and "giving up" in log.read_text(), 120)
-    assert "is in use by job" in log.read_text(), log.read_text()
-    log.rename(log.with_name("refused.log"))
+    run, when = trial.launch(name), time.time()
+    _output("sbatch", "--job-name=other", "--dependency=", str(run.folder / "pretrain.sbatch"))
+    wait(lambda: not _output("squeue", "-h", "--name=other"), 240)
     trial.wait_end(run)
+    refused = [log for log in run.folder.glob("slurm-*.log") if "is in use by job" in log.read_text()]
+    assert len(refused) == 1 and "giving up" in refused[0].read_text(), run.log
+    refused[0].rename(run.folder / "refused.log")
     return run, when
 
 
