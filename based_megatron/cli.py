@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 
 from based_megatron import __version__
 from based_megatron.errors import BasedError
@@ -29,6 +31,24 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. A user's error is one line on stderr and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has seen enough. Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("based: interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -39,19 +59,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"based: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
     end_with_torchrun()
+    _quiet_progress_bars()
     try:
         return int(_function(argv[0])(argv[1:]) or 0)
     except BasedError as error:
         _print_error(error)
         leave_cause(error)
-        return 2
+        return error.exit_code
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough. Python would complain once more when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except Exception as error:
         leave_cause(error)
+        if isinstance(error, OSError) and error.filename:
+            _print_error(f"{error.strerror}: {error.filename}")
+            return 1
         raise
+
+
+def _quiet_progress_bars() -> None:
+    """Keep the progress bars of other libraries out of log files, unless the environment asks for them."""
+    if not sys.stderr.isatty():
+        for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(variable, "1")
 
 
 def usage() -> str:
@@ -66,7 +95,7 @@ def _function(command: str) -> Callable[[list[str]], int | None]:
     return getattr(importlib.import_module(module), name)
 
 
-def _print_error(error: BasedError) -> None:
+def _print_error(error: BasedError | str) -> None:
     rank = rank_name()
     where = f" rank {rank}" if rank not in ("", "0") else ""
     print(f"based{where}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@
 class BasedError(Exception):
     """Base of all errors that are the user's to fix; the command line prints them in one line, without a traceback."""
 
+    exit_code = 2
     may_pass = False
     """Whether the same start may succeed later with nothing changed: a disk that failed may be back, a wrong setting stays wrong."""
 

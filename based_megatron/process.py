@@ -15,7 +15,8 @@ CAUSES = "BASED_CAUSES"
 """Variable with the folder in which a launcher looks for causes of failure."""
 PR_SET_PDEATHSIG = 1
 AFTERMATH = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|remote process|terminated", re.IGNORECASE
+    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|remote process|communicator was aborted|terminated",
+    re.IGNORECASE,
 )
 """What an error says if it comes of the failure of another rank."""
 

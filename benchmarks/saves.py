@@ -56,7 +56,6 @@ class RandomBatches:
         return self._batches
 
     def documents(self, step: int) -> list[str]:
-        """None."""
         return []
 
 

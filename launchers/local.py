@@ -15,6 +15,7 @@ import psutil
 
 from based_megatron.config.limits import check_limits, flag
 from based_megatron.config.schema import Count
+from based_megatron.launchers import agent
 from based_megatron.process import end_with
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -60,7 +61,7 @@ def launch_local(options: LocalOptions, command: Sequence[str]) -> int:
 
 def torchrun_command(nproc: int, command: Sequence[str]) -> list[str]:
     """The command line that starts the ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    torchrun = [sys.executable, "-P", agent.__file__, "--standalone", "--local-addr=127.0.0.1"]
     return [*torchrun, f"--nproc-per-node={nproc}", "-m", "based_megatron", *command]
 
 

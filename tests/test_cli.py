@@ -1,6 +1,7 @@
 """The one command: dispatch, help, exit codes, and errors in one line."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -77,6 +78,39 @@ def test_an_error_names_its_rank(command, capsys, monkeypatch, variable, rank, w
     command(fails)
     cli.main(["train"])
     assert capsys.readouterr().err == f"{where}error: no\n"
+
+
+def test_a_file_that_cannot_be_used_is_one_line(command, capsys, tmp_path):
+    command(lambda argv: len((tmp_path / ("x" * 300)).read_text()))
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == f"based: error: File name too long: {tmp_path}/{'x' * 300}\n"
+
+
+def test_an_interruption_is_one_line(command, capsys):
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    command(interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "based: interrupted\n"
+
+
+@pytest.mark.parametrize("flag", [["--help"], ["status", "--help"]], ids=" ".join)
+def test_a_reader_that_has_seen_enough_gets_no_traceback(flag):
+    """A pipe that nobody reads any more."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run([sys.executable, "-m", "based_megatron", *flag], stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert done.returncode == 1 and done.stderr == b""
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path):
+    run_dir = tmp_path / os.fsdecode(b"run\xff")
+    run_dir.mkdir()
+    (run_dir / "config.yaml").touch()
+    done = subprocess.run([sys.executable, "-m", "based_megatron", "status", str(run_dir)], capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"" and b"run\\udcff" in done.stdout
 
 
 def test_a_bug_keeps_its_traceback(command):

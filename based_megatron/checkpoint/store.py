@@ -39,6 +39,8 @@ class Kept:
     """Newest ones; 0 keeps all."""
     every_steps: int = 0
     """The first checkpoint of every so many steps stays for good; 0 keeps none for that."""
+    proven_after_steps: int = 0
+    """A checkpoint is surely good so many steps later: the newest that is stays, and the one that will be next."""
 
 
 def step_name(step: int) -> str:
@@ -70,7 +72,7 @@ def newest_good(folder: Path, before_step: int | None = None) -> Path | None:
     before_step: look at those of earlier steps only. Checkpoints that do not say whether they are good are.
     """
     for path in list_checkpoints(folder):
-        if (before_step is None or step_of(path) < before_step) and _state(path).get(GOOD, True):
+        if (before_step is None or step_of(path) < before_step) and _is_good(path):
             return path
     return None
 
@@ -99,15 +101,15 @@ def newest_valid(
     """
     ranks = ranks or all_ranks()
     candidates = ranks.on_first(lambda: _named(folder))
-    if latest_step is not None:
-        candidates = [path for path in candidates if step_of(path) <= latest_step]
     others = ranks.on_first(lambda: _under_other_names(folder))
+    if latest_step is not None:
+        candidates, others = [path for path in candidates if step_of(path) <= latest_step], []
     tell = on_skip if ranks.rank == 0 else lambda line: None
-    for path in candidates:
+    for number, path in enumerate(candidates):
         wrong = verify(path, ranks)
         if not wrong:
             for other, step in others:
-                if step is None or step > step_of(path):
+                if other not in candidates[:number] and (step is None or step > step_of(path)):
                     tell(f"{other} was skipped: {_renamed(step)}")
             return path
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -175,15 +177,25 @@ def prune(folder: Path, kept: Kept, saved: Path) -> list[Path]:
 
 
 def _superfluous(folder: Path, kept: Kept, saved: Path) -> list[Path]:
-    before = [path for path in list_checkpoints(folder) if step_of(path) < step_of(saved)]
+    upto = [path for path in list_checkpoints(folder) if step_of(path) <= step_of(saved)]
+    before = [path for path in upto if step_of(path) < step_of(saved)]
     if not kept.last:
         return []
-    stays = {newest_good(folder, before_step=step_of(saved) + 1)}
+    good = [path for path in upto if _is_good(path)]
+    proven = [path for path in good if step_of(path) <= step_of(saved) - kept.proven_after_steps]
+    stays = {*good[:1], *proven[:1]}
+    if kept.proven_after_steps and len(good) > len(proven):
+        stays.add(good[-1 - len(proven)])  # the oldest that is not proven: the next one to be
     if kept.every_steps:
         # Newest first: the last one to be entered is the first of its interval.
-        firsts = {step_of(path) // kept.every_steps: path for path in [saved, *before]}
+        firsts = {step_of(path) // kept.every_steps: path for path in upto}
         stays |= {path for number, path in firsts.items() if number}
     return [path for path in before[kept.last - 1 :] if path not in stays]
+
+
+def _is_good(path: Path) -> bool:
+    state = _state(path)
+    return bool(state) and bool(state.get(GOOD, True))
 
 
 def _named(folder: Path) -> list[Path]:
@@ -195,13 +207,18 @@ def _named(folder: Path) -> list[Path]:
 
 
 def _under_other_names(folder: Path) -> list[tuple[Path, int | None]]:
-    """What holds a checkpoint but has not the name of one, nor that of an unfinished save, with its step (None if unreadable)."""
+    """What holds a checkpoint of another step than its name says, with that step (None if unreadable). Unfinished saves do
+    not count, nor what one that has replaced it was deleting."""
     if not folder.is_dir():
         return []
-    others = [path for path in folder.iterdir() if not _NAMED.fullmatch(path.name) and path.suffix != ".tmp"]
-    found = [path for path in others if (path / MANIFEST).is_file()]
-    steps = [(path, _state(path).get("step")) for path in sorted(found)]
-    return [(path, step if isinstance(step, int) else None) for path, step in steps]
+    found = []
+    for path in sorted(folder.iterdir()):
+        replaced = path.suffix == ".old" and path.with_suffix("").is_dir()
+        if path.suffix != ".tmp" and not replaced and (path / MANIFEST).is_file():
+            named, step = _NAMED.fullmatch(path.name), _state(path).get("step")
+            if named is None or int(named[1]) != step:
+                found.append((path, step if isinstance(step, int) else None))
+    return found
 
 
 def _renamed(step: int | None) -> str:

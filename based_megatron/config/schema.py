@@ -268,6 +268,9 @@ class MonitorConfig:
     """Write to Weights & Biases or MLflow too, where they are installed (extra `trackers`); they read their own environment variables."""
     project: str = "based"
     """Project (wandb) or experiment (mlflow) that the run belongs to; the run is named after its folder."""
+    hang_seconds: float = 0.0
+    """Seconds without progress after which every rank writes its stacks to the run folder; 0 takes ten times the measured time of a
+    step, a save or a validation, and two minutes at least (15 for saves and validations)."""
     debug_gradients: bool = False
     """Name the parameters whose gradient is not finite, and the first layer whose output is not; slow, for a search only."""
     peak_flops: float = 0.0

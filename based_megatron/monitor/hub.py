@@ -1,7 +1,7 @@
 """The metrics hub: values recorded anywhere in a step, summed up on the device, and read once at a log point.
 
 Between log points nothing waits for the device. At a log point the ranks add their vectors up in two collectives, one of sums
-and one of maxima, whatever the number of metrics, and the host reads both at once.
+and one of maxima, whatever the number of metrics, and the host reads both at once. A third one gathers what names a rank.
 """
 
 import math
@@ -110,6 +110,16 @@ class Metrics:
         assert values is not None
         self._records = {}
         return values
+
+    def each_rank(self, value: float) -> list[float]:
+        """The value of each rank, by rank (collective)."""
+        mine = self._scalar(value)
+        if self._ranks is None:
+            return [float(mine)]
+        everywhere = torch.zeros(dist.get_world_size(self._ranks), dtype=mine.dtype, device=mine.device)
+        everywhere[dist.get_rank(self._ranks)] = mine
+        dist.all_reduce(everywhere, group=self._ranks)
+        return everywhere.tolist()
 
     def _reduced(self) -> dict[str, float] | None:
         """The metrics of the layout over all ranks; None if some rank has recorded one that is not in it."""

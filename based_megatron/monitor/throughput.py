@@ -72,6 +72,7 @@ class ThroughputMeter:
             "time/step_seconds": seconds["total"] / steps,
             "time/data_seconds": data_seconds / steps,
             "time/forward_backward_seconds": seconds.get("forward_backward", 0.0) / steps,
+            "time/own_seconds": (data_seconds + seconds.get("own", 0.0)) / steps,
             "time/optimizer_seconds": seconds.get("optimizer", 0.0) / steps,
         }
         if peak:

@@ -1,5 +1,6 @@
 """Process groups of a run. The only file that touches Megatron's global parallel state; others get a Topology value."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +13,9 @@ from based_megatron.parallel.environment import RankInfo
 from based_megatron.parallel.host import environment
 from based_megatron.parallel.megatron import ProcessGroupCollection, parallel_state
 from based_megatron.parallel.sequence.ranks import ContextRanks, build_context_ranks
+
+FLIGHT_RECORDER, FLIGHT_RECORDER_SIZE = "TORCH_FR_BUFFER_SIZE", "2000"
+"""PyTorch keeps so many collectives in memory, for whoever asks what a rank waits for. Your own value counts."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ def pick_device(requested: str, local_rank: int) -> torch.device:
 
 def join(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
     """Connect the ranks: NCCL on GPUs, gloo on CPUs. A collective that outlasts the timeout raises."""
-    with environment(MASTER_ADDR=info.master_addr, MASTER_PORT=str(info.master_port)):
+    variables = {"MASTER_ADDR": info.master_addr, "MASTER_PORT": str(info.master_port)}
+    variables[FLIGHT_RECORDER] = os.environ.get(FLIGHT_RECORDER, FLIGHT_RECORDER_SIZE)
+    with environment(**variables):
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=info.rank,

@@ -43,7 +43,16 @@ def kept_bytes(config: Config, save_bytes: int) -> int:
     """Bytes of checkpoints at most."""
     settings, steps = config.checkpoint, config.train.steps
     saves = 1 + (steps // settings.interval_steps if settings.interval_steps else 0)
-    return save_bytes * (min(saves, settings.keep_last + 1) if settings.keep_last else saves)
+    if not settings.keep_last:
+        return save_bytes * saves
+    may_roll_back = config.guards.spike != "off" and config.guards.rollback
+    # The newest checkpoint that is proven good, and the next one that will be.
+    proven = (
+        2 if may_roll_back and (settings.keep_last - 1) * settings.interval_steps < config.guards.window_steps else 0
+    )
+    kept = settings.keep_last + 1 + proven + (steps // settings.keep_every_steps if settings.keep_every_steps else 0)
+    # How many saves there are by time is not known.
+    return save_bytes * (kept if settings.interval_seconds else min(saves, kept))
 
 
 def _check_data(config: Config, read_all: bool) -> None:

@@ -26,6 +26,7 @@ from based_megatron.preflight.activations import (
     micro_batches_in_flight,
 )
 from based_megatron.preflight.shapes import LocalParameter, local_parameters, stages_of_rank, vocab_rows
+from based_megatron.train.carried import carried_bytes
 
 FP32_BYTES = 4
 ADAM_MOMENTS, MUON_MOMENTS = 2, 1
@@ -39,8 +40,6 @@ CONTEXT_BYTES = 640 * 2**20
 """CUDA context and loaded kernels, outside of PyTorch's allocator."""
 COMMUNICATOR_BYTES = 256 * 2**20
 """NCCL buffers of a group of several ranks, outside of PyTorch's allocator."""
-CHECKPOINT_NUMBERS = 3
-"""Weights and two moments, fp32."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class RankMemory:
     outside: int
     """CUDA context and NCCL, outside of PyTorch's allocator."""
     host_checkpoint: int
-    """Host memory, not the device's: fp32 weights and moments of this rank on their way to a checkpoint."""
+    """Host memory, not the device's: the copy of this rank's fp32 weights, moments and carried states that a thread writes."""
 
     @property
     def allocated(self) -> int:
@@ -113,8 +112,13 @@ def rank_memory(config: Config, world_size: int, pipeline_rank: int) -> RankMemo
         states=states_bytes(config, pipeline_rank, micro_batches),
         buffers=phase.buffers + WORKSPACE_BYTES,
         outside=CONTEXT_BYTES + groups * COMMUNICATOR_BYTES,
-        host_checkpoint=CHECKPOINT_NUMBERS * FP32_BYTES * model.partition_elements,
+        host_checkpoint=model.optimizer + _carried_share(config, data) if config.checkpoint.asynchronous else 0,
     )
+
+
+def _carried_share(config: Config, data: int) -> int:
+    """Bytes of the carried states of a rank that begins sequences."""
+    return -(-carried_bytes(config) // (data * config.parallel.tensor * config.parallel.pipeline))
 
 
 def model_memory(config: Config, shards: int, parameters: list[LocalParameter]) -> ModelMemory:

@@ -12,8 +12,8 @@ LABELS = {"outside": "CUDA, NCCL"}
 DAY_SECONDS = 86_400
 
 
-def memory_lines(memory: RankMemory, gpu: Gpu) -> list[str]:
-    """Parts and sum of the fullest rank."""
+def memory_lines(memory: RankMemory, gpu: Gpu, gpus_per_node: int) -> list[str]:
+    """Parts and sum of the fullest rank, and what its host needs."""
     lines = [f"  {LABELS.get(part, part):12} {getattr(memory, part) / GIB:8.2f} GiB" for part in PARTS]
     verdict = "fits" if fits(memory, gpu) else "DOES NOT FIT"
     limit = MARGIN * gpu.memory_bytes / GIB
@@ -21,7 +21,8 @@ def memory_lines(memory: RankMemory, gpu: Gpu) -> list[str]:
         "memory of the fullest rank at the peak of a step",
         *lines,
         f"  {'sum':12} {memory.total / GIB:8.2f} GiB: {verdict} into {limit:.1f} GiB ({100 * MARGIN:.0f} % of {gpu.name})",
-        f"  {'on the host':12} {memory.host_checkpoint / GIB:8.2f} GiB a rank for a copy of what a checkpoint has",
+        f"  {'on the host':12} {memory.host_checkpoint / GIB:8.2f} GiB a rank, {gpus_per_node * memory.host_checkpoint / GIB:.1f} GiB a "
+        f"node: the copy that a save writes while training goes on",
     ]
 
 
@@ -31,7 +32,8 @@ def time_lines(time: RunTime, gpus: int, kept_bytes: int) -> list[str]:
         f"time of {time.tokens / 1e9:.2f} G tokens on {gpus} GPU{'s' if gpus > 1 else ''}",
         f"  {time.tokens_per_second:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %, {time.step_seconds:.3f} s a step",
         f"  {time.total_seconds / DAY_SECONDS:.2f} days, {time.gpu_hours:,.0f} GPU hours, saves and validation included",
-        f"  a save: {time.save_bytes / GIB:.1f} GiB, {time.save_seconds:.0f} s; kept at most: {kept_bytes / GIB:.1f} GiB",
+        f"  a save: {time.save_bytes / GIB:.1f} GiB, {time.save_seconds:.0f} s, of which training waits {time.save_wait_seconds:.0f} s; "
+        f"kept at most: {kept_bytes / GIB:.1f} GiB",
         "assumed",
         *(f"  - {line}" for line in time.assumptions),
     ]

@@ -21,7 +21,7 @@ def preflight(options: PreflightOptions, config: Config, command: Sequence[str])
     if not refusals:
         memory, time = worst_rank(config, ranks), run_time(config, nodes, gpus, gpu)
         has_room = fits(memory, gpu)
-        lines = memory_lines(memory, gpu) + time_lines(time, ranks, kept_bytes(config, time.save_bytes))
+        lines = memory_lines(memory, gpu, gpus) + time_lines(time, ranks, kept_bytes(config, time.save_bytes))
         refusals += disk_refusals(config, time.save_bytes)
     refusals += data_refusals(config, options.read_shards)
     lines = refusal_lines(refusals) + lines

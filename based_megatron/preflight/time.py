@@ -1,5 +1,6 @@
 """Time of a step and of the whole run: arithmetic at the measured share of the peak, then what each form of parallelism adds."""
 
+import math
 from dataclasses import dataclass
 
 from based_megatron.config import Config
@@ -32,7 +33,9 @@ class RunTime:
     gpu_hours: float
     save_bytes: int
     save_seconds: float
-    """For which training stands still at each save."""
+    """From the start of a save until it has its name."""
+    save_wait_seconds: float
+    """The part of it that training waits for, where another follows: all of it, or what is left when the next save is due."""
     assumptions: tuple[str, ...]
 
 
@@ -50,11 +53,14 @@ def run_time(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu) -> RunTim
         max(measured.SAVE_BYTES_PER_SECOND, measured.FILE_SYSTEM_BYTES_PER_SECOND),
     )
     save_seconds = save_bytes / speed
-    interval, validation = config.checkpoint.interval_steps, config.validation
-    saves = 1 + (train.steps // interval if interval else 0)
+    interval, validation = steps_between_saves(config, seconds), config.validation
+    saves = int(train.steps // interval)
+    save_wait_seconds = save_seconds
+    if config.checkpoint.asynchronous:
+        save_wait_seconds = max(0.0, save_seconds - interval * seconds)
     validations = train.steps // validation.interval_steps if validation.interval_steps else 0
     validation_seconds = seconds * FORWARD_SHARE * validation.sequences / train.global_batch_sequences
-    total = train.steps * seconds + saves * save_seconds + validations * validation_seconds
+    total = train.steps * seconds + saves * save_wait_seconds + save_seconds + validations * validation_seconds
     rate = step_tokens / seconds
     assumptions = [
         f"{100 * base.mfu:.0f} % of the peak on one {gpu.name}, as {base.config} on {measured.GPU} "
@@ -80,8 +86,16 @@ def run_time(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu) -> RunTim
         gpu_hours=total * ranks / 3600,
         save_bytes=save_bytes,
         save_seconds=save_seconds,
+        save_wait_seconds=save_wait_seconds,
         assumptions=tuple(assumptions),
     )
+
+
+def steps_between_saves(config: Config, step_seconds: float) -> float:
+    """Steps from one save to the next, by steps or by time; infinite if there is only the one at the end."""
+    settings = config.checkpoint
+    by_steps = settings.interval_steps or math.inf
+    return min(by_steps, max(1.0, settings.interval_seconds / step_seconds) if settings.interval_seconds else math.inf)
 
 
 def _nearest_rate(parameters: int) -> measured.Rate:

@@ -3,6 +3,7 @@
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 DONE = "done"
+ERRORS = "errors"
 EVENTS = "events.jsonl"
 EXCLUDED_NODES = "excluded_nodes"
 FAILURES = "failures"
@@ -14,6 +15,7 @@ LOGS = "logs"
 PAUSE = "pause"
 ROLLED_BACK = "rolled-back"
 SBATCH = "pretrain.sbatch"
+STACKS = "stacks"
 STOPPED = "stopped"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
@@ -32,6 +34,6 @@ FILES = (
     SBATCH,
     STOPPED,
 )
-FOLDERS = (CHECKPOINTS, LOGS, ROLLED_BACK, TENSORBOARD, WANDB)
+FOLDERS = (CHECKPOINTS, ERRORS, LOGS, ROLLED_BACK, STACKS, TENSORBOARD, WANDB)
 LOG_PREFIX = "slurm-"
 """What the names of SLURM's log files begin with."""

@@ -1,5 +1,6 @@
 """The command `based status`: how runs are, from their files alone. Needs no PyTorch."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ import tyro
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from based_megatron.errors import ConfigError
 from based_megatron.monitor.events import FILE_NAME
 from based_megatron.status.record import RunRecord
 from based_megatron.status.report import json_line, page, table
-from based_megatron.status.run import RunStatus, look_for, status_of
+from based_megatron.status.run import KNOWN_FILES, RunStatus, is_run, status_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ class StatusOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print how the runs are; returns the exit code. Raises ConfigError for a folder that is none of a run."""
+    """Print how the runs are; returns the exit code. Raises ConfigError if none of the folders is that of a run."""
     options = tyro.cli(StatusOptions, prog="based status", args=list(argv))
-    for run in options.runs:
-        look_for(run)
-    records = [(run, RunRecord(run / FILE_NAME)) for run in options.runs]
+    runs = [run for run in options.runs if is_run(run)]
+    if not runs:
+        raise ConfigError(
+            f"{options.runs[0] if options.runs else Path()} is no run folder: it has none of {', '.join(KNOWN_FILES)}"
+        )
+    for other in sorted(set(options.runs) - set(runs)):
+        print(f"{other} is no run folder and is left out", file=sys.stderr)
+    records = [(run, RunRecord(run / FILE_NAME)) for run in runs]
     if options.json:
         for status in _look(records):
             print(json_line(status))

@@ -166,7 +166,7 @@ def _ranks(status: RunStatus) -> str:
 
 def _slowest(status: RunStatus) -> str:
     slowest = status.slowest
-    if slowest is None:
+    if slowest is None or status.ranks == 1:
         return ""
     more = slowest.seconds / slowest.median_seconds - 1 if slowest.median_seconds else 0.0
     return f"rank {slowest.rank} on {slowest.host or '?'}: {slowest.seconds:.3g} s a step, {more:.0%} above the median"

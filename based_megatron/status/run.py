@@ -2,21 +2,21 @@
 
 import contextlib
 import json
-import socket
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from based_megatron.config.yaml_files import read_yaml
-from based_megatron.errors import BasedError, ConfigError
-from based_megatron.monitor.events import FILE_NAME
+from based_megatron.errors import BasedError
+from based_megatron.monitor.failures import first_cause, read_failures
+from based_megatron.run_folder.files import CONFIG, DONE, ERRORS, EVENTS, HEARTBEAT, HISTORY, LOCK, SBATCH
+from based_megatron.run_folder.history import read_history
+from based_megatron.run_folder.lock import is_gone, read_owner
 from based_megatron.status.record import FIRST_LIMIT_SECONDS, Event, Process, RunRecord
 
 State = Literal["waiting", "starting", "running", "hung", "stopped", "crashed", "done"]
-LOCK_SECONDS = 300.0
-"""Age at which a lock that does not say it is stale."""
-KNOWN_FILES = (FILE_NAME, "config.yaml", "history.jsonl", "lock", "heartbeat", "pretrain.sbatch")
+KNOWN_FILES = (EVENTS, CONFIG, HISTORY, LOCK, HEARTBEAT, SBATCH)
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,9 @@ class RunStatus:
     """The event of a hang of the last start."""
 
 
-def look_for(run_dir: Path) -> None:
-    """Raise ConfigError if a folder is none of a run."""
-    if not any((run_dir / name).exists() for name in KNOWN_FILES):
-        raise ConfigError(f"{run_dir} is no run folder: it has none of {', '.join(KNOWN_FILES)}")
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return any((folder / name).exists() for name in KNOWN_FILES)
 
 
 def status_of(run_dir: Path, record: RunRecord, now: float) -> RunStatus:
@@ -134,7 +133,7 @@ def status_of(run_dir: Path, record: RunRecord, now: float) -> RunStatus:
         run=str(run_dir),
         state=state,
         reason=reason,
-        name=settings.get("run_name") or None,
+        name=_name(run_dir),
         step=step,
         steps=steps,
         tokens=logged.get("tokens_seen"),
@@ -171,7 +170,7 @@ class _Heartbeat:
 
     @staticmethod
     def read(run_dir: Path, now: float) -> "_Heartbeat | None":
-        path = run_dir / "heartbeat"
+        path = run_dir / HEARTBEAT
         try:
             age, text = now - path.stat().st_mtime, path.read_text()
         except (OSError, UnicodeDecodeError):
@@ -190,15 +189,14 @@ class _Lock:
 
     @staticmethod
     def read(run_dir: Path, now: float) -> "_Lock | None":
-        path = run_dir / "lock"
-        try:
-            age, owner = now - path.stat().st_mtime, json.loads(path.read_text())
-            host, pid = str(owner["host"]), int(owner["pid"])
-        except (OSError, ValueError, TypeError, KeyError):
+        owner = read_owner(run_dir)
+        if owner is None:
             return None
-        here = host == socket.gethostname()
-        gone = not Path(f"/proc/{pid}").exists() if here else age > float(owner.get("stale_seconds", LOCK_SECONDS))
-        return _Lock(gone, f"process {pid} on {host}")
+        try:
+            age_seconds = now - (run_dir / LOCK).stat().st_mtime
+        except FileNotFoundError:
+            return None
+        return _Lock(is_gone(owner) or age_seconds > owner.stale_seconds, f"process {owner.pid} on {owner.host}")
 
 
 def _state(
@@ -221,10 +219,10 @@ def _state(
         return "stopped", str(end.get("reason", ""))
     if end is not None and end["event"] == "end" and (steps is None or step >= steps):
         return "done", ""
-    if (run_dir / "done").exists() and (steps is None or step >= steps):
+    if (run_dir / DONE).exists() and (steps is None or step >= steps):
         return "done", ""
     if lock is not None and lock.gone:
-        return "crashed", f"{lock.words} is gone without a last word"
+        return "crashed", _cause_of_ranks(run_dir, current) or f"{lock.words} is gone without a last word"
     if end is not None and lock is not None:
         return "starting", f"again, after: {cause_of(end) if end['event'] == 'error' else end['event']}"
     if heartbeat is None or heartbeat.age_seconds > heartbeat.limit_seconds:
@@ -237,6 +235,13 @@ def _state(
     if current.hang is not None and float(current.hang["time"]) >= current.last_time:
         return "hung", str(current.hang.get("message", ""))
     return ("running", "") if current.last_step is not None else ("starting", "before the first step")
+
+
+def _cause_of_ranks(run_dir: Path, current: Process) -> str:
+    """What a rank has said of its failure, where the logging rank has not: it may have been killed."""
+    hosts = [host for host, ranks in (current.start.get("hosts") or {}).items() for _ in range(ranks)]
+    failures = read_failures(run_dir / ERRORS, float(current.start["time"]))
+    return str(first_cause(failures, hosts) or "")
 
 
 def cause_of(end: Event | None) -> str:
@@ -299,7 +304,7 @@ def _eta(logged: Event, step: int, steps: int | None, now: float) -> float | Non
 def _last_save(event: Event | None, now: float) -> Save | None:
     if event is None:
         return None
-    seconds = event.get("copy_seconds", event.get("seconds"))
+    seconds = event.get("seconds")
     return Save(int(event["step"]), max(0.0, now - float(event["time"])), seconds)
 
 
@@ -307,7 +312,7 @@ def _slowest(logged: Event, hosts: dict[str, int]) -> SlowestRank | None:
     if "slowest_rank" not in logged:
         return None
     rank = int(logged["slowest_rank"])
-    return SlowestRank(rank, host_of(rank, hosts), logged["compute_seconds_slowest"], logged["compute_seconds_median"])
+    return SlowestRank(rank, host_of(rank, hosts), logged["own_seconds_slowest"], logged["own_seconds_median"])
 
 
 def host_of(rank: int, hosts: dict[str, int]) -> str | None:
@@ -333,9 +338,17 @@ def _stragglers(record: RunRecord, current: Process | None) -> list[Straggler]:
 def _settings(run_dir: Path) -> dict[str, Any]:
     """The values of config.yaml as they are there: those of an older version may have other keys."""
     try:
-        return read_yaml(run_dir / "config.yaml")
+        return read_yaml(run_dir / CONFIG)
     except BasedError:
         return {}
+
+
+def _name(run_dir: Path) -> str | None:
+    """The name of the run, where its history has one."""
+    with contextlib.suppress(OSError):
+        if history := read_history(run_dir):
+            return history[-1].run_name
+    return None
 
 
 def _number(settings: dict[str, Any], section: str, key: str) -> int | None:

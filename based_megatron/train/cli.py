@@ -27,9 +27,13 @@ def main(argv: Sequence[str]) -> None:
         ranks = "1 rank" if rank.world_size == 1 else f"{rank.world_size} ranks"
         print(f"{now} based {__version__}: {ranks}, run folder {config.run_dir}; loading PyTorch", flush=True)
     if not command.dry_run:
+        from based_megatron.train.failure import as_line
         from based_megatron.train.train import train
 
-        train(config, signals)
+        try:
+            train(config, signals)
+        except Exception as error:
+            raise as_line(error, Path(config.run_dir), rank.rank) from error
         return
     from based_megatron.run_folder.lock import check_free
     from based_megatron.train.accept import accept

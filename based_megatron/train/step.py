@@ -6,7 +6,7 @@ and uneven micro batches weigh each token alike.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,26 @@ class Update:
     """False if the step was skipped: weights, optimizer and carried states are as before. The host knows, without waiting."""
 
 
+class OwnWork(Protocol):
+    """Takes the time of what a rank computes before it waits for ranks with other data."""
+
+    def begin_own(self) -> None:
+        """The work begins."""
+
+    def end_own(self) -> None:
+        """The work ends."""
+
+
+class NobodyAsks:
+    """Takes no time."""
+
+    def begin_own(self) -> None:
+        return None
+
+    def end_own(self) -> None:
+        return None
+
+
 class Step:
     """Runs micro batches through this rank's model chunks. Subclasses differ in when gradients are reduced."""
 
@@ -61,12 +81,15 @@ class Step:
         self.chunks, self.engine, self.topology, self._carried = chunks, engine, topology, carried
         self.recorder = recorder
         self._length_tokens = 0
+        self._own: OwnWork = NobodyAsks()
 
-    def accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
+    def accumulate(self, micro_batches: list[MicroBatch], own: OwnWork | None = None) -> LossSum:
         """Forward and backward of all micro batches of an optimizer step; gradients are then ready for `update`.
 
+        own: told when this rank's own work begins and ends, without waiting for ranks with other data.
         With carried states, steps must come in order: each begins with what the last one that was not skipped has left.
         """
+        self._own = own or NobodyAsks()
         record_batches(self.recorder, micro_batches)
         loss = self._accumulate(micro_batches)
         if self._carried is not None:
@@ -142,6 +165,7 @@ class ScheduledStep(Step):
         self.chunks[0].config.finalize_model_grads_func = self._finalize
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
+        self._own.begin_own()
         return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=False))
 
     @torch.no_grad()
@@ -184,6 +208,7 @@ class ScheduledStep(Step):
     def _finalize(self, chunks: list[BasedModel], num_tokens: Tensor | None, *_: Any, **__: Any) -> None:
         """Megatron's hook after the last backward: what must be summed before DeepSpeed averages over data x context ranks."""
         assert num_tokens is not None
+        self._own.end_own()
         topology = self.topology
         dist.broadcast(num_tokens, src=topology.last_stage_rank, group=topology.pipeline.group)
         dist.all_reduce(num_tokens, group=topology.data_context.group)
@@ -209,9 +234,12 @@ class EngineStep(Step):
         tokens = torch.stack([batch.loss_mask_BL.sum() for batch in micro_batches]).sum().to(self.topology.device)
         dist.all_reduce(tokens, group=self.topology.data_context.group)
         scale = self.topology.data_context.size / tokens.clamp(min=1)
-        pairs = []
+        pairs: list[Tensor] = []
+        self._own.begin_own()
         for batch in micro_batches:
             total, _, pair = self._loss(batch)
+            if not pairs:
+                self._own.end_own()  # from here on each backward waits in its reductions
             self.engine.backward(total * scale)
             pairs.append(pair)
         return self.global_sum(pairs)

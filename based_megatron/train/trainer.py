@@ -85,8 +85,9 @@ class Trainer:
                     for callback in self.callbacks:
                         callback.post_step(self, report)
             self._record_spikes()
-            for callback in reversed(self.callbacks):
-                callback.on_end(self)
+            with self.doing("end"):
+                for callback in reversed(self.callbacks):
+                    callback.on_end(self)
             self.stop.honoured()
         except BaseException as error:
             for callback in reversed(self.callbacks):
@@ -164,7 +165,7 @@ class Trainer:
         config = self.config
         lr = learning_rate(self.step, config.optimizer, config.schedule, config.train.steps)
         set_learning_rate(self.step_runner.engine, lr)
-        loss = self.step_runner.accumulate(batches).mean
+        loss = self.step_runner.accumulate(batches, self.clock).mean
         self.clock.begin("optimizer")
         suspects = Suspects(self.gradients)
         update = self.step_runner.update(self._on_gradients, lambda norm: self.guard.judge(loss, norm), suspects.look)

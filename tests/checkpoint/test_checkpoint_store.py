@@ -10,16 +10,20 @@ import torch
 from ckpt_fragments import CONFIG, flat, full_tensors, save, shard
 
 from based_megatron import __version__
+from based_megatron.checkpoint import manifest
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import load_checkpoint
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import (
+    GOOD,
     Kept,
     find_checkpoint,
     list_checkpoints,
+    newest_good,
     newest_valid,
     prune,
     resolve_checkpoint,
+    step_of,
 )
 from based_megatron.config import from_dict
 from based_megatron.errors import CheckpointError
@@ -174,6 +178,103 @@ def test_prune_never_takes_the_one_just_saved_though_later_steps_are_there(tmp_p
     prune(tmp_path, Kept(last=1), saved=saved)
     assert list_checkpoints(tmp_path) == [later, saved]
     assert not older.exists()
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(map(step_of, list_checkpoints(folder)))
+
+
+def test_prune_keeps_the_first_checkpoint_of_every_so_many_steps(tmp_path):
+    """Saves by time come at any step: what counts is the interval that they are in, the first of which has none."""
+    kept = Kept(last=1, every_steps=10)
+    left = []
+    for step in (3, 8, 12, 15, 20, 27, 41):
+        prune(tmp_path, kept, saved=save(tmp_path, step))
+        left.append(steps(tmp_path))
+    assert left[2:] == [[12], [12, 15], [12, 20], [12, 20, 27], [12, 20, 41]]
+
+
+def save_as(folder: Path, step: int, good: bool) -> Path:
+    return save_checkpoint(folder, step, flat(shard(full_tensors(step), 1, 1)), {GOOD: good})
+
+
+def test_the_newest_good_one_is_never_pruned(tmp_path):
+    save_as(tmp_path, 1, good=True)
+    good = save_as(tmp_path, 2, good=True)
+    for step in (3, 4, 5):
+        prune(tmp_path, Kept(last=1), saved=save_as(tmp_path, step, good=False))
+    assert steps(tmp_path) == [2, 5] and newest_good(tmp_path) == good
+    prune(tmp_path, Kept(last=1), saved=save_as(tmp_path, 6, good=True))
+    assert steps(tmp_path) == [6]
+
+
+def test_one_that_is_proven_good_stays(tmp_path):
+    """A loss that has risen is known to have four steps later: what was saved since may be bad. The next to be proven stays too."""
+    left = []
+    for step in (2, 4, 6, 7, 8, 9, 10, 13, 30):
+        prune(tmp_path, Kept(last=1, proven_after_steps=4), saved=save_as(tmp_path, step, good=True))
+        left.append(steps(tmp_path))
+    assert left == [[2], [2, 4], [2, 4, 6], [2, 4, 7], [4, 7, 8], [4, 7, 9], [4, 7, 10], [7, 10, 13], [13, 30]]
+
+
+def test_the_newest_good_one_is_by_step_and_may_be_asked_for_before_a_step(tmp_path):
+    """One that does not say is good: older versions saved no others. One whose state is unreadable is not."""
+    assert newest_good(tmp_path) is None
+    silent, good, bad = save(tmp_path, 5), save_as(tmp_path, 10, good=True), save_as(tmp_path, 15, good=False)
+    assert newest_good(tmp_path) == good == newest_good(tmp_path, before_step=15)
+    assert newest_good(tmp_path, before_step=10) == silent
+    assert newest_good(tmp_path, before_step=5) is None
+    (bad / "state.json").write_text("[")
+    assert newest_good(tmp_path) == good
+
+
+@pytest.mark.parametrize("name", ["backup", "step-200", "step-00000050", "step-00000300"])
+def test_a_newer_checkpoint_under_another_name_is_told(tmp_path, name):
+    good, renamed = save(tmp_path, 100), save(tmp_path, 200)
+    renamed.rename(tmp_path / name)
+    told: list[str] = []
+    assert newest_valid(tmp_path, told.append) == good
+    (line,) = told
+    assert str(tmp_path / name) in line and "200" in line
+
+
+def test_an_older_one_under_another_name_and_an_unfinished_save_are_not_told(tmp_path):
+    save(tmp_path, 100).rename(tmp_path / "backup")
+    unfinished, good = save(tmp_path, 300), save(tmp_path, 200)
+    unfinished.rename(tmp_path / "step-00000300.tmp")
+    assert newest_valid(tmp_path, refuse) == good
+
+
+def test_a_folder_with_renamed_or_emptied_checkpoints_alone_does_not_start_over(tmp_path):
+    path = save(tmp_path, 100)
+    (path / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+        newest_valid(tmp_path, [].append)
+    (tmp_path / "manifest.json").rename(path / "manifest.json")
+    path.rename(tmp_path / "backup")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* but backup: it holds the checkpoint of step 100"):
+        newest_valid(tmp_path, refuse)
+
+
+@pytest.mark.parametrize("listed", [[], ["state.json"], [".metadata"], [".metadata", "state.json"]])
+def test_a_manifest_must_list_all_files_of_the_checkpoint(tmp_path, listed):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    files = json.loads((bad / "manifest.json").read_text())["files"]
+    entries = [entry for entry in files if entry["name"] in listed]
+    (bad / "manifest.json").write_text(json.dumps({"files": entries}))
+    told: list[str] = []
+    assert newest_valid(tmp_path, told.append) == good
+    missing = {".metadata", "state.json"} - set(listed) or {"__0_0_0.distcp"}
+    assert all(name in told[0] for name in missing)
+
+
+def test_ranks_that_verify_read_each_file_once(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    read: list[str] = []
+    hash_file = manifest._hash
+    monkeypatch.setattr(manifest, "_hash", lambda file: (read.append(file.name), hash_file(file))[1])
+    assert [manifest.problems(path, rank, 3) for rank in range(3)] == [[], [], []]
+    assert sorted(read) == sorted(set(os.listdir(path)) - {"manifest.json"})
 
 
 def test_prune_with_zero_keeps_all(tmp_path):

@@ -75,7 +75,13 @@ class FakeClock:
         self.progress = Progress()
 
     def step(self, number: int) -> None:
-        parts = {"total": 100.0 if number == 1 else 2.0, "data": 0.5, "forward_backward": 1.0, "optimizer": 0.25}
+        parts = {
+            "total": 100.0 if number == 1 else 2.0,
+            "data": 0.5,
+            "forward_backward": 1.0,
+            "own": 0.75,
+            "optimizer": 0.25,
+        }
         self.seconds = {name: self.seconds.get(name, 0.0) + value for name, value in parts.items()}
 
     def take(self) -> dict[str, float]:
@@ -98,7 +104,9 @@ class FakeTrainer:
 
     @property
     def topology(self) -> SimpleNamespace:
-        return SimpleNamespace(rank=0, is_logger=self.is_logger, world_size=self.world_size)
+        return SimpleNamespace(
+            rank=0, is_logger=self.is_logger, world_size=self.world_size, pipeline=SimpleNamespace(size=1)
+        )
 
     @property
     def tokens_seen(self) -> int:

@@ -84,6 +84,12 @@ def test_what_the_table_or_the_last_line_says_is_not_said_twice(name):
     assert text_of(console) == ""
 
 
+def test_the_first_cause_is_said_if_it_was_another_rank():
+    console = log_file()
+    ConsoleSink(console).event(7, "error", {"rank": 2, "host": "b", "type": "ValueError", "message": "no"})
+    assert text_of(console)[9:] == "step 7 rank 2 on b failed first: ValueError: no\n"
+
+
 def test_square_brackets_are_not_markup():
     console = log_file()
     ConsoleSink(console).event(0, "sample", {"text": "x[bold]\ny"})

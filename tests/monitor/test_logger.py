@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import socket
 
 import pytest
 import torch
 
 from based_megatron.config import CheckpointConfig, MonitorConfig, ValidationConfig
 from based_megatron.monitor import throughput
+from based_megatron.monitor.failures import write_failure
 from based_megatron.monitor.progress import PhaseTime
 from based_megatron.monitor.sinks.base import Sink
 from based_megatron.train.callbacks.logger import Logger
@@ -76,8 +78,9 @@ def test_values_of_a_log_point(make_trainer):
     assert (fourth["train/loss"], fourth["train/grad_norm"], fourth["train/tokens_seen"]) == (0.25, 8.0, 2048)
     assert fourth["throughput/tokens_per_second"] == 256.0
     assert fourth["throughput/tokens_per_second_per_device"] == 64.0
-    parts = ("step", "data", "forward_backward", "optimizer")
-    assert [fourth[f"time/{part}_seconds"] for part in parts] == [2.0, 0.5, 1.0, 0.25]
+    parts = ("step", "data", "forward_backward", "own", "optimizer")
+    assert [fourth[f"time/{part}_seconds"] for part in parts] == [2.0, 0.5, 1.0, 1.25, 0.25]
+    assert (fourth["time/own_seconds_slowest"], fourth["time/slowest_rank"]) == (1.25, 0)
     assert fourth["time/step_seconds_slowest"] == fourth["time/step_seconds_fastest"] == 2.0
 
 
@@ -114,7 +117,10 @@ def test_an_error_closes_the_sinks(make_trainer):
     logger = Logger([notes])
     logger.on_start(trainer)
     logger.on_error(trainer, ValueError("no more data"))
-    assert notes.events[-1] == (0, "error", {"type": "ValueError", "message": "no more data"}) and notes.closed == 1
+    step, name, fields = notes.events[-1]
+    assert (step, name, fields.pop("host")) == (0, "error", socket.gethostname()) and notes.closed == 1
+    assert fields == {"rank": 0, "type": "ValueError", "message": "no more data"}
+    assert "ValueError: no more data" in (trainer.run_dir / "errors" / "rank-00000.txt").read_text()
     assert notes.events[0][1] == "start"
 
 
@@ -190,6 +196,17 @@ def test_a_save_between_log_points_has_all_of_its_steps_in_the_log(make_trainer,
     assert notes.logged[4]["train/loss_max"] == 1 / 3, "what was written before a save is part of the interval"
 
 
+def test_the_error_of_a_run_is_that_of_the_rank_that_failed_first(make_trainer, tmp_path):
+    trainer, notes = make_trainer(), Notes()
+    logger = Logger([notes], hosts=["a", "b", "c"])
+    logger.on_start(trainer)
+    write_failure(tmp_path / "errors", 2, ValueError("no more data"))
+    write_failure(tmp_path / "errors", 1, RuntimeError("Connection closed by peer"))
+    logger.on_error(trainer, RuntimeError("Connection closed by peer"))
+    fields = notes.events[-1][2]
+    assert (fields["rank"], fields["type"], fields["message"]) == (2, "ValueError", "no more data")
+
+
 @pytest.mark.parametrize("end", ["on_end", "on_error"])
 def test_the_last_steps_are_written_however_a_run_ends(make_trainer, end):
     trainer, notes = make_trainer(), Notes()
@@ -247,6 +264,21 @@ def test_the_eta_counts_saves_and_validation(make_trainer, report, wall):
     assert notes.logged[6]["wall_seconds/save"] == 30.0 and notes.logged[6]["wall_seconds/validation"] == 10.0
     assert notes.logged[6]["wall_seconds/steps"] == 5 * 1.5 and notes.logged[6]["wall_seconds/data"] == 5 * 0.5
     assert notes.logged[6]["wall_seconds/other"] == 5.0
+
+
+def test_a_rank_that_stays_slow_is_an_event_with_its_host(make_trainer):
+    trainer, notes = make_trainer(), Notes()
+    trainer.config = dataclasses.replace(trainer.config, monitor=MonitorConfig(log_interval_steps=1))
+    trainer.metrics.each_rank = lambda mine: [mine, 1.25 * mine, mine, 3 * mine]
+    trainer.run([Logger([notes], hosts=["a", "a", "b", "c"])], until=8)
+    (event,) = [event for event in notes.events if event[1] == "straggler"]
+    assert event == (
+        6,
+        "straggler",
+        {"rank": 3, "host": "c", "slower": 3 / 1.125 - 1, "seconds": 3.75, "median_seconds": 1.40625},
+    ), "the first step is not measured"
+    assert notes.logged[8]["time/slowest_rank"] == 3 and notes.logged[8]["time/own_seconds_slowest"] == 3.75
+    assert notes.logged[8]["time/own_seconds_median"] == 1.40625
 
 
 @pytest.mark.parametrize("is_logger", [True, False])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from typing import Any
 
 import pytest
 
@@ -12,12 +14,12 @@ from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
 from based_megatron.kernels.taylor_attention import sizes
 from based_megatron.monitor.flops import parameter_count
-from based_megatron.preflight.checks import with_data
+from based_megatron.preflight.checks import kept_bytes, with_data
 from based_megatron.preflight.gpus import GIB, gpu_named
 from based_megatron.preflight.layouts import fits, propose
 from based_megatron.preflight.memory import rank_memory, worst_rank
 from based_megatron.preflight.shapes import local_parameters
-from based_megatron.preflight.time import run_time
+from based_megatron.preflight.time import run_time, steps_between_saves
 
 H100 = gpu_named("h100")
 
@@ -82,8 +84,46 @@ def test_hours_count_all_tokens_saves_and_gpus():
     time = run_time(config, 1, 8, H100)
     assert time.tokens == config.train.steps * 256 * 2048
     assert time.save_bytes == 12 * parameter_count(config.model)
-    assert time.total_seconds > config.train.steps * time.step_seconds + 20 * time.save_seconds
+    assert time.save_wait_seconds == 0, "saves are written while training goes on"
+    assert time.total_seconds > config.train.steps * time.step_seconds + time.save_seconds
     assert time.gpu_hours == pytest.approx(8 * time.total_seconds / 3600)
+
+
+def with_saves(**changes: Any) -> Config:
+    config = preset("based-1b", micro_batch_sequences=8)
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, **changes))
+
+
+def test_training_waits_for_saves_that_are_synchronous_or_come_too_fast():
+    hidden, waited = (run_time(with_saves(asynchronous=flag), 1, 8, H100) for flag in (True, False))
+    assert waited.save_wait_seconds == waited.save_seconds == hidden.save_seconds
+    assert waited.total_seconds == pytest.approx(hidden.total_seconds + 20 * waited.save_seconds)
+    fast = run_time(with_saves(interval_steps=1), 1, 8, H100)
+    assert fast.save_wait_seconds == pytest.approx(fast.save_seconds - fast.step_seconds)
+
+
+def test_saves_by_time_count_as_the_steps_between_them():
+    step_seconds = 2.0
+    assert steps_between_saves(with_saves(interval_steps=0), step_seconds) == math.inf
+    assert steps_between_saves(with_saves(interval_steps=0, interval_seconds=100), step_seconds) == 50
+    assert steps_between_saves(with_saves(interval_steps=20, interval_seconds=100), step_seconds) == 20
+    assert steps_between_saves(with_saves(interval_steps=0, interval_seconds=1), step_seconds) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "checkpoints"),
+    [
+        ({"keep_last": 3}, 4),
+        ({"keep_last": 0}, 21),
+        ({"keep_last": 3, "keep_every_steps": 10_000}, 6),
+        ({"keep_last": 30, "keep_every_steps": 1000}, 21),
+        ({"keep_last": 30, "interval_steps": 0, "interval_seconds": 600.0}, 33),
+        ({"keep_last": 1}, 4),
+    ],
+)
+def test_the_disk_holds_what_is_kept_and_the_one_being_written(changes, checkpoints):
+    """A run of 20,000 steps saves at every 1,000 and at the end."""
+    assert kept_bytes(with_saves(**changes), save_bytes=7) == 7 * checkpoints
 
 
 def test_proposals_run_and_fit_where_the_config_does_not():

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from based_megatron.checkpoint.host_memory import copy_bytes
+from based_megatron.checkpoint.zero import zero_fragments
 from based_megatron.config import Config, ParallelConfig
 from based_megatron.parallel.deepspeed import gradient
 from based_megatron.parallel.megatron import megatron_runs
@@ -57,6 +59,10 @@ def kept(parallel: ParallelConfig, precision: str) -> dict[str, tuple[int, int]]
         "weights": (predicted.weights, storage_bytes(weights)),
         "gradients": (predicted.gradients, gradient_bytes),
         "optimizer": (predicted.optimizer, storage_bytes(masters + moments)),
+        "host copy": (
+            rank_memory(config, run.topology.world_size, run.topology.pipeline.rank).host_checkpoint,
+            copy_bytes(zero_fragments(run.engine)),
+        ),
     }
 
 
@@ -76,6 +82,8 @@ def kept(parallel: ParallelConfig, precision: str) -> dict[str, tuple[int, int]]
 )
 def test_weights_gradients_and_optimizer_are_exact(worker_pool, world_size, parallel, precision):
     for parts in worker_pool(world_size).run(kept, parallel, precision):
+        predicted_copy, copy = parts.pop("host copy")
+        assert 0.8 * predicted_copy <= copy <= predicted_copy, "padding, and parameters that another rank saves"
         assert {name: predicted for name, (predicted, _) in parts.items()} == {
             name: real for name, (_, real) in parts.items()
         }

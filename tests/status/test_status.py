@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import pytest
 
 from based_megatron.errors import ConfigError
 from based_megatron.monitor.events import append_event
+from based_megatron.monitor.failures import write_failure
+from based_megatron.run_folder.history import Start, append_start
+from based_megatron.run_folder.lock import this_process
 from based_megatron.status.cli import main
 from based_megatron.status.record import RunRecord
 from based_megatron.status.run import RunStatus, host_of, status_of
@@ -26,7 +29,7 @@ Write = Callable[..., None]
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
     """A run of 100 steps before its first start."""
-    (tmp_path / "config.yaml").write_text("run_name: mine\ntrain:\n  steps: 100\n")
+    (tmp_path / "config.yaml").write_text("train:\n  steps: 100\n")
     return tmp_path
 
 
@@ -45,8 +48,9 @@ def beat(run_dir: Path, ago: float, **content: Any) -> None:
     os.utime(run_dir / "heartbeat", (NOW - ago, NOW - ago))
 
 
-def lock(run_dir: Path, pid: int, ago: float = 1.0, host: str = "", **content: Any) -> None:
-    (run_dir / "lock").write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid, **content}))
+def lock(run_dir: Path, pid: int, ago: float = 1.0, **changes: Any) -> None:
+    owner = {**asdict(this_process(stale_seconds=300)), "pid": pid, **changes}
+    (run_dir / "lock").write_text(json.dumps(owner))
     os.utime(run_dir / "lock", (NOW - ago, NOW - ago))
 
 
@@ -65,7 +69,7 @@ def running(write: Write, run_dir: Path) -> None:
     write("start", 960, 0, process_seconds=40.0, world_size=4, hosts={"a": 2, "b": 2})
     write("step", 940, 1, loss=9.0)
     write("validation", 500, 20, loss=5.5)
-    write("checkpoint", 400, 30, seconds=3.0, copy_seconds=0.5)
+    write("checkpoint", 400, 30, seconds=0.5, write_seconds=9.0)
     parts = spent(start_up=60.0, steps=800.0, data=20.0, skipped=20.0, validation=30.0, save=40.0, other=20.0)
     speed = {"tokens_per_second": 5e3, "mfu": 0.4, "step_seconds": 21.0, "eta_seconds": 1500.0}
     write("step", 10, 41, loss=4.0, loss_mean=4.5, tokens_seen=41_000, **speed, **parts)
@@ -76,13 +80,20 @@ def running(write: Write, run_dir: Path) -> None:
 def test_a_run_that_runs(write, run_dir):
     running(write, run_dir)
     status = look(run_dir)
-    assert (status.state, status.name, status.step, status.steps, status.tokens) == ("running", "mine", 41, 100, 41_000)
+    assert (status.state, status.name, status.step, status.steps, status.tokens) == ("running", None, 41, 100, 41_000)
     assert (status.loss, status.validation_loss, status.validation_step) == (4.5, 5.5, 20)
     assert (status.tokens_per_second, status.mfu, status.ranks) == (5e3, 0.4, 4)
     assert status.eta_seconds == 1490.0, "10 s have passed since it was predicted"
     assert status.silent_seconds == 5.0
     assert status.last_save is not None
     assert (status.last_save.step, status.last_save.age_seconds, status.last_save.seconds) == (30, 400.0, 0.5)
+
+
+def test_the_name_is_that_of_the_last_start(write, run_dir):
+    running(write, run_dir)
+    for i, name in enumerate(("first", "second"), start=1):
+        append_start(run_dir, Start(i, "id", name, "", [], {}, {}, None, {}, ["a"], 1, None, 0))
+    assert look(run_dir).name == "second"
 
 
 def test_where_the_time_went_adds_up(write, run_dir):
@@ -158,10 +169,19 @@ def test_a_process_that_is_gone_has_crashed(write, run_dir):
     assert status.state == "crashed" and "without a last word" in status.reason
 
 
+def test_the_cause_is_known_although_the_logging_rank_was_killed(write, run_dir):
+    write("start", NOW - 1.0, 0, world_size=3, hosts={"a": 2, "b": 1})
+    for rank in (1, 2):
+        write_failure(run_dir / "errors", rank, RuntimeError("Connection closed by peer"))
+    lock(run_dir, GONE)
+    status = look(run_dir)
+    assert status.state == "crashed" and status.reason.startswith("rank 0 on a: Killed: ended without a word")
+
+
 @pytest.mark.parametrize(("age", "state"), [(59.0, "running"), (61.0, "crashed")])
 def test_a_lock_of_another_host_is_judged_by_its_age(write, run_dir, age, state):
     running(write, run_dir)
-    lock(run_dir, ALIVE, ago=age, host="elsewhere", stale_seconds=60)
+    lock(run_dir, ALIVE, ago=age, host="elsewhere", processes="another machine", stale_seconds=60)
     assert look(run_dir).state == state
 
 
@@ -184,7 +204,7 @@ def test_a_start_after_a_crash_is_starting(write, run_dir):
 def test_the_slowest_rank_and_stragglers_have_hosts(write, run_dir):
     running(write, run_dir)
     write("straggler", 1500, 5, rank=1, host="a", slower=0.9)
-    slow = {"slowest_rank": 3, "compute_seconds_slowest": 3.0, "compute_seconds_median": 2.0}
+    slow = {"slowest_rank": 3, "own_seconds_slowest": 3.0, "own_seconds_median": 2.0}
     write("step", 5, 42, loss=4.0, **slow)
     write("straggler", 5, 42, rank=3, host="b", slower=0.25)
     write("straggler", 4, 43, rank=3, host="b", slower=0.5)
@@ -254,6 +274,7 @@ def test_the_json_is_strict(write, run_dir, capsys):
 def test_a_page_of_one_run_and_a_table_of_several(write, run_dir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     running(write, run_dir)
+    append_start(run_dir, Start(1, "id", "mine", "", [], {}, {}, None, {}, ["a"], 1, None, 0))
     main([str(run_dir)])
     shown = capsys.readouterr().out
     assert "41 of 100 (41.0%), 41k tokens" in shown and "4.5000 in training, 5.5000 in validation at step 20" in shown
@@ -261,6 +282,14 @@ def test_a_page_of_one_run_and_a_table_of_several(write, run_dir, capsys, monkey
     main([str(run_dir), str(run_dir)])
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 3 and max(map(len, shown)) <= 80 and "41/100" in shown[1]
+
+
+def test_among_several_a_folder_that_is_no_run_is_left_out(write, run_dir, tmp_path, capsys):
+    running(write, run_dir)
+    (tmp_path / "other").mkdir()
+    main([str(run_dir), str(tmp_path / "other"), "--json"])
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1 and "other is no run folder and is left out" in shown.err
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -26,6 +26,7 @@ from based_megatron.train.guard import Guard
 from based_megatron.train.skips import SkipCount
 
 FINGERPRINT = "abc/seed=42"
+CPU = torch.device("cpu")
 RUN_ID = "f00d"
 
 
@@ -124,15 +125,11 @@ def config_with(**checkpoint: Any) -> Config:
 
 
 def make(config: Config) -> Checkpointer:
-    return checkpointer_of(config, guard_of(config))
+    return Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU)
 
 
 def guard_of(config: Config) -> Guard:
-    return Guard(config, torch.device("cpu"))
-
-
-def checkpointer_of(config: Config, guard: Guard, carried: CarriedStates | None = None) -> Checkpointer:
-    return Checkpointer(None, config, RUN_ID, FINGERPRINT, guard, torch.device("cpu"), carried)
+    return Guard(config, CPU)
 
 
 def train(
@@ -250,7 +247,7 @@ def test_the_time_of_saves_is_a_metric(disk):
 
 def test_older_ones_are_pruned_after_each_save(disk):
     train(make(config_with(interval_steps=2, keep_last=5, keep_every_steps=10)), 4)
-    assert disk.pruned_by() == [2, 4] and disk.pruned[0][0] == Kept(last=5, every_steps=10)
+    assert disk.pruned_by() == [2, 4] and disk.pruned[0][0] == Kept(last=5, every_steps=10, proven_after_steps=128)
 
 
 def test_one_rank_prunes(disk, monkeypatch):
@@ -415,10 +412,10 @@ def test_the_state_of_another_optimizer_is_refused(disk):
 def test_the_known_past_of_carried_states_is_saved_and_restored(disk, saved, expected):
     carried = CarriedStates({row: CarriedState(past=Past(((192, 0),))) for row in (0, 4)}, {})
     config = config_with(interval_steps=0)
-    train(checkpointer_of(config, guard_of(config), carried), 3)
+    train(Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU, carried), 3)
     assert disk.saved[0][1]["past_tokens"] == ((192, 0),)
     disk.newest, disk.state = Path("run/step-6"), saved_state(past_tokens=saved)
-    checkpointer_of(config, guard_of(config), carried).restore()
+    Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU, carried).restore()
     assert disk.carried == ["run/step-6"]
     assert [state.past for state in carried.by_row.values()] == [expected] * 2
 
@@ -436,7 +433,7 @@ def test_carried_states_that_do_not_fit_are_told_and_left(disk, saved, expected)
     disk.state["config"]["model"] |= disk.state.pop("model", {})
     carried = CarriedStates({0: CarriedState()}, {})
     config = config_with(allow_changed=("model",))
-    callback = checkpointer_of(config, guard_of(config), carried)
+    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard_of(config), CPU, carried)
     assert callback.restore() == (6, 600)
     ((_, told),) = train(callback, 0).records[:1]
     assert "the first step starts without carried states: run/step-6" in told["message"] and expected in told["message"]
@@ -452,7 +449,7 @@ def test_a_run_that_carries_nothing_asks_for_nothing(disk):
 def test_a_run_goes_back_to_a_checkpoint_and_to_what_the_guard_knew_then(disk):
     config = config_with(interval_steps=2)
     guard = guard_of(config)
-    callback = checkpointer_of(config, guard)
+    callback = Checkpointer(None, config, RUN_ID, FINGERPRINT, guard, CPU)
     assert callback.go_back(7) is None and disk.latest_step == 7
     guard.settle(1, *torch.ones(2), applied=False)
     disk.newest, disk.state = Path("run/step-00000006"), saved_state(guard=guard.state())
@@ -460,3 +457,17 @@ def test_a_run_goes_back_to_a_checkpoint_and_to_what_the_guard_knew_then(disk):
     assert callback.go_back(7) == (6, 600)
     assert disk.loaded == [("run/step-00000006", False)] and disk.set_aside_after == 6
     assert guard.skips == SkipCount(1, 1)
+
+
+def test_a_run_that_goes_back_ends_the_save_in_flight_first(disk):
+    """It is told, and what is saved then is the step that the run has gone back to."""
+    callback, trainer = make(config_with(interval_steps=8)), FakeTrainer()
+    callback.on_start(trainer)  # type: ignore[arg-type]
+    trainer.step = 8
+    callback.post_step(trainer, SimpleNamespace(step=8))  # type: ignore[arg-type]
+    disk.newest, disk.state = Path("run/step-00000006"), saved_state()
+    assert callback.go_back(7) == (6, 600)
+    assert [fields["step"] for name, fields in trainer.records if name == "checkpoint"] == [8]
+    trainer.step = 8
+    callback.on_end(trainer)  # type: ignore[arg-type]
+    assert steps_of(disk) == [8, 8], "step 8 after the rollback is another one"

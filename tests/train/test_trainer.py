@@ -15,7 +15,7 @@ from based_megatron.monitor.hub import Metrics
 from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.guard import NOT_FINITE, Guard
 from based_megatron.train.schedule import learning_rate
-from based_megatron.train.step import LossSum, Update
+from based_megatron.train.step import LossSum, OwnWork, Update
 from based_megatron.train.trainer import Trainer
 
 STEPS, LIMIT = 4, 3
@@ -31,9 +31,11 @@ class FakeStep:
         self.batches: list[list[Any]] = []
         self.rates: list[float] = []
 
-    def accumulate(self, batches: list[Any]) -> LossSum:
+    def accumulate(self, batches: list[Any], own: OwnWork) -> LossSum:
         self.batches.append(batches)
         self.rates.append(self._rate())
+        own.begin_own()
+        own.end_own()
         return LossSum(torch.tensor(30.0 * len(self.batches)).double(), torch.tensor(10.0).double())
 
     def update(
@@ -211,7 +213,8 @@ def test_the_report_of_a_step():
     assert (second.step, float(second.loss), float(second.grad_norm)) == (2, 6.0, 3.5)
     seconds = trainer.clock.take()
     total = seconds.pop("total")
-    assert set(seconds) == {"data", "forward_backward", "optimizer"}
+    assert set(seconds) == {"data", "forward_backward", "own", "optimizer"}
+    assert 0 <= seconds.pop("own") <= seconds["forward_backward"]
     assert 0 < total == pytest.approx(sum(seconds.values()), abs=1e-6)
 
 

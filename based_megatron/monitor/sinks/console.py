@@ -46,9 +46,13 @@ class ConsoleSink(Sink):
             self._print(line)
 
     def event(self, step: int, name: str, fields: Mapping[str, Any]) -> None:
-        if name in ("start", "resume", "error"):
+        if name in ("start", "resume") or (name == "error" and not fields.get("rank")):
             return  # The table says it, or the command line's last words.
-        if name == "validation":
+        if name == "error":
+            self._print(
+                f"step {step} rank {fields['rank']} on {fields['host']} failed first: {fields['type']}: {fields['message']}"
+            )
+        elif name == "validation":
             loss = fields["loss"]
             self._print(f"step {step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
         elif name == "end":

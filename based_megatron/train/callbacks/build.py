@@ -17,11 +17,11 @@ from based_megatron.parallel.topology import Topology
 from based_megatron.train.callbacks.advice import Advice
 from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.callbacks.debug_gradients import DebugGradients
-from based_megatron.train.callbacks.heartbeat import Heartbeat
 from based_megatron.train.callbacks.logger import Logger
 from based_megatron.train.callbacks.norms import Norms
 from based_megatron.train.callbacks.sampler import Sampler
 from based_megatron.train.callbacks.validator import Validator
+from based_megatron.train.callbacks.watchdog import Watchdog
 from based_megatron.train.identity import Identity
 
 
@@ -43,4 +43,7 @@ def loggers(config: Config, topology: Topology, start: tuple[int, int], identity
     facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names)
     hosts = [""] * topology.world_size
     dist.all_gather_object(hosts, socket.gethostname())
-    return [Logger(start_sinks(facts) if topology.is_logger else [], hosts), Heartbeat()]
+    return [
+        Logger(start_sinks(facts) if topology.is_logger else [], hosts),
+        Watchdog(hosts, config.monitor.hang_seconds),
+    ]

@@ -58,11 +58,16 @@ class Checkpointer(Callback):
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
         self._ranks, writers = (all_ranks(dist.new_group(backend="gloo", timeout=timeout)) for _ in range(2))
         settings = config.checkpoint
-        kept = Kept(settings.keep_last, settings.keep_every_steps)
+        # A loss that has risen is known to have after so many steps: the run then goes back to before them.
+        proven_after_steps = (
+            config.guards.window_steps if config.guards.spike != "off" and config.guards.rollback else 0
+        )
+        kept = Kept(settings.keep_last, settings.keep_every_steps, proven_after_steps)
         self._saver = Saver(self._folder, kept, self._ranks, writers, device)
         self._saved_step, self._failed_in_a_row, self._stood_still_seconds = 0, 0, 0.0
         self._warnings: list[str] = []
         self._loaded: dict[str, Any] | None = None
+        self._trainer: Trainer | None = None
 
     def restore(self) -> tuple[int, int]:
         """(steps done, tokens seen) of the newest valid checkpoint, now loaded; (0, 0) for a new run. Collective."""
@@ -82,14 +87,17 @@ class Checkpointer(Callback):
         Those of later steps are moved out of the way of a resume, and so is one that is being written. Collective.
         """
         if self._saver.in_flight:
-            self._saver.finish()
-        found = newest_valid(self._folder, lambda line: None, self._ranks, latest_step)
+            assert self._trainer is not None
+            self._finish(self._trainer)
+        warnings: list[str] = []
+        found = newest_valid(self._folder, warnings.append, self._ranks, latest_step)
         if found is None:
             return None
         self._ranks.on_first(lambda: set_aside(self._folder, step_of(found)))
         return self._resume(found)
 
     def on_start(self, trainer: Trainer) -> None:
+        self._trainer = trainer
         if self._loaded:
             trainer.record("load", **self._loaded)
         if self._config.checkpoint.asynchronous:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+import statistics
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,14 +15,20 @@ import torch
 
 from based_megatron.errors import BasedError
 from based_megatron.monitor.eta import Eta
+from based_megatron.monitor.failures import wait_for_cause, write_failure
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.memory import memory_gib
 from based_megatron.monitor.sinks.base import Sink, perplexity
+from based_megatron.monitor.stragglers import Stragglers
 from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run, process_seconds
+from based_megatron.run_folder.files import ERRORS
 from based_megatron.train.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
+
+CAUSE_SECONDS = 5.0
+"""For so long the logging rank waits, after an error that comes of another rank's, for that one."""
 
 
 class Logger(Callback):
@@ -41,6 +51,7 @@ class Logger(Callback):
         peak_flops = peak_flops_of_run(config, trainer.device)
         self._meter = ThroughputMeter(flops_per_token, topology.world_size, peak_flops)
         intervals = {"validation": config.validation.interval_steps, "save": config.checkpoint.interval_steps}
+        self._stragglers = Stragglers(topology.pipeline.size)
         self._eta = Eta(config.train.steps, intervals)
         self._tell(
             trainer,
@@ -92,7 +103,14 @@ class Logger(Callback):
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
         if isinstance(error, BasedError) or trainer.device.type == "cpu":  # else the device may never answer again
             self._write_steps()
-        self._tell(trainer, "error", type=type(error).__name__, message=str(error))
+        with contextlib.suppress(OSError):
+            folder = trainer.run_dir / ERRORS
+            own = write_failure(folder, trainer.topology.rank, error)
+            since = time.time() - process_seconds()
+            cause = wait_for_cause(folder, since, self._hosts or [own.host], CAUSE_SECONDS) if self._sinks else own
+            fields = dataclasses.asdict(cause or own)
+            del fields["time"]
+            self._tell(trainer, "error", **fields)
         self._close()
 
     def _log(self, trainer: Trainer, report: StepReport) -> None:
@@ -109,6 +127,7 @@ class Logger(Callback):
             metrics.record("time/step_seconds_slowest", speed["time/step_seconds"], "max")
             metrics.record("time/step_seconds_fastest", speed["time/step_seconds"], "min")
             metrics.record("time/data_seconds_slowest", speed["time/data_seconds"], "max")
+            speed |= self._compare(trainer, metrics.each_rank(speed["time/own_seconds"]))
         for name, gib in memory_gib(trainer.device).items():
             metrics.record(f"memory/{name}", gib, "max")
         values = metrics.collect()
@@ -124,6 +143,18 @@ class Logger(Callback):
         }
         for sink in self._sinks:
             sink.log(report.step, values)
+
+    def _compare(self, trainer: Trainer, seconds: list[float]) -> dict[str, float]:
+        """Metrics of the slowest rank, from the seconds of each rank's own work in a step; records those that stay behind."""
+        for found in self._stragglers.add(seconds):
+            host = self._hosts[found.rank] if self._hosts else ""
+            self._tell(trainer, "straggler", host=host, **dataclasses.asdict(found))
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        return {
+            "time/slowest_rank": slowest,
+            "time/own_seconds_slowest": seconds[slowest],
+            "time/own_seconds_median": statistics.median(seconds),
+        }
 
     def _write_steps(self) -> None:
         """Read the steps that are still on the device, and give them to the sinks."""
