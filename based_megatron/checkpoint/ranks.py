@@ -27,7 +27,7 @@ class Ranks:
     def together(self, action: Callable[[], T]) -> list[T]:
         """Run `action` everywhere and return all results by rank, on every rank.
 
-        Raises CheckpointError on all ranks, with one message, if it failed on any: nobody waits for one that gave up.
+        If it failed on any, all ranks raise that BasedError (CheckpointError for others): nobody waits for one that gave up.
         """
         outcomes: list[Any] = [None] * self.size
         outcome = self._try(action)
@@ -35,9 +35,10 @@ class Ranks:
             outcomes = [outcome]
         else:
             dist.all_gather_object(outcomes, outcome, group=self.group)
-        for _, error in outcomes:
-            if error is not None:
-                raise CheckpointError(error)
+        for _, failure in outcomes:
+            if failure is not None:
+                kind, message = failure
+                raise kind(message)
         return [result for result, _ in outcomes]
 
     def on_first(self, action: Callable[[], T]) -> T:
@@ -52,13 +53,13 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.group)
         return int(tensor)
 
-    def _try(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
+    def _try(self, action: Callable[[], T]) -> tuple[T | None, tuple[type[BasedError], str] | None]:
         try:
             return action(), None
         except BasedError as error:
-            return None, str(error)
+            return None, (type(error), str(error))
         except Exception as error:
-            return None, self.describe(error, self.rank)
+            return None, (CheckpointError, self.describe(error, self.rank))
 
     def describe(self, error: BaseException, rank: int) -> str:
         """One line about an error, with its rank if there are several."""

@@ -160,6 +160,21 @@ def disturbed(
     return run, when
 
 
+def cut_off(trial: Trial, name: str, in_save: bool) -> tuple[Run, float]:
+    """A run whose second node loses its network, and has it back after the end."""
+    run = trial.launch(name)
+    trial.wait_step(run, 13)
+    node = trial.nodes(run)[1]
+    if in_save:
+        wait(lambda: any(run.folder.glob("checkpoints/*.tmp")), 60, 0.002)
+    trial.cluster.machines.cut(node)
+    when = time.time()
+    trial.wait_end(run)
+    trial.cluster.machines.heal(node)
+    _all_idle(trial)
+    return run, when
+
+
 @scenario("nothing")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     trial.undisturbed()
@@ -228,18 +243,15 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
         return disturbed(trial, name, lambda run: trial.cluster.machines.kill(lost(trial.nodes(run)[0])))
 
 
-@scenario("a node is cut off the network")
+@scenario("a node is cut off the network in a step")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """Its rank goes on, and sees the file system."""
-    run = trial.launch(name)
-    trial.wait_step(run, 13)
-    node = trial.nodes(run)[1]
-    trial.cluster.machines.cut(node)
-    when = time.time()
-    trial.wait_end(run)
-    trial.cluster.machines.heal(node)
-    _all_idle(trial)
-    return run, when
+    return cut_off(trial, name, in_save=False)
+
+
+@scenario("a node is cut off the network in a save")
+def _(trial: Trial, name: str) -> tuple[Run, float]:
+    return cut_off(trial, name, in_save=True)
 
 
 @scenario("a rank is killed")
@@ -336,27 +348,25 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("two jobs of one folder, by another name")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """Around `based launch`: the lock of the folder refuses the ranks of the second."""
-    run = trial.launch(name)
-    trial.wait_step(run, 1)
-    second = ["sbatch", "--parsable", "--job-name=other", "--dependency=", str(run.folder / "pretrain.sbatch")]
-    log = run.folder / f"slurm-{_output(*second).strip()}.log"
-    when = time.time()
-    wait(lambda: log.exists() and "giving up" in log.read_text(), 120)
-    assert "is in use by job" in log.read_text(), log.read_text()
-    log.rename(log.with_name("refused.log"))
+    run, when = trial.launch(name), time.time()
+    _output("sbatch", "--job-name=other", "--dependency=", str(run.folder / "pretrain.sbatch"))
+    wait(lambda: not _output("squeue", "-h", "--name=other"), 240)
     trial.wait_end(run)
+    refused = [log for log in run.folder.glob("slurm-*.log") if "is in use by job" in log.read_text()]
+    assert len(refused) == 1 and "giving up" in refused[0].read_text(), run.log
+    refused[0].rename(run.folder / "refused.log")
     return run, when
 
 
 @scenario("a node with a slow network, and --check")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
-    trial.cluster.machines.slow("node1")
+    trial.cluster.machines.slow("node3")
     run, when = trial.launch(name, "--check", "--spare-nodes", "1"), time.time()
     trial.wait_end(run)
     excluded = [line.split()[0] for line in (run.folder / "excluded_nodes").read_text().splitlines()]
-    assert excluded == ["node1"] and "node1" not in trial.nodes(run), excluded
-    trial.cluster.machines.kill("node1")
-    trial.cluster.start("node1")
+    assert excluded == ["node3"] and "node3" not in trial.nodes(run), excluded
+    trial.cluster.machines.kill("node3")
+    trial.cluster.start("node3")
     _all_idle(trial)
     return run, when
 

@@ -256,6 +256,11 @@ def test_a_node_is_excluded_once_and_stays_so(job):
     assert len(job.read("run/excluded_nodes")) == 1 and job.read("calls") == ["requeue"]
 
 
+def test_if_every_rank_says_something_no_node_is_to_blame(job):
+    job.run(HANG + cause(0, 1, 1, "RuntimeError: Timed out") + cause(1, 1, 1, "RuntimeError: Timed out") + "exit 143")
+    assert job.read("calls") == ["requeue"] and job.read("run/excluded_nodes") == []
+
+
 def test_ranks_that_crash_do_not_cost_their_node(job):
     job.run(HANG + cause(0, 0, 1, "ValueError: no") + "exit 143")
     assert job.read("calls") == ["requeue"] and job.read("run/excluded_nodes") == []
