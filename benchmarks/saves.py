@@ -186,8 +186,8 @@ def measure(config: Config, topology: Topology, steps: int) -> dict[str, Any]:
     return {
         "checkpoint_bytes": sum(file.stat().st_size for file in path.iterdir()),
         "step_seconds": step_seconds,
-        "synchronous": {"stands_still_seconds": waited.after_seconds[-1], **synchronous},
-        "asynchronous": {"stands_still_seconds": behind.after_seconds[1], **asynchronous},
+        "synchronous": {"stands_still_seconds": waited.after_seconds[-1], **seconds_of(synchronous)},
+        "asynchronous": {"stands_still_seconds": behind.after_seconds[1], **seconds_of(asynchronous)},
         "memory_seconds": in_background.memory_seconds,
         "first_step_after_seconds": behind.step_seconds[1],
         "steps_while_writing": len(writing),
@@ -196,6 +196,11 @@ def measure(config: Config, topology: Topology, steps: int) -> dict[str, Any]:
         "restore_seconds": restore_seconds,
         "all_step_seconds": {"plain": plain.step_seconds, "asynchronous": behind.step_seconds},
     }
+
+
+def seconds_of(save: dict[str, Any]) -> dict[str, Any]:
+    """What the event of a save says, without where it is."""
+    return {key: value for key, value in save.items() if key != "path"}
 
 
 def config_of(name: str, micro_batch: int, run_dir: Path, ranks: int) -> Config:

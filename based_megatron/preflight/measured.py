@@ -45,7 +45,8 @@ NODE_BYTES_PER_SECOND = 400e9
 NETWORK_BYTES_PER_SECOND = 280e9
 """Rate of a node with eight 400 Gb/s adapters, at 70 % of their sum: assumed, not measured."""
 
-SAVE_BYTES_PER_SECOND = 16.2e9 / 20.5
-"""A synchronous save of one rank to a local disk: based-1b, 16 GB."""
+SAVE_BYTES_PER_SECOND = 16.2e9 / 13.4
+"""One rank that writes a save in the background to a local disk: based-1b (benchmarks/results/h100-saves.json). A save that training
+waits for took 20.4 s."""
 FILE_SYSTEM_BYTES_PER_SECOND = 10e9
 """Rate of all ranks together on a shared file system: assumed, not measured."""

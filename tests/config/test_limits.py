@@ -25,7 +25,7 @@ SECTIONS_WITH_ZERO = {
     "guards": "replica_check_interval_steps",
     "validation": "interval_steps sequences",
     "checkpoint": "interval_steps interval_seconds keep_last keep_every_steps",
-    "monitor": "peak_flops sample_interval_steps",
+    "monitor": "hang_seconds peak_flops sample_interval_steps",
 }
 MAY_BE_ZERO = {f"{section}.{name}" for section, names in SECTIONS_WITH_ZERO.items() for name in names.split()}
 

@@ -21,11 +21,3 @@ def test_a_disturbed_run_goes_on_bit_for_bit(trial, title):
     _, last_words, starts, _, again, equal = slurm_trial.row(trial, title, run, when)
     assert (last_words, starts, equal) == ("done", "2", "bit for bit")
     assert int(again) <= 10
-
-
-def test_the_node_of_a_stopped_rank_is_excluded(trial):
-    """By the run of the test before."""
-    run = slurm_trial.Run(trial.folder / "run-sigstop")
-    first, second = [line.split(";")[0].split() for line in run.log.split("starting on ")[1:]]
-    assert [line.split()[0] for line in (run.folder / "excluded_nodes").read_text().splitlines()] == [first[1]]
-    assert first[1] not in second

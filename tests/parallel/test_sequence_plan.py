@@ -104,22 +104,6 @@ def test_carried_rows_are_a_slice_before_the_first_and_those_for_the_next_step_o
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("limit", "known"), [(0, (0, 0)), (3, (3, 0)), (5, (5, 0)), (9, (7, 0))])
-def test_no_more_of_the_past_is_seen_than_is_known(limit, known):
-    """Tokens that a run never saw must not be taken for zeros that it did see."""
-    documents = Documents((torch.tensor([0]), torch.tensor([0, 1])), tokens_before=(7, 0)).with_past(limit)
-    assert documents.tokens_before == known
-    assert (documents.numbers(torch.arange(-8, 0)) == 0).sum(1).tolist() == list(known)
-
-
-def test_each_step_knows_its_tokens_more_of_the_past():
-    """From none: also where the documents go on, the first step sees nothing of what was before it."""
-    state = CarriedState()
-    for past in (0, 6, 12):
-        assert state.past_tokens == past
-        state = state.next(6)
-
-
 def test_ids_of_documents_count_from_their_starts():
     ids = telling_documents((0, 4, 8))
     assert torch.equal(Documents.from_ids(ids).numbers(torch.arange(8)), ids)

@@ -106,7 +106,7 @@ def test_progress_after_a_hang_ends_it(tmp_path, monkeypatch):
 
 def stuck_job(*job: Any) -> list[str]:
     """A job whose rank 1 takes 5 s to read the batch of step 3."""
-    take_step = Trainer._take_step
+    read = Trainer._read
 
     def slow(trainer: Trainer) -> Any:
         if trainer.topology.rank == 1 and trainer.step == 2:
@@ -119,10 +119,10 @@ def stuck_job(*job: Any) -> list[str]:
             trainer.loader.micro_batches = read_slowly  # type: ignore[method-assign]
         else:
             trainer.loader.__dict__.pop("micro_batches", None)
-        return take_step(trainer)
+        return read(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_take_step", slow)
+        patch.setattr(Trainer, "_read", slow)
         train_in_pool(*job)
     return list(flight_recorder.last_collectives(flight_recorder.dump()))
 
@@ -133,12 +133,12 @@ def test_a_rank_that_is_stuck_is_named_while_the_others_wait(worker_pool, corpus
         assert groups, "the flight recorder keeps collectives"
     first, second = read_stuck(tmp_path / "stacks", 0)
     assert (second.rank, second.step, second.phase, second.waits) == (1, 3, "data", False)
-    assert first.phase == "forward_backward" and first.waits and first.step == 3 and first.collectives
+    assert first.phase == "stop vote" and first.waits and first.step == 3 and first.collectives
     (hang,) = events(tmp_path, "hang")
     assert hang["behind"] == [1] and hang["step"] == 3
     assert (
         "in data of step 3, at train/test_watchdog.py" in hang["message"]
-        and "1 other waits in forward_backward" in hang["message"]
+        and "1 other waits in stop vote" in hang["message"]
     )
     assert "read_slowly" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
     assert (tmp_path / "stacks" / "rank-00000.collectives").stat().st_size > 0
