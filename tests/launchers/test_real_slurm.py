@@ -1,5 +1,8 @@
 """Two scenarios of slurm_trial.py on a real SLURM, where there is one."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import slurm_trial
 
@@ -9,10 +12,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_slurm()), reason=
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trial")
-    with slurm_trial.trial_cluster(folder) as trial:
-        yield trial
+def trial():
+    # Not a folder of pytest's: its parents are closed to other users, and munge then takes no socket in it.
+    with tempfile.TemporaryDirectory(prefix="slurm-trial-") as name:
+        Path(name).chmod(0o755)
+        with slurm_trial.trial_cluster(Path(name)) as trial:
+            yield trial
 
 
 @pytest.mark.parametrize("title", ["scontrol requeue", "a rank is stopped (SIGSTOP)"])
