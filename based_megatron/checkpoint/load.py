@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from based_megatron.checkpoint.carried import CARRIED
 from based_megatron.checkpoint.fragments import Fragment
@@ -36,13 +37,14 @@ def load_checkpoint(
     ranks = ranks or all_ranks()
     kinds = [MODEL] if weights_only else sorted({kind for fragment in fragments for kind in fragment.tensors})
     try:
-        wanted = set().union(*ranks.together(lambda: _check_fragments(path, fragments, kinds)))
-        ranks.together(lambda: _check_nothing_left(path, wanted))
+        stored = ranks.on_first(lambda: _Stored(read_state(path), _read_metadata(path)))
+        wanted = set().union(*ranks.together(lambda: _check_fragments(stored, fragments, kinds)))
+        _check_nothing_left(stored, wanted)
         for fragment in fragments:
             for tensor in fragment.tensors.values():
                 tensor.zero_()
-        _read_tensors(path, fragments, kinds, ranks)
-        return ranks.together(lambda: read_state(path))[ranks.rank]
+        _read_tensors(path, stored.metadata, fragments, kinds, ranks)
+        return stored.state
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {path}: {error}") from None
 
@@ -53,8 +55,9 @@ def load_carried(path: Path, fragments: Sequence[Fragment], ranks: Ranks | None 
     Raises CheckpointError on every rank, before anything is changed, if it has none of them or in other shapes.
     """
     ranks = ranks or all_ranks()
-    ranks.together(lambda: _check_carried(path, fragments))
-    _read_tensors(path, fragments, [CARRIED], ranks)
+    metadata = ranks.on_first(lambda: _read_metadata(path))
+    ranks.together(lambda: _check_carried(path, metadata, fragments))
+    _read_tensors(path, metadata, fragments, [CARRIED], ranks)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -70,16 +73,35 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors by name (KIND.NAME, of the kinds model, carried and those of the optimizer)."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    return _shapes(_read_metadata(path))
 
 
-def _check_fragments(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str]) -> set[str]:
+@dataclass(frozen=True)
+class _Stored:
+    """What a checkpoint says of itself.
+
+    One rank reads it and sends it to the others: it grows with the ranks that saved it, so all of them would read its square.
+    """
+
+    state: dict[str, Any]
+    metadata: Metadata
+
+
+def _read_metadata(path: Path) -> Metadata:
+    return dcp.FileSystemReader(path).read_metadata()
+
+
+def _shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    entries = metadata.state_dict_metadata.items()
+    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _check_fragments(stored: _Stored, fragments: Sequence[Fragment], kinds: Sequence[str]) -> set[str]:
     """Names of the parameters, if the checkpoint has them all in their shapes."""
-    has = read_state(path)["kinds"]
+    has = stored.state["kinds"]
     if has == [MODEL] and (missing := [kind for kind in kinds if kind != MODEL]):
         raise CheckpointError(f"it has no {' and '.join(missing)}, only weights: start from it with --checkpoint.load")
-    shapes = stored_shapes(path)
+    shapes = _shapes(stored.metadata)
     for fragment in fragments:
         name, shape = fragment.spec.name, fragment.spec.shape
         found = shapes.get(stored_name(MODEL, name))
@@ -96,8 +118,8 @@ def _check_fragments(path: Path, fragments: Sequence[Fragment], kinds: Sequence[
     return {fragment.spec.name for fragment in fragments}
 
 
-def _check_nothing_left(path: Path, wanted: set[str]) -> None:
-    for name, shape in stored_shapes(path).items():
+def _check_nothing_left(stored: _Stored, wanted: set[str]) -> None:
+    for name, shape in _shapes(stored.metadata).items():
         kind, _, parameter = name.partition(".")
         if kind == MODEL and parameter not in wanted:
             raise CheckpointError(
@@ -105,8 +127,8 @@ def _check_nothing_left(path: Path, wanted: set[str]) -> None:
             )
 
 
-def _check_carried(path: Path, fragments: Sequence[Fragment]) -> None:
-    shapes = stored_shapes(path)
+def _check_carried(path: Path, metadata: Metadata, fragments: Sequence[Fragment]) -> None:
+    shapes = _shapes(metadata)
     for fragment in fragments:
         name, shape = stored_name(CARRIED, fragment.spec.name), fragment.spec.shape
         found = shapes.get(name, "missing")
@@ -114,12 +136,14 @@ def _check_carried(path: Path, fragments: Sequence[Fragment]) -> None:
             raise CheckpointError(f"cannot load {path}: {name} is {found} there and {shape} in this run")
 
 
-def _read_tensors(path: Path, fragments: Sequence[Fragment], kinds: Sequence[str], ranks: Ranks) -> None:
+def _read_tensors(
+    path: Path, metadata: Metadata, fragments: Sequence[Fragment], kinds: Sequence[str], ranks: Ranks
+) -> None:
     try:
         with without_dcp_warning(ranks):
             dcp.load(
                 {},
-                storage_reader=RangeReader(path),
+                storage_reader=RangeReader(path, metadata),
                 planner=FragmentLoadPlanner(fragments, kinds),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,

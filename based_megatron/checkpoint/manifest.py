@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,13 +67,17 @@ def read_manifest(folder: Path) -> list[FileEntry]:
     return entries
 
 
-def problems(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
-    """Faults of a checkpoint, one short phrase each; rank r of `size` looks at every size-th file only."""
+def listed(folder: Path) -> tuple[list[FileEntry], list[str]]:
+    """Entries of the manifest, or what is wrong with it in one short phrase."""
     try:
-        entries = read_manifest(folder)
+        return read_manifest(folder), []
     except (OSError, ValueError) as error:
-        return [f"{MANIFEST} is unreadable ({error})"]
-    return [problem for entry in entries[rank::size] if (problem := _problem(folder, entry))]
+        return [], [f"{MANIFEST} is unreadable ({error})"]
+
+
+def problems(folder: Path, entries: Sequence[FileEntry]) -> list[str]:
+    """Faults of these files of a checkpoint, one short phrase each."""
+    return [problem for entry in entries if (problem := _problem(folder, entry))]
 
 
 def is_as_written(folder: Path, name: str) -> bool:

@@ -42,8 +42,18 @@ class Ranks:
         return [result for result, _ in outcomes]
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 and return its result on every rank; fails everywhere if it fails there."""
-        return self.together(lambda: action() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        """Run `action` on rank 0 and return its result on every rank; fails everywhere if it fails there.
+
+        Only rank 0's result travels, whatever its size; rank 0 does not wait for the others.
+        """
+        outcomes: list[Any] = [self._try(action) if self.rank == 0 else None]
+        if self.group is not None:
+            dist.broadcast_object_list(outcomes, group=self.group, group_src=0)
+        result, failure = outcomes[0]
+        if failure is not None:
+            kind, message = failure
+            raise kind(message)
+        return result
 
     def lowest(self, value: int) -> int:
         """The smallest of the values of all ranks, on every rank (collective; the group must be gloo)."""

@@ -23,6 +23,14 @@ class RangeReader(FileSystemReader):
     DCP's reader takes the whole rectangle, one after another: on 64 ranks, each would read an embedding that one rank had saved.
     """
 
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        """metadata: the checkpoint's, which one rank has read for all."""
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._stored = {

@@ -23,7 +23,7 @@ from based_megatron.checkpoint.manifest import (
 from based_megatron.checkpoint.ranks import Ranks, all_ranks, without_dcp_warning
 from based_megatron.checkpoint.rectangles import FragmentSavePlanner
 from based_megatron.checkpoint.store import step_name
-from based_megatron.checkpoint.writer import PartWriter
+from based_megatron.checkpoint.writer import PartWriter, files_of_rank
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.history import versions
 
@@ -51,7 +51,7 @@ def save_checkpoint(
     try:
         ranks.on_first(lambda: _make_empty(unfinished))
         _write_tensors(unfinished, fragments, ranks)
-        sealed = ranks.together(lambda: [seal_file(path) for path in unfinished.glob(f"__{ranks.rank}_*")])
+        sealed = ranks.together(lambda: [seal_file(path) for path in files_of_rank(unfinished, ranks.rank)])
         kinds = sorted({kind for fragment in fragments for kind in fragment.tensors})
         document = {
             "format": FORMAT,

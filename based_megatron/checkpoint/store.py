@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
-from based_megatron.checkpoint.manifest import MANIFEST, STATE, problems, read_manifest
+from based_megatron.checkpoint.manifest import MANIFEST, STATE, listed, problems, read_manifest
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
@@ -80,10 +80,13 @@ def newest_good(folder: Path, before_step: int | None = None) -> Path | None:
 def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
     """Faults of a checkpoint's files, none if it is whole; the ranks share the hashing (collective).
 
-    Each file is read by one rank.
+    Each file is read by one rank, the manifest too.
     """
     ranks = ranks or all_ranks()
-    shares = ranks.together(lambda: problems(path, ranks.rank, ranks.size))
+    entries, unreadable = ranks.on_first(lambda: listed(path))
+    if unreadable:
+        return unreadable
+    shares = ranks.together(lambda: problems(path, entries[ranks.rank :: ranks.size]))
     wrong = list(dict.fromkeys(problem for share in shares for problem in share))
     return wrong or ranks.on_first(lambda: _contradictions(path))
 
@@ -234,9 +237,9 @@ def _contradictions(path: Path) -> list[str]:
     named, saved = _NAMED.fullmatch(path.name), _state(path).get("step")
     if named and int(named[1]) != saved:
         return [f"it is named for step {int(named[1])} but {STATE} is of step {saved}"]
-    listed = {entry.name for entry in read_manifest(path)}
+    entries = {entry.name for entry in read_manifest(path)}
     stored = {info.relative_path for info in dcp.FileSystemReader(path).read_metadata().storage_data.values()}
-    return [f"{name} is not listed in {MANIFEST}" for name in sorted(stored - listed)]
+    return [f"{name} is not listed in {MANIFEST}" for name in sorted(stored - entries)]
 
 
 def _state(path: Path) -> dict[str, Any]:

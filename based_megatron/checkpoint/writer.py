@@ -1,6 +1,7 @@
 """Writing of a rank's tensors into several files at a time."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -42,6 +43,15 @@ class PartWriter(FileSystemWriter):
         done: Future[Any] = Future()
         done.set_result(results)
         return done
+
+
+def files_of_rank(folder: Path, rank: int) -> list[Path]:
+    """The files that a PartWriter has written for a rank, found by their names: the folder, with those of all ranks, is not listed."""
+    found: list[Path] = []
+    for part in range(WRITER_THREADS):
+        paths = (folder / f"__{rank}_{part}_{number}.distcp" for number in itertools.count())
+        found += itertools.takewhile(Path.exists, paths)
+    return found
 
 
 def _parts(items: Sequence[WriteItem]) -> list[tuple[int, list[WriteItem]]]:

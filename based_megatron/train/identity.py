@@ -120,7 +120,9 @@ def is_done(config: Config, identity: Identity, ranks: Ranks) -> bool:
     if identity.saved_step < config.train.steps:
         return False
     newest = newest_valid(Path(config.run_dir) / FOLDER, lambda _: None, ranks)
-    return newest is not None and step_of(newest) >= config.train.steps and not skips_at_end(read_state(newest))
+    if newest is None or step_of(newest) < config.train.steps:
+        return False
+    return not ranks.on_first(lambda: skips_at_end(read_state(newest)))
 
 
 def record_start(config: Config, identity: Identity, from_step: int, ranks: Ranks) -> None:

@@ -273,7 +273,9 @@ def test_ranks_that_verify_read_each_file_once(tmp_path, monkeypatch):
     read: list[str] = []
     hash_file = manifest._hash
     monkeypatch.setattr(manifest, "_hash", lambda file: (read.append(file.name), hash_file(file))[1])
-    assert [manifest.problems(path, rank, 3) for rank in range(3)] == [[], [], []]
+    entries, unreadable = manifest.listed(path)
+    assert not unreadable
+    assert [manifest.problems(path, entries[rank::3]) for rank in range(3)] == [[], [], []]
     assert sorted(read) == sorted(set(os.listdir(path)) - {"manifest.json"})
 
 

@@ -246,7 +246,7 @@ class Checkpointer(Callback):
         return state
 
     def _check_optimizer(self, path: Path) -> None:
-        saved = self._ranks.together(lambda: saved_optimizer(read_state(path))["name"])[0]
+        saved = self._ranks.on_first(lambda: saved_optimizer(read_state(path))["name"])
         if saved != self._config.optimizer.name:
             raise ConfigError(
                 f"{path} was trained with optimizer.name {saved}, now {self._config.optimizer.name}: its state does not fit; restore "
