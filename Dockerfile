@@ -12,9 +12,10 @@ WORKDIR /opt/based_megatron
 COPY . .
 
 # The versions tested together, but torch, Triton and NumPy as the image built them: PIP_CONSTRAINT is the image's own list.
-RUN grep -vE '^(torch|numpy|protobuf)==' constraints.txt > /tmp/constraints.txt \
- && python -c "import torch, triton; print(f'torch=={torch.__version__}\ntriton=={triton.__version__}')" >> /tmp/constraints.txt \
- && PIP_CONSTRAINT=/tmp/constraints.txt pip install --no-cache-dir . \
+RUN built=$(mktemp) \
+ && grep -vE '^(torch|numpy|protobuf)==' constraints.txt > "$built" \
+ && python -c "import torch, triton; print(f'torch=={torch.__version__}\ntriton=={triton.__version__}')" >> "$built" \
+ && PIP_CONSTRAINT="$built" pip install --no-cache-dir . \
  && based --version
 
 WORKDIR /

@@ -13,7 +13,8 @@ from based_megatron.data.jumps import DataJumps
 from based_megatron.data.manifest import Manifest, load_manifest, verify
 from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError
-from based_megatron.monitor.events import FILE_NAME, read_events
+from based_megatron.monitor.events import read_events
+from based_megatron.run_folder.files import CONFIG, EVENTS
 
 PREVIEW_CHARACTERS = 60
 TELL_JUMPS = ("start", "resume", "rollback")
@@ -81,13 +82,13 @@ def _data(command: DataCommand) -> tuple[DataConfig, int]:
         sources = tuple(SourceConfig(path=path) for path in command.path)
         data = DataConfig(sources=sources, sequence_length_tokens=command.sequence_length_tokens, seed=command.seed)
         return data, command.global_batch_sequences
-    config = load_config(command.config or str(Path(command.run) / "config.yaml"))
+    config = load_config(command.config or str(Path(command.run) / CONFIG))
     return config.data, config.train.global_batch_sequences
 
 
 def jumps_of(run_dir: Path) -> DataJumps:
     """The data that a run has stepped over, by the newest word of its events."""
-    path, jumps = run_dir / FILE_NAME, DataJumps()
+    path, jumps = run_dir / EVENTS, DataJumps()
     for event in read_events(path) if path.is_file() else ():
         if event.get("event") in TELL_JUMPS:
             jumps = DataJumps.read(event.get("data_jumps", ()))

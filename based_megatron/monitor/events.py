@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from based_megatron.run_folder.files import EVENTS as FILE_NAME
 from based_megatron.run_folder.json_lines import append_line as append_event
 from based_megatron.run_folder.json_lines import read_lines
 
-__all__ = ["FILE_NAME", "append_event", "each_step", "read_events"]
+__all__ = ["append_event", "each_step", "read_events"]
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -8,18 +8,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from based_megatron import __version__
+from based_megatron.run_folder.history import LIBRARIES, versions
 
 PRODUCT_SIZE = 1024
 """Rows and columns of the matrices whose product every device must compute alike."""
 REPETITIONS = 20
-LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed")
 FILE_BYTES = 16 * 2**20
 
 
@@ -61,7 +59,7 @@ def measure_rank(rank: int, device: torch.device) -> RankReport:
     return RankReport(
         rank=rank,
         host=node_name(),
-        versions=versions(device),
+        versions=device_versions(device),
         matrix_flops=matrix_flops(sizes.matrix, device),
         memory_bytes_per_second=memory_rate(sizes.memory_bytes, device),
         product=product_hash(device),
@@ -73,14 +71,9 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """Names and versions that decide what a step computes."""
-    found = {"based-megatron": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+def device_versions(device: torch.device) -> dict[str, str]:
+    """Names and versions that decide what a step computes on a device."""
+    found = {"python": platform.python_version(), **versions((*LIBRARIES, "triton"))}
     if device.type == "cuda":
         found |= {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
         driver = Path("/proc/driver/nvidia/version")

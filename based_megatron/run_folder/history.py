@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,10 +62,10 @@ def append_start(run_dir: Path, start: Start) -> None:
     append_line(run_dir / HISTORY, dataclasses.asdict(start))
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that decide what a run computes."""
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of this package and of libraries; by default of those that decide what a run computes."""
     found = {"based-megatron": __version__}
-    for name in LIBRARIES:
+    for name in libraries:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

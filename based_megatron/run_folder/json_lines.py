@@ -13,7 +13,7 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
 
     Infinities and nan, which JSON lacks, become strings that float() reads; what else JSON lacks becomes its str().
     """
-    line = json.dumps(_legal(values), allow_nan=False, default=str).encode() + b"\n"
+    line = json.dumps(legal(values), allow_nan=False, default=str).encode() + b"\n"
     with open(path, "ab+") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
@@ -34,9 +34,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield values
 
 
-def _legal(value: Any) -> Any:
+def legal(value: Any) -> Any:
+    """A value that JSON can hold: infinities and nan, which it lacks, become strings that float() reads."""
     if isinstance(value, dict):
-        return {key: _legal(item) for key, item in value.items()}
+        return {key: legal(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_legal(item) for item in value]
+        return [legal(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

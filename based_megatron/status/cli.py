@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from based_megatron.errors import ConfigError
-from based_megatron.monitor.events import FILE_NAME
+from based_megatron.run_folder.files import EVENTS
 from based_megatron.status.record import RunRecord
 from based_megatron.status.report import json_line, page, table
 from based_megatron.status.run import KNOWN_FILES, RunStatus, is_run, status_of
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         )
     for other in sorted(set(options.runs) - set(runs)):
         print(f"{other} is no run folder and is left out", file=sys.stderr)
-    records = [(run, RunRecord(run / FILE_NAME)) for run in runs]
+    records = [(run, RunRecord(run / EVENTS)) for run in runs]
     if options.json:
         for status in _look(records):
             print(json_line(status))

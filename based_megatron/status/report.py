@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from based_megatron.monitor.words import duration, human
+from based_megatron.run_folder.json_lines import legal
 from based_megatron.status.run import RunStatus
 
 COLORS = {"running": "green", "done": "green", "hung": "red", "crashed": "red", "stopped": "yellow"}
@@ -67,7 +66,7 @@ def table(statuses: Sequence[RunStatus]) -> RenderableType:
 
 def json_line(status: RunStatus) -> str:
     """One JSON object; infinities and nan are strings that float() reads."""
-    return json.dumps(_legal(dataclasses.asdict(status)), allow_nan=False)
+    return json.dumps(legal(dataclasses.asdict(status)), allow_nan=False)
 
 
 def _rows(status: RunStatus) -> dict[str, str]:
@@ -182,11 +181,3 @@ def _digits(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
-
-
-def _legal(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _legal(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_legal(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -160,6 +160,14 @@ def disturbed(
     return run, when
 
 
+def resubmitted(trial: Trial, name: str, run: Run) -> tuple[Run, float]:
+    """A run that has ended, submitted again to its end; when it was submitted."""
+    when = time.time()
+    trial.launch(name)
+    trial.wait_end(run)
+    return run, when
+
+
 def cut_off(trial: Trial, name: str, in_save: bool) -> tuple[Run, float]:
     """A run whose second node loses its network, and has it back after the end."""
     run = trial.launch(name)
@@ -202,10 +210,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     run, _when = disturbed(trial, name, lambda run: _output("scancel", trial.job(run)))
     assert run.starts == 1, "a cancelled job came back"
-    when = time.time()
-    trial.launch(name)
-    trial.wait_end(run)
-    return run, when
+    return resubmitted(trial, name, run)
 
 
 @scenario("scontrol requeue")
@@ -282,10 +287,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     run, _when = disturbed(trial, name, disturb)
     left = [pid for node in trial.nodes(run) for pid in trial.cluster.machines.pids(node, str(run.folder))]
     assert run.starts == 1 and not left, f"ranks outlive the script: {left}"
-    when = time.time()
-    trial.launch(name)
-    trial.wait_end(run)
-    return run, when
+    return resubmitted(trial, name, run)
 
 
 @scenario("slurmctld restarts")
@@ -393,10 +395,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     (run.folder / "stop").touch()
     trial.wait_end(run)
     assert len(run.losses) == 1 and not (run.folder / "stop").exists(), run.losses
-    when = time.time()
-    trial.launch(name)
-    trial.wait_end(run)
-    return run, when
+    return resubmitted(trial, name, run)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from based_megatron.monitor.events import FILE_NAME, append_event
+from based_megatron.monitor.events import append_event
 from based_megatron.monitor.sinks.base import RunFacts, Sink
+from based_megatron.run_folder.files import EVENTS
 
 SHORT = ("train/", "throughput/", "time/")
 """Sections whose metrics go by their last name: `loss`, not `train/loss`."""
@@ -16,7 +17,7 @@ class EventsSink(Sink):
     """One JSON object a line: time (seconds since 1970), step, event, and what belongs to the event."""
 
     def start(self, run: RunFacts) -> None:
-        self._path = run.run_dir / FILE_NAME
+        self._path = run.run_dir / EVENTS
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.event(step, "step", {_field(name): value for name, value in values.items()})
