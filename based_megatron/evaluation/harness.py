@@ -72,12 +72,12 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Scores of (context, continuation): requests with one context share its state."""
         continuations: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-        for _, context, continuation in requests:
+        for _texts, context, continuation in requests:
             of_context = continuations.setdefault(tuple(context), {})
             of_context.setdefault(tuple(continuation), len(of_context))
         questions = [Question(context, tuple(found)) for context, found in continuations.items()]
         scores = dict(zip(continuations, self.model.scorer.log_likelihoods(questions), strict=True))
-        places = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        places = [(tuple(context), tuple(continuation)) for _texts, context, continuation in requests]
         found = [scores[context][continuations[context][continuation]] for context, continuation in places]
         return [(score.log_likelihood, score.is_greedy) for score in found]
 
@@ -208,7 +208,9 @@ def _loadable(
     manager = TaskManager(include_path=paths if known else None, include_defaults=not known, metadata=metadata)
     if task.name not in manager.task_index:
         near = near_names(task.name, manager.all_tasks)
-        raise ConfigError(f"lm-eval has no task {task.name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+        raise ConfigError(
+            f"lm-eval has no task {task.name!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
+        )
     # Only the members of a group take other settings.
     return {"group": "chosen", "task": [overrides]}, manager
 

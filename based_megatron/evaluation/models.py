@@ -104,13 +104,20 @@ def read_source(path: Path, mixers: str = "") -> Source:
         weights, config = read_full(path)
     except CheckpointError as error:
         if path.is_dir() and (path / "config.json").is_file():
-            raise CheckpointError(f"{path} is a model of another kind: give a run, a checkpoint or an export of ours") from error
+            raise CheckpointError(
+                f"{path} is a model of another kind: give a run, a checkpoint or an export of ours"
+            ) from error
         raise
     return Source(weights, config.model, data_folder(config), config.data.sequence_length_tokens)
 
 
 def language_model(
-    source: Source, tokenizer: PreTrainedTokenizerFast, topology: Topology, precision: Literal["fp32", "bf16"], batch: int, ranks: DataRanks
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    topology: Topology,
+    precision: Literal["fp32", "bf16"],
+    batch: int,
+    ranks: DataRanks,
 ) -> LanguageModel:
     """The model on the device of the topology, over its decoding states where it has them.
 
@@ -142,7 +149,9 @@ def has_states(model: ModelConfig) -> bool:
     return True
 
 
-def training_model(weights: dict[str, Tensor], model: ModelConfig, topology: Topology, dtype: torch.dtype) -> BasedModel:
+def training_model(
+    weights: dict[str, Tensor], model: ModelConfig, topology: Topology, dtype: torch.dtype
+) -> BasedModel:
     """The model that was trained, whole on this rank, with these weights."""
     (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)
     backend = resolve_backend("auto", topology.device)

@@ -116,7 +116,10 @@ class Reader:
         greedy_B = torch.ones(len(rows), dtype=torch.bool, device=self._device)
 
         def add(logits_BLU: Tensor, targets_BL: Tensor) -> None:
-            wide_BLU, absent_BL = logits_BLU.to(torch.promote_types(logits_BLU.dtype, torch.float32)), targets_BL == NO_TOKEN
+            wide_BLU, absent_BL = (
+                logits_BLU.to(torch.promote_types(logits_BLU.dtype, torch.float32)),
+                targets_BL == NO_TOKEN,
+            )
             picked_BL = wide_BLU.gather(-1, targets_BL.clamp_min(0)[..., None])[..., 0] - wide_BLU.logsumexp(-1)
             best_BL = logits_BLU[..., : self.engine.model.config.model.vocab_size].argmax(-1)
             sums_B[: len(targets_BL)] += picked_BL.double().masked_fill(absent_BL, 0).sum(-1)

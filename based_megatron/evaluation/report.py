@@ -69,7 +69,19 @@ def to_markdown(report: Report) -> str:
     """The page: one row for each task, and one table of slices."""
     lines = ["# based eval", "", *(f"- {name}: {value}" for name, value in report.facts.items()), ""]
     lines += _table(
-        ("task", "version", "prompt", "rows", "score", "baselines", "data", "prompts", "tokens computed", "of", "seconds"),
+        (
+            "task",
+            "version",
+            "prompt",
+            "rows",
+            "score",
+            "baselines",
+            "data",
+            "prompts",
+            "tokens computed",
+            "of",
+            "seconds",
+        ),
         [
             (
                 result.task,

@@ -128,7 +128,9 @@ def _with_costs(model: LanguageModel, ranks: DataRanks, ask: Callable[[], Outcom
 def _check_prompts(config: EvalConfig, tasks: Sequence[Task]) -> None:
     changed = [task for task in tasks if task.kind != "stock" or task.name in EXTRACTION + CLOZE]
     if config.read_twice and not changed:
-        raise ConfigError("--read-twice changes tasks whose answer is sought in a document, such as --tasks recall; none is chosen")
+        raise ConfigError(
+            "--read-twice changes tasks whose answer is sought in a document, such as --tasks recall; none is chosen"
+        )
 
 
 def _check_lengths(model: LanguageModel, contexts: Sequence[int], read_twice: bool) -> None:
@@ -147,15 +149,21 @@ def _write_samples(folder: Path, result: TaskResult, samples: Samples) -> None:
     (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-def _facts(config: EvalConfig, model: LanguageModel, ranks: DataRanks, device: torch.device, command: str) -> dict[str, str]:
+def _facts(
+    config: EvalConfig, model: LanguageModel, ranks: DataRanks, device: torch.device, command: str
+) -> dict[str, str]:
     facts = {
         "model": f"{config.model}: {model.model.layer_pattern}, hidden size {model.model.hidden_size}",
         "based": __version__,
         "lm-eval": _version("lm-eval"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
         "ranks": str(ranks.size),
         "precision": config.precision,
-        "path": "decoding states, contexts read once" if isinstance(model.scorer, StateScorer) else "full attention, whole rows",
+        "path": "decoding states, contexts read once"
+        if isinstance(model.scorer, StateScorer)
+        else "full attention, whole rows",
         "command": command,
     }
     return {name: value for name, value in facts.items() if value}

@@ -179,7 +179,8 @@ class AttentionScorer(Scorer):
         scores = []
         for logits_LU, (context, continuation) in zip(logits_BLU, pairs, strict=True):
             targets_L = torch.tensor(continuation, device=logits_LU.device)
-            wide_LU = logits_LU[len(context) - 1 : len(context) - 1 + len(continuation)].float()
+            wide_LU = logits_LU[len(context) - 1 : len(context) - 1 + len(continuation)]
+            wide_LU = wide_LU.to(torch.promote_types(wide_LU.dtype, torch.float32))
             picked_L = wide_LU.gather(-1, targets_L[:, None])[:, 0] - wide_LU.logsumexp(-1)
             best_L = wide_LU[:, : self.model.config.tokenizer_vocab_size].argmax(-1)
             scores.append(Score(picked_L.double().sum().item(), bool((best_L == targets_L).all())))

@@ -1,12 +1,14 @@
 """The task `metadata`: a field of a Python package, somewhere in its METADATA (like FDA)."""
 
+import random
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from transformers import PreTrainedTokenizerFast
 
 from based_megatron.evaluation.contexts import Asked
 from based_megatron.evaluation.generated.packages import Package
-from based_megatron.evaluation.generated.rows import Length, Row, row
+from based_megatron.evaluation.generated.rows import Length, Row, guessable_values, row
 
 ASKED_FIELDS = ("Version", "Summary", "Author", "Author-email", "Home-page", "Requires-Python", "License")
 TOKENS_BETWEEN = 4
@@ -18,16 +20,23 @@ PLACES = ("start", "middle", "end")
 
 
 def metadata_rows(
-    packages: Sequence[Package], sizes: Sequence[int], tokenizer: PreTrainedTokenizerFast, length: Length
+    packages: Sequence[Package], size: int, tokenizer: PreTrainedTokenizerFast, length: Length, seed: int
 ) -> Iterator[Row]:
     """Rows of documents of at most so many tokens: the header in a description that is cut to what is left."""
-    for size in sizes:
-        for place, package in ((place, package) for package in packages for place in PLACES):
-            document = _document(package, place, size, tokenizer, length)
-            for key in ASKED_FIELDS if document else ():
-                asked = Asked(document, f"\n\n{key}:", package.fields.get(key, ""))
-                if found := row(asked, key, f"{package.name} {place} {size}", size, length):
-                    yield found
+    guessable = guessable_values(package.fields for package in packages)
+    places = list(product(packages, PLACES))
+    random.Random(f"metadata {seed} {size}").shuffle(places)
+    for package, place in places:
+        asked_fields = [
+            (key, value)
+            for key in ASKED_FIELDS
+            if (value := package.fields.get(key)) and (key, value.lower()) not in guessable
+        ]
+        document = _document(package, place, size, tokenizer, length) if asked_fields else ""
+        for key, value in asked_fields if document else ():
+            asked = Asked(document, f"\n\n{key}:", value)
+            if found := row(asked, key, f"{package.name} {place} {size}", size, length):
+                yield found
 
 
 def _document(package: Package, place: str, size: int, tokenizer: PreTrainedTokenizerFast, length: Length) -> str:

@@ -3,38 +3,33 @@
 import html
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from based_megatron.evaluation.contexts import Asked
 from based_megatron.evaluation.generated.packages import Package
-from based_megatron.evaluation.generated.rows import Length, Row, row
+from based_megatron.evaluation.generated.rows import Length, Row, guessable_values, row
 
 QUESTIONS_A_PAGE = 8
 LONGEST_DESCRIPTION = 300
 """Characters."""
 
 
-def packages_html_rows(packages: Sequence[Package], sizes: Sequence[int], length: Length, seed: int) -> Iterator[Row]:
-    """Rows of pages with as many packages as fit into so many tokens; every package is on one page of each size."""
-    for size in sizes:
-        rng = random.Random(f"packages_html {seed} {size}")
-        shuffled = list(packages)
-        rng.shuffle(shuffled)
-        for number, page in enumerate(_pages(shuffled, size, length)):
-            document = "\n".join(map(_section, page))
-            cells = [(package, key) for package in page for key in package.fields]
-            rng.shuffle(cells)
-            rows = (
-                row(
-                    Asked(document, f"\n\nThe {key} of {package.name} is", package.fields[key]),
-                    key,
-                    f"page {number} {size}",
-                    size,
-                    length,
-                )
-                for package, key in cells
-            )
-            kept = [found for found in rows if found is not None]
-            yield from kept[:QUESTIONS_A_PAGE]
+def packages_html_rows(packages: Sequence[Package], size: int, length: Length, seed: int) -> Iterator[Row]:
+    """Rows of pages with as many packages as fit into so many tokens; every package is on one page."""
+    guessable = guessable_values(package.fields for package in packages)
+    rng = random.Random(f"packages_html {seed} {size}")
+    shuffled = list(packages)
+    rng.shuffle(shuffled)
+    for number, page in enumerate(_pages(shuffled, size, length)):
+        document = "\n".join(map(_section, page))
+        cells = [(package.name, *cell) for package in page for cell in package.fields.items()]
+        rng.shuffle(cells)
+        rows = (
+            row(Asked(document, f"\n\nThe {key} of {name} is", value), key, f"page {number} {size}", size, length)
+            for name, key, value in cells
+            if (key, value.lower()) not in guessable
+        )
+        yield from islice(filter(None, rows), QUESTIONS_A_PAGE)
 
 
 def _pages(packages: Sequence[Package], size: int, length: Length) -> Iterator[list[Package]]:
@@ -49,10 +44,14 @@ def _pages(packages: Sequence[Package], size: int, length: Length) -> Iterator[l
             page, tokens = [], 0
         if more <= size:
             page, tokens = [*page, package], tokens + more
+    if len(page) > 1:
+        yield page
 
 
 def _section(package: Package) -> str:
     # Quotes stay as they are, so that most values do.
-    cells = [f"<tr><th>{key}</th><td>{html.escape(value, quote=False)}</td></tr>" for key, value in package.fields.items()]
+    cells = [
+        f"<tr><th>{key}</th><td>{html.escape(value, quote=False)}</td></tr>" for key, value in package.fields.items()
+    ]
     text = html.escape(package.description[:LONGEST_DESCRIPTION], quote=False)
     return "\n".join([f"<h2>{html.escape(package.name)}</h2>", "<table>", *cells, "</table>", f"<p>{text}</p>"])

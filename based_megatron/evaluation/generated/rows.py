@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -57,23 +57,22 @@ def row(asked: Asked, key: str, doc: str, size: int, length: Length) -> Row | No
     return Row(asked.text, value, key, doc, length(document), distance, asked.question, size)
 
 
-def not_guessable(rows: Iterable[Row]) -> list[Row]:
-    """Rows whose value is not the most common one of its key, nor that of more than 5 % of the key's rows.
+def guessable_values(documents: Iterable[Mapping[str, str]]) -> frozenset[tuple[str, str]]:
+    """(key, value in lower case) that one can guess without a document, out of the fields of all documents.
 
-    A value counts once for each document that has it: several questions about one document do not make it common.
+    They are the most common value of each key, and those of more than 5 % of the documents that have the key. A value that only one
+    document has is never guessable.
     """
-    rows = list(rows)
-    documents = {(each.key, each.value.lower(), each.doc) for each in rows}
     counts: dict[str, Counter[str]] = {}
-    for key, value, _ in documents:
-        counts.setdefault(key, Counter())[value] += 1
-
-    def rare(each: Row) -> bool:
-        of_key = counts[each.key]
-        count, most = of_key[each.value.lower()], max(of_key.values())
-        return count == 1 or (count < most and count <= MOST_COMMON_SHARE * of_key.total())
-
-    return [each for each in rows if rare(each)]
+    for document in documents:
+        for key, value in document.items():
+            counts.setdefault(key, Counter())[value.lower()] += 1
+    return frozenset(
+        (key, value)
+        for key, of_key in counts.items()
+        for value, count in of_key.items()
+        if count > 1 and (count == max(of_key.values()) or count > MOST_COMMON_SHARE * of_key.total())
+    )
 
 
 def majority_guesses(rows: Sequence[Row]) -> list[str]:

@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import json
-import random
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +16,7 @@ from based_megatron.evaluation.generated.metadata import metadata_rows
 from based_megatron.evaluation.generated.packages import debian_packages, python_packages
 from based_megatron.evaluation.generated.packages_html import packages_html_rows
 from based_megatron.evaluation.generated.phonebook import LINES, phonebook_rows
-from based_megatron.evaluation.generated.rows import Row, digest, majority_guesses, not_guessable, read_rows
+from based_megatron.evaluation.generated.rows import Row, digest, majority_guesses, read_rows
 from based_megatron.evaluation.models import Writer
 from based_megatron.evaluation.report import Slice, TaskResult
 
@@ -45,30 +44,26 @@ def generated_rows(
     def length(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
-    sizes = tuple(contexts) or SIZES_TOKENS
+    packages = python_packages() if task == "metadata" else debian_packages() or python_packages()
+
+    def of_size(size: int) -> Iterator[Row]:
+        if task == "phonebook":
+            return phonebook_rows(size, length, SEED)
+        if task == "metadata":
+            return metadata_rows(packages, size, tokenizer, length, SEED)
+        return packages_html_rows(packages, size, length, SEED)
+
+    sizes: Sequence[int] = tuple(contexts) or SIZES_TOKENS
     if task == "phonebook":
-        rows = list(phonebook_rows(LINES, ROWS_A_SIZE, length, SEED))
         longest = max(contexts, default=0)
-        rows = [row for row in rows if not longest or row.context_tokens <= longest]
-    elif task == "metadata":
-        rows = not_guessable(metadata_rows(python_packages(), sizes, tokenizer, length))
-    else:
-        rows = not_guessable(packages_html_rows(debian_packages() or python_packages(), sizes, length, SEED))
+        sizes = [lines for lines in LINES if not longest or next(of_size(lines)).context_tokens <= longest]
+    most = ROWS_A_SIZE if limit is None else min(ROWS_A_SIZE, -(-limit // max(1, len(sizes))))
+    rows = [row for size in sizes for row in islice(of_size(size), most)]
     if not rows:
-        raise DataError(f"this machine gives no rows for the task {task}: put {task}.jsonl of another machine into --data, or set --context")
-    return _some_of_each_size(rows, limit)
-
-
-def _some_of_each_size(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """The rows of some documents of each size, questions about one document together."""
-    sizes = sorted({row.size for row in rows})
-    most = ROWS_A_SIZE if limit is None else min(ROWS_A_SIZE, -(-limit // len(sizes)))
-    kept: list[Row] = []
-    for size in sizes:
-        documents = [list(group) for _, group in groupby((row for row in rows if row.size == size), key=lambda row: row.doc)]
-        random.Random(f"documents {SEED} {size}").shuffle(documents)
-        kept += [row for document in documents for row in document][:most]
-    return kept[:limit]
+        raise DataError(
+            f"nothing here makes rows for the task {task}: put {task}.jsonl of another machine into --data, or set --context"
+        )
+    return rows[:limit]
 
 
 def rows_of_file(path: Path, tokenizer: PreTrainedTokenizerFast, limit: int | None) -> list[Row]:
@@ -155,7 +150,14 @@ def score_rows(
         slices=[*slices(lambda row: f"documents of {row.size} {unit}" if row.size else ""), *of_distance],
     )
     samples: list[dict[str, object]] = [
-        {"key": row.key, "doc": row.doc, "value": row.value, "answer": answer, "contains": hit, "without_context": other}
+        {
+            "key": row.key,
+            "doc": row.doc,
+            "value": row.value,
+            "answer": answer,
+            "contains": hit,
+            "without_context": other,
+        }
         for row, answer, hit, other in zip(rows, answers, hits, blind, strict=True)
     ]
     return result, samples
