@@ -21,7 +21,7 @@ from based_megatron.evaluation.models import Writer
 from based_megatron.evaluation.report import Slice, TaskResult
 
 VERSION = "1"
-"""Of the prompts, the rules and the score."""
+"""Version of the prompts, the rules and the score."""
 SIZES_TOKENS = (512, 1024, 2048)
 ROWS_A_SIZE = 200
 SEED = 1234
