@@ -1,1 +1,0 @@
-"""The operations of the baselines in plain PyTorch: any device, exact in fp64, sums in fp32 or wider."""
