@@ -40,7 +40,9 @@ def with_options(*words: str, pattern: str = "cLS") -> Config:
 
 
 def test_words_become_typed_values():
-    config = with_options("gated_conv.width=8", "gated_conv.rate=1e-3", "gated_conv.gated=false", "gated_conv.norm=none")
+    config = with_options(
+        "gated_conv.width=8", "gated_conv.rate=1e-3", "gated_conv.gated=false", "gated_conv.norm=none"
+    )
     check_mixers(config)
     assert GatedConv.options(config.model) == ConvOptions(8, 1e-3, False, "none")
 
