@@ -8,9 +8,11 @@ from support.layouts import small_config
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "retnet": {"layer_pattern": "RcR"},
+    "deltanet": {"layer_pattern": "DcD"},
+    "gated_deltanet": {"layer_pattern": "EcE"},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
-TENSOR = ("retnet",)
+TENSOR = ("retnet", "deltanet", "gated_deltanet")
 """Systems whose heads or channels tensor parallel ranks share."""
 
 
