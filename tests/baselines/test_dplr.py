@@ -11,7 +11,7 @@ from based_megatron.baselines.operations.dplr import dplr, dplr_step
 
 B, T, H, K, V = 3, 13, 2, 3, 4
 SMALLEST_LOG_DECAY = -0.6065306597126334
-"""Of RWKV-7: -e^(-1/2)."""
+"""The bound of RWKV-7, -e^(-1/2)."""
 
 
 def some_inputs(tokens: int = T, dtype: torch.dtype = torch.float64, key_dim: int = K) -> tuple[Tensor, ...]:
