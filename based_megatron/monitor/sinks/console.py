@@ -133,7 +133,9 @@ def recall_line(fields: Mapping[str, Any]) -> str:
     if fields["ar_ppl"] is None:
         parts = ["no AR hits"]
     else:
-        parts = [f"ppl {fields['ar_ppl']:.2f} on AR hits ({fields['ar_share']:.1%} of tokens), {fields['other_ppl']:.2f} on others"]
+        parts = [
+            f"ppl {fields['ar_ppl']:.2f} on AR hits ({fields['ar_share']:.1%} of tokens), {fields['other_ppl']:.2f} on others"
+        ]
     for name, loss in fields["probes"].items():
         if loss is not None:
             parts.append(f"{name} {loss:.2f} (chance {fields['chance'][name]:.2f})")

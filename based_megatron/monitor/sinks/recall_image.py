@@ -27,7 +27,9 @@ def recall_image(fields: Mapping[str, Any], step: int) -> np.ndarray:
     heights = [value for bars in (by_count, by_distance) for group in bars.values() for value in group.values()]
     top = max([1.0, *(value for value in heights if value is not None and np.isfinite(value))])
     middle = WIDTH * 3 // 5
-    _panel(draw, (LEFT, middle - 20), by_count, top, f"step {step}: loss in nats by occurrences of the bigram in training")
+    _panel(
+        draw, (LEFT, middle - 20), by_count, top, f"step {step}: loss in nats by occurrences of the bigram in training"
+    )
     _panel(draw, (middle + 20, WIDTH - 12), by_distance, top, "AR hits by tokens since the bigram")
     return np.asarray(image)
 
