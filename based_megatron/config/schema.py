@@ -237,7 +237,7 @@ class ValidationConfig:
     at least."""
     recall_counted_tokens: Count = 1_000_000_000
     """Tokens of a training split to count bigrams in; a larger split is sampled, and counts are scaled."""
-    recall_probe_sequences: int = 32
+    recall_probe_sequences: Annotated[int, Range(at_least=0, at_most=100_000)] = 32
     """Synthetic sequences that are read after the held-out ones; 0 leaves them out."""
 
 

@@ -66,7 +66,7 @@ def bigrams_of_member(reader: SequenceReader, number: int) -> np.ndarray:
 
 def _key(manifest: Manifest, wanted: np.ndarray, limit_tokens: int) -> bytes:
     """Everything that counts depend on."""
-    digest = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(wanted))
+    digest = xxhash.xxh3_128_hexdigest(wanted.tobytes())
     return json.dumps([VERSION, manifest.fingerprint, digest, limit_tokens]).encode()
 
 

@@ -163,7 +163,7 @@ class Step:
         sums = torch.stack([none, *losses]).sum(0)
         dist.all_reduce(sums, group=self.topology.data_context.group)
         dist.broadcast(sums, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
-        return LossSum(*sums[0], sums[1:] if slices else None)
+        return LossSum(sums[0, 0], sums[0, 1], sums[1:] if slices else None)
 
 
 class ScheduledStep(Step):

@@ -1,5 +1,7 @@
 """Slices of held-out tokens: equal to a double loop over positions, bin edges, and what a document's border does."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -50,7 +52,7 @@ def test_every_position_is_in_the_slice_that_a_double_loop_finds(case, ends, rar
     slices = Slices(rare_count, ends)
     documents = [sum(start <= t for start in starts) for t in range(len(tokens))]
     bigrams = bigrams_of(np.array(tokens, np.uint16), vocab_size=4)
-    found_counts = np.array([counts.get((a, b), 0) for a, b in zip(tokens, tokens[1:], strict=False)], np.float64)
+    found_counts = np.array([counts.get((a, b), 0) for a, b in pairwise(tokens)], np.float64)
     ids = slices.of_tokens(repeat_distances(bigrams, np.array(starts)), found_counts)
     assert ids.dtype == np.uint8
     for t, number in enumerate(ids.tolist()):
@@ -70,7 +72,7 @@ def test_bigrams_of_the_largest_ids_are_distinct(vocab_size, dtype):
     tokens = np.array([last, last, last - 1, 0, last], np.uint32)
     found = bigrams_of(tokens, vocab_size)
     assert found.dtype == dtype and len(set(found.tolist())) == 4
-    assert found.tolist() == [int(a) * vocab_size + int(b) for a, b in zip(tokens, tokens[1:], strict=False)]
+    assert found.tolist() == [a * vocab_size + b for a, b in pairwise(tokens.tolist())]
 
 
 @pytest.mark.parametrize(

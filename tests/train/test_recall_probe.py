@@ -73,7 +73,10 @@ def test_a_validation_without_tokens_has_no_metrics():
     assert found.metrics() == {} and found.tables()["ar_ppl"] is None
 
 
-JOB = ("--train.steps", "4", "--validation.interval-steps", "2", "--checkpoint.interval-steps", "4")
+JOB = (
+    "--train.steps", "2", "--validation.interval-steps", "1", "--checkpoint.interval-steps", "2",
+    "--validation.recall-rare-count", "500",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +91,16 @@ def jobs(worker_pool, corpus, tmp_path_factory):
 
 def test_a_job_measures_recall_at_each_validation(jobs, corpus):
     found = events(jobs["one"], "recall")
-    assert [event["step"] for event in found] == [2, 4]
+    assert [event["step"] for event in found] == [1, 2]
     config = parse_config(command(jobs["one"], corpus, *JOB)[4:])
     sources = Sources(config.data)
     chosen = sources.validation_sequences(config.validation.sequences)
     labels = sum(64 - len(sources.validation[s].document_starts(n)[1:]) for s, n in chosen)
     counted = [row[1] for rows in found[0]["by_count"].values() for row in rows.values()]
     assert sum(counted) == labels > 0, "each label with a loss is in one slice"
+    assert found[0]["rare_count"] == 500
     hits = sum(row[1] for row in found[0]["by_distance"].values())
-    assert found[0]["ar_share"] == pytest.approx(hits / labels)
+    assert found[0]["ar_share"] == pytest.approx(hits / labels) and hits
     losses_and_tokens = [row for rows in found[0]["by_count"].values() for row in rows.values() if row[1]]
     (validation, _) = events(jobs["one"], "validation")
     mean = sum(loss * tokens for loss, tokens in losses_and_tokens) / labels
@@ -133,8 +137,8 @@ def test_tensorboard_has_the_numbers_and_a_picture(jobs):
     found = EventAccumulator(str(jobs["one"] / "tensorboard"))
     found.Reload()
     tags = found.Tags()
-    assert [point.step for point in found.Scalars("recall/mqar/8")] == [2, 4]
+    assert [point.step for point in found.Scalars("recall/mqar/8")] == [1, 2]
     assert {"recall/ar_share", "recall/ar_ppl", "recall/other_ppl"} <= set(tags["scalars"])
     (image, _) = found.Images("recall/losses")
-    assert (image.width, image.height) == (960, 360) and image.step == 2
+    assert (image.width, image.height) == (960, 360) and image.step == 1
     assert np.frombuffer(image.encoded_image_string[:4], np.uint8).tolist() == [0x89, *b"PNG"]
