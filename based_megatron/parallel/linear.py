@@ -155,6 +155,12 @@ def shard_parameter(parameter: Any, dim: int) -> nn.Parameter:
     return parameter
 
 
+def sum_over_tensor_ranks(parameter: Any, config: TransformerConfig) -> nn.Parameter:
+    """Mark a parameter that every tensor parallel rank holds whole and uses for its own heads: gradients of all ranks are added."""
+    parameter.sequence_parallel = config.tensor_model_parallel_size > 1
+    return parameter
+
+
 def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Give every parameter its `shard_spec`: global name, unsharded shape, and which part of it this rank holds."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)

@@ -1,0 +1,21 @@
+"""Small models of every baseline, for the tests that all of them pass."""
+
+import dataclasses
+from typing import Any
+
+from based_megatron.config import Config, ParallelConfig
+from support.layouts import small_config
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "retnet": {"layer_pattern": "RcR"},
+}
+"""Settings of a model of two layers of each system, by the name of its mixer."""
+TENSOR = ("retnet",)
+"""Systems whose heads or channels tensor parallel ranks share."""
+
+
+def config_of(name: str, parallel: ParallelConfig | None = None, **train: Any) -> Config:
+    """The config of the layout tests with the model of one system."""
+    config = small_config(parallel, **train)
+    changes = {"mixers": "based_megatron.baselines", **SYSTEMS[name]}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
