@@ -46,13 +46,13 @@ class BaseConv(Mixer):
 
     def _mixed(self, x_LBD: Tensor, x_SBD: Tensor, ids_BL: Tensor | None = None) -> Tensor:
         """The mix of L tokens, given these and the h before them; a tap sees its token's document alone."""
-        ids_BS = None if ids_BL is None else functional.pad(ids_BL, (TAPS - 1, 0), value=-1)
-        convolved_LBD = self.conv_bias
+        convolved_LBD: Tensor = self.conv_bias
         for tap in range(TAPS):
             seen = slice(tap, tap + len(x_LBD))
             term_LBD = x_SBD[seen] * self.conv_weight[:, tap]
-            if ids_BS is not None:
-                term_LBD = term_LBD * (ids_BS[:, seen] == ids_BL).t()[..., None]
+            if ids_BL is not None:
+                seen_ids_BL = functional.pad(ids_BL, (TAPS - 1, 0), value=-1)[:, seen]
+                term_LBD = term_LBD * seen_ids_BL.eq(ids_BL).t()[..., None]
             convolved_LBD = convolved_LBD + term_LBD
         return x_LBD + convolved_LBD * self.gate(x_LBD)[0]
 

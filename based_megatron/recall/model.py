@@ -91,6 +91,7 @@ class ProductModel(nn.Module):
         residual_TBD, update_TBD = functional.embedding(tokens_BT.t(), model.embedding.weight), None
         for layer in model.layers.values():
             residual_TBD, update_TBD = layer(residual_TBD, update_TBD, inputs)
+        assert update_TBD is not None
         x_BKD = model.final_norm(at_queries(residual_TBD, positions_BK), at_queries(update_TBD, positions_BK))[1]
         weight = model.embedding.weight if self.settings.tie_embeddings else model.output.weight
         return functional.linear(x_BKD, weight)[..., : self.settings.vocab_size]

@@ -71,9 +71,9 @@ class Task:
                     f"MQAR segment {segment.name}: {K} pairs and their queries need 4 x {K} = {4 * K} tokens, there are {T}; change the "
                     f"segment"
                 )
-            if T >= self.vocab_size or K > self.vocab_size // 2 - 1:
+            if self.vocab_size <= T or self.vocab_size // 2 - 1 < K:
                 raise ConfigError(
-                    f"MQAR segment {segment.name}: a vocabulary of {self.vocab_size} is too small, it must be larger than {T} tokens and have "
+                    f"MQAR segment {segment.name}: a vocabulary of {self.vocab_size} is too small: it must exceed {T} tokens and have "
                     f"{K} keys below its middle; change the segment or the vocabulary"
                 )
 
