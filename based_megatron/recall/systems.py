@@ -17,6 +17,7 @@ from based_megatron.kernels.decode import ConvState, WindowState
 from based_megatron.model.mixers import MIXERS, Mixer, layer_mixers, mixers_of
 
 BASE_CONV = "based_megatron.recall.base_conv"
+BASELINES = "based_megatron.baselines"
 FP32_BYTES = 4
 OUTSIDE_WIDTHS = {"figure": (64, 128), "tiny": (32,)}
 PRODUCT_SIZES = {"figure": ((64, 16, 64), (128, 16, 64)), "tiny": ((32, 8, 8),)}
@@ -107,6 +108,8 @@ def _modules(pattern: str) -> Iterator[str]:
     letters = set(parse_layer_pattern(pattern))
     if "b" in letters:
         yield BASE_CONV
+    if letters - {"b", *MIXERS}:
+        yield BASELINES
 
 
 def _attention(width: int) -> Callable[[int], Point]:
@@ -123,6 +126,13 @@ def _window(width: int, previous: int) -> Callable[[int], Point]:
     )
 
 
+def _heads(system: str, letters: str, width: int, *options: str, heads: int = 2) -> Callable[[int], Point]:
+    """A system whose size is its width."""
+    return lambda vocab: Point(
+        system, f"{system}-d{width}", _model(letters, width, vocab, num_heads=heads, mixer_options=options)
+    )
+
+
 SYSTEMS = {
     system.name: system
     for system in (
@@ -136,6 +146,11 @@ SYSTEMS = {
             "window", "sliding window", "#7f7f7f",
             (_window(128, 64), _window(128, 16), _window(128, 256), _window(128, 8)),
             (_window(32, 4), _window(32, 8), _window(32, 16)),
+        ),
+        System(
+            "retnet", "RetNet", "#8c564b",
+            tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (128, 64, 256)),
+            tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (32, 16)),
         ),
     )
 }  # fmt: skip

@@ -86,11 +86,14 @@ class Trainer:
 
 
 def serve(pipe: Connection, setup: Setup) -> None:
-    """A worker process: takes jobs from the pipe and sends back what came of each, until its parent ends it."""
+    """A worker process: takes jobs from the pipe and sends back what came of each, until its sweep ends."""
     end_with(os.getppid())
     trainer: Trainer | None = None
     while True:
-        job = pipe.recv()
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
         try:
             trainer = trainer or Trainer(setup)
             pipe.send(trainer.result(job))

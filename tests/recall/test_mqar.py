@@ -69,7 +69,9 @@ def test_pieces_do_not_repeat_each_other(monkeypatch):
 
 
 def test_training_and_tests_never_share_a_stream():
-    seeds = {split: {stream_seed(seed, split, i) for seed in range(200) for i in range(7)} for split in ("train", "test")}
+    seeds = {
+        split: {stream_seed(seed, split, i) for seed in range(200) for i in range(7)} for split in ("train", "test")
+    }
     assert max(seeds["train"]) < 1 << 31 <= min(seeds["test"]) and max(seeds["test"]) < 1 << 32
     assert len(seeds["train"]) == len(seeds["test"]) == 1400
 
