@@ -8,10 +8,12 @@ from support.layouts import small_config
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     # A document of one token has a normed head of s v, which is steep where s is near 0: rounding grows with 1 / norm_eps.
+    "deltanet": {"layer_pattern": "DcD", "norm_eps": 0.1},
+    "gated_deltanet": {"layer_pattern": "EcE", "norm_eps": 0.1},
     "retnet": {"layer_pattern": "RcR", "norm_eps": 0.1},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
-TENSOR = ("retnet",)
+TENSOR = ("retnet", "deltanet", "gated_deltanet")
 """Systems whose heads or channels tensor parallel ranks share."""
 
 
