@@ -9,9 +9,11 @@ from support.layouts import small_config
 SYSTEMS: dict[str, dict[str, Any]] = {
     # A document of one token has a normed head of s v, which is steep where s is near 0: rounding grows with 1 / norm_eps.
     "retnet": {"layer_pattern": "RcR", "norm_eps": 0.1},
+    "gla": {"layer_pattern": "GcG", "norm_eps": 0.1},
+    "mamba2": {"layer_pattern": "NcN", "mixer_options": ("mamba2.head_dim=8", "mamba2.state_dim=5")},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
-TENSOR = ("retnet",)
+TENSOR = ("retnet", "gla", "mamba2")
 """Systems whose heads or channels tensor parallel ranks share."""
 
 
