@@ -11,6 +11,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "retnet": {"layer_pattern": "RcR", "norm_eps": 0.1},
     "gla": {"layer_pattern": "GcG", "norm_eps": 0.1},
     "mamba2": {"layer_pattern": "NcN", "mixer_options": ("mamba2.head_dim=8", "mamba2.state_dim=5")},
+    "mamba": {"layer_pattern": "McM", "mixer_options": ("mamba.state_dim=5",)},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
 TENSOR = ("retnet", "gla", "mamba2")
