@@ -93,7 +93,15 @@ def _of(state: Any, name: str) -> Tensor:
 
 GROWING = {"full_attention": 2}
 """Numbers a token and channel of mixers whose state grows with the sequence."""
-RECURRENT = {"linear_attention": ("moments_BHRV", "normaliser_BHR")}
+RECURRENT = {
+    "linear_attention": ("moments_BHRV", "normaliser_BHR"),
+    "mamba": ("state",),
+    "mamba2": ("state",),
+    "deltanet": ("state_BHKV",),
+    "gated_deltanet": ("state_BHKV",),
+    "rwkv7": ("state_BHKV",),
+    "rwkv4": ("sums_BDX", "exponent_BD"),
+}
 """Tensors that published sizes count, of mixers that keep more; of other mixers all of them count."""
 
 
@@ -133,6 +141,15 @@ def _heads(system: str, letters: str, width: int, *options: str, heads: int = 2)
     )
 
 
+def _state_space(system: str, letters: str, width: int, states: int, *options: str) -> Callable[[int], Point]:
+    """A system of two equal layers with convolutions of their own, and so many states a channel."""
+    words = (f"{system}.state_dim={states}", *options)
+    return lambda vocab: Point(
+        system, f"{system}-d{width}-n{states}", _model(letters, width, vocab, mixer_options=words)
+    )
+
+
+GATED_DELTANET = ("gated_deltanet.expand_k=1", "gated_deltanet.expand_v=2", "gated_deltanet.gate=false")
 SYSTEMS = {
     system.name: system
     for system in (
@@ -148,9 +165,33 @@ SYSTEMS = {
             (_window(32, 4), _window(32, 8), _window(32, 16)),
         ),
         System(
+            "mamba2", "Mamba-2", "#1f77b4",
+            tuple(_state_space("mamba2", "NN", *sizes) for sizes in ((128, 16), (64, 16), (128, 24), (64, 8), (256, 24))),
+            tuple(_state_space("mamba2", "NN", *sizes) for sizes in ((32, 8), (32, 4))),
+        ),
+        System(
+            "gated_deltanet", "Gated DeltaNet", "#9467bd",
+            tuple(_heads("gated_deltanet", "bE", width, *GATED_DELTANET) for width in (128, 64)),
+            tuple(_heads("gated_deltanet", "bE", width, *GATED_DELTANET) for width in (32,)),
+        ),
+        System(
+            "deltanet", "DeltaNet", "#ff7f0e",
+            tuple(_heads("deltanet", "bD", width) for width in (64, 128, 256)),
+            tuple(_heads("deltanet", "bD", width) for width in (32, 16)),
+        ),
+        System(
+            "gla", "GLA", "#2ca02c",
+            tuple(_heads("gla", "bG", width) for width in (128, 64, 256)),
+            tuple(_heads("gla", "bG", width) for width in (32, 16)),
+        ),
+        System(
             "retnet", "RetNet", "#8c564b",
             tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (128, 64, 256)),
             tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (32, 16)),
+        ),
+        System(
+            "mamba", "Mamba", "#17becf",
+            tuple(_state_space("mamba", "MM", *sizes) for sizes in ((128, 16), (64, 16), (128, 24))),
         ),
     )
 }  # fmt: skip

@@ -11,9 +11,12 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "deltanet": {"layer_pattern": "DcD", "norm_eps": 0.1},
     "gated_deltanet": {"layer_pattern": "EcE", "norm_eps": 0.1},
     "retnet": {"layer_pattern": "RcR", "norm_eps": 0.1},
+    "gla": {"layer_pattern": "GcG", "norm_eps": 0.1},
+    "mamba2": {"layer_pattern": "NcN", "mixer_options": ("mamba2.head_dim=8", "mamba2.state_dim=5")},
+    "mamba": {"layer_pattern": "McM", "mixer_options": ("mamba.state_dim=5",)},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
-TENSOR = ("retnet", "deltanet", "gated_deltanet")
+TENSOR = ("retnet", "deltanet", "gated_deltanet", "gla", "mamba2")
 """Systems whose heads or channels tensor parallel ranks share."""
 
 
