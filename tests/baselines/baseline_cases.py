@@ -11,6 +11,12 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "deltanet": {"layer_pattern": "DcD", "norm_eps": 0.1},
     "gated_deltanet": {"layer_pattern": "EcE", "norm_eps": 0.1},
     "retnet": {"layer_pattern": "RcR", "norm_eps": 0.1},
+    "rwkv4": {"layer_pattern": "VcV"},
+    "rwkv7": {
+        "layer_pattern": "WcW",
+        "norm_eps": 0.1,
+        "mixer_options": ("rwkv7.decay_rank=4", "rwkv7.rate_rank=5", "rwkv7.gate_rank=6"),
+    },
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
 TENSOR = ("retnet", "deltanet", "gated_deltanet")
