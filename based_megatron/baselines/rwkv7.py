@@ -28,6 +28,8 @@ SMALLEST_LOG_DECAY = -math.exp(-0.5)
 """The strongest decay of a token."""
 MIXES = ("r", "k", "v", "decay", "rate", "gate")
 """Rows of `token_mix`."""
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""r, k', v, -kk, a kk and w, all [.., H, K]."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,13 @@ class RWKV7(Mixer):
 
     def step(self, x: Tensor, state: RWKV7State, where: Continuation) -> Tensor:
         operands, gate = self._projected(x, state.last_BD)
-        o_BHV, new = dplr_step(*operands, state_BHKV=state.state_BHKV)
+        o_BHV, new = dplr_step(*operands, state.state_BHKV)
         state.state_BHKV.copy_(new)
         state.last_BD.copy_(x)
         return self._out(o_BHV, operands, gate)
 
-    def _projected(self, x: Tensor, before: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """((r, k', v, -kk, a kk, w), gate) of inputs [.., D] and those one token earlier; all but the gate are [.., H, K]."""
+    def _projected(self, x: Tensor, before: Tensor) -> tuple[Operands, Tensor]:
+        """What the recurrence takes, and the gate, of inputs [.., D] and those one token earlier."""
         of_r, of_k, of_v, of_decay, of_rate, of_gate = shifted(x, before, self.token_mix)
         r, k, v = self.r_proj(of_r)[0], self.k_proj(of_k)[0], self.v_proj(of_v)[0]
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -128,7 +130,7 @@ class RWKV7(Mixer):
         k = functional.normalize(k, dim=-1)
         return (r, replaced, v, -k, rate * k, w), self.gate(of_gate)
 
-    def _out(self, o: Tensor, operands: tuple[Tensor, ...], gate: Tensor) -> Tensor:
+    def _out(self, o: Tensor, operands: Operands, gate: Tensor) -> Tensor:
         """The projection back, [.., D], of outputs [.., H, V]."""
         r, k, v, *_ = operands
         bonus = (r * k * split_heads(self.r_k, self.heads)).sum(-1, keepdim=True) * v
