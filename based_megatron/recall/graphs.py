@@ -24,15 +24,21 @@ class GraphedSteps:
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Examples, Tensor]] = {}
         self._pool = pool
         self._stream = torch.cuda.Stream()
+        self._refused = False
 
     def __call__(self, batch: Examples) -> Tensor:
         """One step; the number is overwritten by the next step of the same shape."""
         shape = (*batch.tokens_BT.shape, batch.answers_BK.shape[1])
         self._seen[shape] += 1
         if shape not in self._graphs:
-            if self._seen[shape] <= EAGER_STEPS or len(self._graphs) >= MOST_GRAPHS:
+            if self._seen[shape] <= EAGER_STEPS or len(self._graphs) >= MOST_GRAPHS or self._refused:
                 return self._eager(batch)
-            self._graphs[shape] = self._captured(batch)
+            try:
+                self._graphs[shape] = self._captured(batch)
+            except RuntimeError as error:  # an operation that waits for the host, or makes a plan
+                self._refused = True
+                print(f"steps are launched, not replayed: {' '.join(str(error).split())[:200]}", flush=True)
+                return self._eager(batch)
         graph, inputs, number = self._graphs[shape]
         for place, value in (
             (inputs.tokens_BT, batch.tokens_BT),

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from based_megatron.config import ModelConfig
 from based_megatron.config.pattern import parse_layer_pattern
@@ -84,14 +83,13 @@ def _layer_bytes(mixer: type[Mixer], model: ModelConfig, longest_tokens: int) ->
     if isinstance(state, WindowState):  # a slot more than keys before the query: that of its own
         W = state.window_left
         return product * W // (W + 1), 0, product
-    return sum(_of(state, name).nbytes for name in RECURRENT.get(mixer.name, tuple(vars(state)))), 0, product
+    if mixer.name == "h3":  # every key of a head has a state for every value, of which published sizes count one
+        moments = state.moments_BHJVM2
+        return moments.nbytes // moments.shape[2], 0, product
+    return sum(getattr(state, name).nbytes for name in RECURRENT.get(mixer.name, tuple(vars(state)))), 0, product
 
 
-def _of(state: Any, name: str) -> Tensor:
-    return getattr(state, name)
-
-
-GROWING = {"full_attention": 2}
+GROWING = {"full_attention": 2, "hyena": 1}
 """Numbers a token and channel of mixers whose state grows with the sequence."""
 RECURRENT = {
     "linear_attention": ("moments_BHRV", "normaliser_BHR"),
@@ -141,6 +139,10 @@ def _heads(system: str, letters: str, width: int, *options: str, heads: int = 2)
     )
 
 
+def _ranks(low: int, gate: int) -> tuple[str, ...]:
+    return f"rwkv7.decay_rank={low}", f"rwkv7.rate_rank={low}", f"rwkv7.gate_rank={gate}"
+
+
 def _state_space(system: str, letters: str, width: int, states: int, *options: str) -> Callable[[int], Point]:
     """A system of two equal layers with convolutions of their own, and so many states a channel."""
     words = (f"{system}.state_dim={states}", *options)
@@ -188,6 +190,26 @@ SYSTEMS = {
             "retnet", "RetNet", "#8c564b",
             tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (128, 64, 256)),
             tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (32, 16)),
+        ),
+        System(
+            "rwkv7", "RWKV-7", "#e377c2",
+            tuple(_heads("rwkv7", "bW", width, *_ranks(16, 64), heads=width // 64) for width in (128, 64, 256)),
+            tuple(_heads("rwkv7", "bW", width, *_ranks(8, 16), heads=1) for width in (32,)),
+        ),
+        System(
+            "hyena", "Hyena", "#bcbd22",
+            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=1024", heads=1) for width in (64, 128)),
+            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=32", heads=1) for width in (32,)),
+        ),
+        System(
+            "h3", "H3", "#aec7e8",
+            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1) for width in (128, 64)),
+            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1) for width in (32,)),
+        ),
+        System(
+            "rwkv4", "RWKV-4", "#f7b6d2",
+            tuple(_heads("rwkv4", "bV", width, heads=1) for width in (256, 128)),
+            tuple(_heads("rwkv4", "bV", width, heads=1) for width in (32,)),
         ),
         System(
             "mamba", "Mamba", "#17becf",
