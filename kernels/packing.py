@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 SQUARE_EPSILON = 1e-5
 """Added to normalisers of squares alone (arXiv 2402.10644)."""
 
@@ -42,9 +41,7 @@ class PackedLayout:
     square: bool
 
     @classmethod
-    def build(
-        cls, feature_dim: int, device: torch.device, dtype: torch.dtype, square: bool = False
-    ) -> PackedLayout:
+    def build(cls, feature_dim: int, device: torch.device, dtype: torch.dtype, square: bool = False) -> PackedLayout:
         """The layout for one feature dim; `dtype` is that of the weights."""
         F, pair_weight = feature_dim, (2 if square else 1) / feature_dim
         first, second = torch.triu_indices(F, F, device=device).unbind(0)

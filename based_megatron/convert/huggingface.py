@@ -173,6 +173,7 @@ def hf_config(config: ModelConfig) -> BasedConfig:
             _hf_name(mixer, config): mixer.hf_cache_layer for mixer in mixers if mixer.hf_class() is not None
         },
         feature_dim=config.feature_dim,
+        feature_map=config.feature_map,
         sliding_window=config.window_left + 1,
         conv_kernel=config.conv_kernel,
         conv_expand=config.conv_expand,
@@ -203,6 +204,7 @@ def model_config(hf: BasedConfig, mixers: str = "") -> ModelConfig:
         ffn_hidden_size=hf.intermediate_size,
         num_heads=hf.num_attention_heads,
         feature_dim=hf.feature_dim,
+        feature_map="rebased" if hf.feature_map == "rebased" else "taylor",
         window_left=hf.sliding_window - 1,
         conv_kernel=hf.conv_kernel,
         conv_expand=hf.conv_expand,

@@ -6,7 +6,9 @@ R rows of a packed state (see packing.py), X any last dimension.
     w_ij = 1 + s_ij + s_ij^2 / 2,  s_ij = q_i.k_j / sqrt(F)        o_i = sum_j w_ij v_j / sum_j w_ij,  j <= i
 
 w = ((1 + s)^2 + 1) / 2 >= 1/2, so the normaliser Z_i is at least half the number of visible keys and needs no epsilon.
-With squares alone, w = s^2, and 1e-5 is added to Z_i. Inside a chunk w is formed directly; all earlier chunks enter through the state S = sum_j packed(k_j) [v_j; 1]^T. The
+With squares alone, w = s^2, and 1e-5 is added to Z_i.
+
+Inside a chunk w is formed directly; all earlier chunks enter through the state S = sum_j packed(k_j) [v_j; 1]^T. The
 backward pass recomputes everything from q, k, v, o and Z: a scan forward rebuilds S and yields dq, a scan in reverse
 has the adjoint of S, sum_i weighted packed(q_i) g_i^T, and yields dk and dv. States, sums and Z are fp32 (fp64 for
 fp64 inputs).
@@ -130,7 +132,9 @@ def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: S
     return ChunkScan(moments, zeros)
 
 
-def scan_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> ChunkScan:
+def scan_queries(
+    q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: Schedule
+) -> ChunkScan:
     """The scan over the queries, from right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
     zeros = _zero_state(q_BTHF, g_BTHV, schedule)
 
@@ -247,9 +251,7 @@ def _ids(x_BTHX: Tensor, ids_BT: Tensor | None) -> Tensor:
 
 
 def _layout(x_BTHF: Tensor, schedule: Schedule) -> PackedLayout:
-    return PackedLayout.build(
-        x_BTHF.shape[-1], x_BTHF.device, accumulation_dtype(x_BTHF.dtype), square=schedule.square
-    )
+    return PackedLayout.build(x_BTHF.shape[-1], x_BTHF.device, accumulation_dtype(x_BTHF.dtype), square=schedule.square)
 
 
 def _zero_state(x_BTHF: Tensor, y_BTHV: Tensor, schedule: Schedule) -> Tensor:

@@ -293,7 +293,9 @@ def schedule(chunk_tokens: int | None, square: bool, *inputs: Tensor) -> Schedul
     if chunk_tokens < 16 or chunk_tokens & (chunk_tokens - 1):
         raise ValueError(f"chunk_tokens is {chunk_tokens}: the Triton kernels take powers of two from 16 on")
     tile = min(chunk_tokens, 64)
-    return Schedule(square=square, chunk_tokens=chunk_tokens, scan_tokens=tile, output_tokens=tile, gradient_tokens=tile)
+    return Schedule(
+        square=square, chunk_tokens=chunk_tokens, scan_tokens=tile, output_tokens=tile, gradient_tokens=tile
+    )
 
 
 def _check_dtypes(*tensors: Tensor) -> None:

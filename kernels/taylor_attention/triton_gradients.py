@@ -161,7 +161,22 @@ def query_gradients_kernel(
     own_k_JF = load_tile(k_ptr, queries, k.stride_t, T, vector, F, PADDED_F, EVEN)
     own_v_JV = load_tile(v_ptr, queries, v.stride_t, T, columns, V, PADDED_V, EVEN)
     dq_IF = query_pairs(
-        dq_IF, q_IF, g_IV, gz_I, own_k_JF, own_v_JV, queries, queries, ids_ptr, T, F, SQUARE, HAS_IDS, True, EVEN, PRECISION
+        dq_IF,
+        q_IF,
+        g_IV,
+        gz_I,
+        own_k_JF,
+        own_v_JV,
+        queries,
+        queries,
+        ids_ptr,
+        T,
+        F,
+        SQUARE,
+        HAS_IDS,
+        True,
+        EVEN,
+        PRECISION,
     )
     store_tile(dq_ptr, queries, dq.stride_t, T, vector, F, dq_IF)
 

@@ -51,7 +51,8 @@ def outputs_kernel(
     q, k, v, ids, states_ptr, normalisers_ptr, starts_ptr, start_normalisers_ptr, o, inverse_z_ptr,
     T, H, chunks, segments, segment_chunks,
     F: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr,
-    SQUARE: tl.constexpr, EPSILON: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, STATE_STAGES: tl.constexpr,
+    SQUARE: tl.constexpr, EPSILON: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    STATE_STAGES: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: o and 1/Z of a tile of queries of one head."""
@@ -95,14 +96,18 @@ def outputs_kernel(
             parts += (load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True),)
         for part in tl.static_range(STORED_ROWS // TILE_ROWS):
             rows = part * TILE_ROWS + tl.arange(0, TILE_ROWS)
-            phi_IX = features(a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, SQUARE, PRECISION), rows, PERIOD, SQUARE).to(dtype)
+            phi_IX = features(
+                a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, SQUARE, PRECISION), rows, PERIOD, SQUARE
+            ).to(dtype)
             z_I16 = tl.dot(phi_IX, parts[part][1], z_I16, input_precision=PRECISION)
             total_IV = tl.dot(phi_IX, parts[part][0], total_IV, input_precision=PRECISION)
     else:
         for row0 in tl.range(0, STORED_ROWS, TILE_ROWS, num_stages=STATE_STAGES):
             rows = row0 + tl.arange(0, TILE_ROWS)
             state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
-            phi_IX = features(a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, SQUARE, PRECISION), rows, PERIOD, SQUARE).to(dtype)
+            phi_IX = features(
+                a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, SQUARE, PRECISION), rows, PERIOD, SQUARE
+            ).to(dtype)
             z_I16 = tl.dot(phi_IX, normaliser, z_I16, input_precision=PRECISION)
             total_IV = tl.dot(phi_IX, state, total_IV, input_precision=PRECISION)
             if HAS_STARTS:
@@ -123,7 +128,22 @@ def outputs_kernel(
         k_JF = load_tile(k_ptr, keys, k.stride_t, T, vector, F, PADDED_F, EVEN)
         v_JV = load_tile(v_ptr, keys, v.stride_t, T, columns, V, PADDED_V, EVEN)
         total_IV, z_I16 = output_pairs(
-            total_IV, z_I16, q_IF, k_JF, v_JV, ones_J16, queries, keys, ids_ptr, T, F, SQUARE, HAS_IDS, False, EVEN, PRECISION
+            total_IV,
+            z_I16,
+            q_IF,
+            k_JF,
+            v_JV,
+            ones_J16,
+            queries,
+            keys,
+            ids_ptr,
+            T,
+            F,
+            SQUARE,
+            HAS_IDS,
+            False,
+            EVEN,
+            PRECISION,
         )
     total_IV, z_I16 = output_pairs(
         total_IV,

@@ -11,9 +11,10 @@ power of two (`PERIOD`), differ from the public packed order:
     the next row              1, then rows of zeros
 
 so that the first factor of row r is x_{r mod P} in every tile, and neither factor needs a table. Squares alone (`SQUARE`) have
-the pairs only, from row 0 on. States of chunks
-carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1; twice these for squares alone. What belongs to the normaliser is a
-vector in fp32; `as_columns` splits it into two rounded parts, so that matrix products can take it.
+the pairs only, from row 0 on.
+
+States of chunks carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1; of squares alone 1/F and
+2/F. What belongs to the normaliser is a vector in fp32; `as_columns` splits it into two rounded parts, so that matrix products can take it.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ from based_megatron.kernels.triton_operand import head_ptr
 def scan_kernel(
     x, y, yz_ptr, ids, states_ptr, normalisers_ptr, moments_ptr, totals_ptr, T, H, chunks, segments, segment_chunks,
     F: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr,
-    SQUARE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, ADJOINT: tl.constexpr, HAS_IDS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, ADJOINT: tl.constexpr,
+    HAS_IDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of rows of the states before the chunks of one segment, and of the moments of that segment.
 
@@ -116,8 +116,8 @@ def scan_kernel(
 @triton.jit
 def combine_kernel(
     moments_ptr, totals_ptr, initial_ptr, starts_ptr, normalisers_ptr, end_ptr, ids, T, H, segments, segment_tokens,
-    F: tl.constexpr, PERIOD: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr, SQUARE: tl.constexpr, TILE_ROWS: tl.constexpr,
-    ADJOINT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr, ONLY_END: tl.constexpr,
+    F: tl.constexpr, PERIOD: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr, SQUARE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, ADJOINT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr, ONLY_END: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of rows of the state before each segment, from all segments' moments: a gated sum, in a fixed order.
 

@@ -30,7 +30,9 @@ def taylor_oracle(
     w_BHTT = (s_BHTT**2 if square else 1 + s_BHTT + s_BHTT**2 / 2).masked_fill(~visible_BTT[:, None], 0)
     total_BTHE = torch.einsum("bhij,bjhe->bihe", w_BHTT, v_BTHE)
     in_last_BT = (ids_BT == ids_BT[:, -1:]).to(v_BTHE.dtype)
-    final_BHRE = torch.einsum("bth,bthr,bthe->bhre", in_last_BT[..., None].expand(B, T, H), moments(k_BTHF, square), v_BTHE)
+    final_BHRE = torch.einsum(
+        "bth,bthr,bthe->bhre", in_last_BT[..., None].expand(B, T, H), moments(k_BTHF, square), v_BTHE
+    )
     if state_BHRV is not None:
         in_first_BT = (ids_BT == ids_BT[:, :1]).to(v_BTHE.dtype)
         weighted_BTHR = moments(q_BTHF, square) * taylor_weights(F, square).to(q_BTHF.dtype)
@@ -50,7 +52,9 @@ def taylor_weights(feature_dim: int, square: bool = False) -> Tensor:
     """Coefficients of 1 + s + s^2/2, or of s^2, in the moments of q and k, with s = q.k / sqrt(F)."""
     F = feature_dim
     if square:
-        return torch.tensor([1 / F if a == b else 2 / F for a, b in combinations_with_replacement(range(F), 2)]).double()
+        return torch.tensor(
+            [1 / F if a == b else 2 / F for a, b in combinations_with_replacement(range(F), 2)]
+        ).double()
     pairs = [1 / (2 * F) if a == b else 1 / F for a, b in combinations_with_replacement(range(F), 2)]
     return torch.tensor([1.0] + [F**-0.5] * F + pairs, dtype=torch.float64)
 

@@ -11,6 +11,7 @@ from kernel_oracles import DEVICE, assert_same_gradients, document_ids, taylor_o
 from torch import Tensor
 from torch.nn import functional
 
+from based_megatron.kernels.decode import BUFFERED_KEYS, TaylorState, taylor_step
 from based_megatron.kernels.packing import packed_rows
 from based_megatron.kernels.taylor_attention import taylor_attention, triton_attention
 from based_megatron.kernels.taylor_attention.attention import Steps, TaylorAttention
@@ -81,3 +82,53 @@ def test_a_query_that_no_key_resembles_gives_zeros(backend: str) -> None:
     o, _ = taylor_attention(q, k, v + 1, square=True, backend=backend)
     gradients = torch.autograd.grad(o.sum(), (q, k, v))
     assert all(torch.equal(x, torch.zeros_like(x)) for x in (o, *gradients))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("feature_dim", "value_dim"), [(8, 24), (5, 16)])
+def test_steps_of_decoding_are_the_attention(backend: str, feature_dim: int, value_dim: int) -> None:
+    """From a state of earlier tokens on, past a full buffer of keys; places that were never written hold NaN."""
+    q, k, v, before = (x.detach() for x in make_inputs(2, BUFFERED_KEYS + 3, feature_dim, value_dim, heads=2))
+    expected, expected_state = taylor_oracle(q, k, v, before, square=True)
+    state = TaylorState.zeros(2, 2, feature_dim, value_dim, dtype=torch.float32, device=DEVICE, square=True)
+    state.k_BHSF.fill_(float("nan"))
+    state.v_BHSV.fill_(float("nan"))
+    state.set_joined(before.to(DEVICE, torch.float32))
+    inputs = [x.to(DEVICE, torch.float32) for x in (q, k, v)]
+    steps = [taylor_step(*(x[:, t] for x in inputs), state, backend=backend) for t in range(q.shape[1])]
+    for got, want in ((torch.stack(steps, dim=1), expected), (state.joined(), expected_state)):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("tokens", [65, 2048, 65_536])
+def test_the_kernels_in_bf16(tokens: int, documents: bool) -> None:
+    """Against the reference in fp64, relative L2 errors of outputs and gradients."""
+    exact = [x.detach().bfloat16().double().to(DEVICE) for x in make_inputs(2, tokens, 16, 64, heads=2)[:3]]
+    own = [x.bfloat16().requires_grad_() for x in exact]
+    exact = [x.requires_grad_() for x in exact]
+    ids = (torch.rand(2, tokens, device=DEVICE) < 0.002).int().cumsum(1) if documents else None
+    found, _ = taylor_attention(*own, document_ids_BT=ids, square=True, backend="triton")
+    wanted, _ = taylor_attention(*exact, document_ids_BT=ids, square=True, backend="reference")
+    cotangent = torch.randn_like(wanted).bfloat16()
+    gradients = torch.autograd.grad(found, own, cotangent), torch.autograd.grad(wanted, exact, cotangent.double())
+    pairs = [(found, wanted), *zip(*gradients, strict=True)]
+    errors = [float((got.double() - want).norm() / want.norm()) for got, want in pairs]
+    assert max(errors) <= 1e-2, dict(zip(("o", "dq", "dk", "dv"), errors, strict=True))
+
+
+@pytest.mark.slow
+def test_the_reference_equals_that_of_flash_linear_attention() -> None:
+    """Both of its sums, since it divides by the second one plus 1e-6."""
+    naive = pytest.importorskip("fla.ops.rebased.naive").naive_parallel_rebased
+    q, k, v, _ = make_inputs(2, 40, heads=3)
+    ours, _ = taylor_attention(q, k, v, square=True)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    total, z = (
+        naive(*heads_first[:2], values, use_norm=False)
+        for values in (heads_first[2], torch.ones_like(v[..., :1]).transpose(1, 2))
+    )
+    theirs = (total / (z + 1e-5)).transpose(1, 2)
+    assert_same_gradients((ours,), (theirs,), (q, k, v), 1e-11)
