@@ -28,6 +28,8 @@ class ModelConfig:
     `cLScc*5 cc` is five times cLScc, then cc."""
     mixers: str = ""
     """Modules that define more mixers, by name and separated by commas; those of installed packages need no mention."""
+    mixer_options: tuple[str, ...] = ()
+    """Settings that only one kind of mixer has: words NAME.KEY=VALUE, such as mamba.state_dim=16, where NAME is a mixer of the pattern."""
     hidden_size: Count = 1024
     """Width of the residual stream."""
     ffn_hidden_size: Count = 2048

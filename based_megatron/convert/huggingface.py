@@ -172,6 +172,7 @@ def hf_config(config: ModelConfig) -> BasedConfig:
         extra_mixers={
             _hf_name(mixer, config): mixer.hf_cache_layer for mixer in mixers if mixer.hf_class() is not None
         },
+        mixer_options=list(config.mixer_options),
         feature_dim=config.feature_dim,
         feature_map=config.feature_map,
         sliding_window=config.window_left + 1,
@@ -200,6 +201,7 @@ def model_config(hf: BasedConfig, mixers: str = "") -> ModelConfig:
     return ModelConfig(
         layer_pattern=short_pattern("".join(letters[name] for name in hf.mixers)),
         mixers=mixers,
+        mixer_options=tuple(hf.mixer_options),
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.intermediate_size,
         num_heads=hf.num_attention_heads,

@@ -149,9 +149,17 @@ def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGro
     return layer
 
 
-def shard_parameter(parameter: Any, dim: int) -> nn.Parameter:
-    """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`."""
+def shard_parameter(parameter: Any, dim: int, parts: tuple[int, ...] = ()) -> nn.Parameter:
+    """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`, fused parts (unsharded sizes) one by one."""
     mark_tensor_parallel(parameter, dim)
+    if parts:
+        parameter.parts = parts
+    return parameter
+
+
+def sum_over_tensor_ranks(parameter: Any, config: TransformerConfig) -> nn.Parameter:
+    """Mark a parameter that every tensor parallel rank holds whole and uses for its own heads: gradients of all ranks are added."""
+    parameter.sequence_parallel = config.tensor_model_parallel_size > 1
     return parameter
 
 

@@ -11,9 +11,6 @@ from based_megatron.parallel.stages import Stage, split_layers
 from based_megatron.train.optimizer.groups import decays_outside_mixers
 from based_megatron.train.optimizer.muon import is_matrix
 
-ROW_PARALLEL = "out_proj"
-"""Name of the projection of a mixer that is cut along its input; all others, and parameters of our own, are cut along dim 0."""
-
 
 @dataclass(frozen=True)
 class LocalParameter:
@@ -56,11 +53,8 @@ def stage_parameters(config: Config, stage: Stage) -> Iterator[ShardSpec]:
     for i in stage.layers:
         yield ShardSpec(f"layers.{i}.mixer_norm.weight", (D,), size=size)
         for local, shape in mixers[i].parameter_shapes(model).items():
-            name = f"layers.{i}.mixer.{local}"
-            if local.endswith("norm.weight") or local == f"{ROW_PARALLEL}.bias":
-                yield ShardSpec(name, shape, size=size)
-            else:
-                yield cut(name, shape, 1 if local == f"{ROW_PARALLEL}.weight" else 0)
+            name, dim = f"layers.{i}.mixer.{local}", mixers[i].tensor_dim(local)
+            yield ShardSpec(name, shape, size=size) if dim is None else cut(name, shape, dim)
         yield ShardSpec(f"layers.{i}.mlp_norm.weight", (D,), size=size)
         yield ShardSpec(f"layers.{i}.mlp.fc1.weight", (2 * F, D), 0, (F, F), size=size)
         yield cut(f"layers.{i}.mlp.fc2.weight", (D, F), 1)

@@ -37,6 +37,8 @@ class BasedConfig(PreTrainedConfig):
     """Mixer of each layer: conv, linear_attention, sliding_attention or full_attention. Empty means as in the 360M."""
     extra_mixers: dict[str, str] = field(default_factory=dict)
     """More mixers, which bring files of their own, and the kind of layer that each has in the cache."""
+    mixer_options: list[str] = field(default_factory=list)
+    """Settings that only one kind of mixer has: words NAME.KEY=VALUE, by the name that the training code gives the mixer."""
     layer_types: list[str] = field(default_factory=list)
     """Layers of the cache, which follow from `mixers`. Read only where `mixers` is empty: older exports named mixers here."""
     feature_dim: int = 16

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from based_megatron.config import ModelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.config import residual_std
+from based_megatron.model.mixers.options import NoOptions, read_options
 from based_megatron.parallel.sequence.carried import CarriedForm
 
 Shape = tuple[int, ...]
@@ -51,6 +52,22 @@ class MixerFacts(ABC):
     """True if the mixer can work on one slice of a sequence while context parallel ranks hold the others."""
     carries = False
     """Whether its carried state is all that the next sequence of the same document needs (data.carry_state)."""
+    shards = True
+    """Whether tensor parallel ranks can share its heads or channels."""
+    isolates = True
+    """Whether it keeps documents of a packed sequence apart (data.isolate_documents)."""
+    Options: type = NoOptions
+    """A frozen dataclass of the settings that only this mixer has, each with a default, a docstring and, where needed, a Range."""
+
+    @classmethod
+    def options(cls, model: ModelConfig) -> Any:
+        """This mixer's `Options` as `model.mixer_options` sets them. Raises ConfigError for one that cannot be read."""
+        return read_options(cls.Options, cls.name, model.mixer_options)
+
+    @classmethod
+    def check(cls, model: ModelConfig, tensor: int) -> None:
+        """Raise ConfigError, in one line, for sizes that the mixer cannot have, or cannot share over `tensor` ranks."""
+        return  # Most mixers take all.
 
     @staticmethod
     @abstractmethod
@@ -95,6 +112,16 @@ class MixerFacts(ABC):
     def decays(name: str) -> bool:
         """True for a parameter with weight decay: all but biases and norms."""
         return not name.endswith((".bias", "norm.weight"))
+
+    @staticmethod
+    def tensor_dim(name: str) -> int | None:
+        """The dim of a parameter that tensor parallel ranks share; None if each holds all of it.
+
+        The usual answer: `out_proj` is cut along its input, norms and its bias not at all, everything else along dim 0.
+        """
+        if name.endswith("norm.weight") or name == "out_proj.bias":
+            return None
+        return 1 if name == "out_proj.weight" else 0
 
     @staticmethod
     def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:

@@ -13,6 +13,7 @@ from based_megatron.model.mixers.attention import FullAttention, SlidingWindowAt
 from based_megatron.model.mixers.base import Mixer
 from based_megatron.model.mixers.gated_conv import GatedConv
 from based_megatron.model.mixers.linear_attention import TaylorLinearAttention
+from based_megatron.model.mixers.options import split_option
 
 ENTRY_POINTS = "based_megatron.mixers"
 """Group in which an installed package names its modules of mixers."""
@@ -29,7 +30,7 @@ def mixers_of(model: ModelConfig) -> dict[str, type[Mixer]]:
 
 @functools.lru_cache
 def layer_mixers(model: ModelConfig) -> tuple[type[Mixer], ...]:
-    """The mixer of each layer. Raises ConfigError for a letter that no mixer has."""
+    """The mixer of each layer. Raises ConfigError for a letter that no mixer has, and for options that none of them can read."""
     known, letters = mixers_of(model), parse_layer_pattern(model.layer_pattern)
     unknown = sorted(set(letters) - set(known))
     if unknown:
@@ -38,7 +39,22 @@ def layer_mixers(model: ModelConfig) -> tuple[type[Mixer], ...]:
             f"{', '.join(f'{letter} ({mixer.name})' for letter, mixer in known.items())}; change model.layer_pattern, or add the "
             f"module of the mixer to model.mixers"
         )
-    return tuple(known[letter] for letter in letters)
+    layers = tuple(known[letter] for letter in letters)
+    _check_options(model, set(layers))
+    return layers
+
+
+def _check_options(model: ModelConfig, mixers: set[type[Mixer]]) -> None:
+    names = {mixer.name for mixer in mixers}
+    for word in model.mixer_options:
+        name = split_option(word)[0]
+        if name not in names:
+            raise ConfigError(
+                f"model.mixer_options has {word!r:.100}, but the mixers of model.layer_pattern {model.layer_pattern!r} are "
+                f"{', '.join(sorted(names))}; change model.mixer_options or model.layer_pattern"
+            )
+    for mixer in mixers:
+        mixer.options(model)
 
 
 def parameter_owner(name: str, layers: tuple[type[Mixer], ...]) -> tuple[type[Mixer], str] | None:
@@ -76,10 +92,10 @@ def _found(names: str) -> dict[str, type[Mixer]]:
 
 
 def _external(names: str) -> Iterator[type[Mixer]]:
+    """The mixers of all named modules, each once, also where a package and one of its modules are named."""
     modules = [entry.module for entry in entry_points(group=ENTRY_POINTS)]
     modules += [name.strip() for name in names.split(",") if name.strip()]
-    for name in dict.fromkeys(modules):
-        yield from _mixers_in(_imported(name))
+    yield from dict.fromkeys(mixer for name in modules for mixer in _mixers_in(_imported(name)))
 
 
 def _imported(name: str) -> ModuleType:
@@ -94,9 +110,10 @@ def _imported(name: str) -> ModuleType:
 
 
 def _mixers_in(module: ModuleType) -> list[type[Mixer]]:
-    """Classes that the module defines and that have a letter; others are their bases."""
+    """Classes with a letter that the module defines, or that a package has from its own modules; others are their bases."""
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Mixer)]
-    mixers = [cls for cls in classes if cls.__module__ == module.__name__ and hasattr(cls, "letter")]
+    own = [cls for cls in classes if f"{cls.__module__}.".startswith(f"{module.__name__}.")]
+    mixers = [cls for cls in own if hasattr(cls, "letter")]
     if not mixers:
         raise ConfigError(f"{module.__name__} defines no Mixer with a letter (docs/extending.md); change model.mixers")
     return mixers

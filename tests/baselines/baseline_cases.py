@@ -1,0 +1,24 @@
+"""Small models of every baseline, for the tests that all of them pass."""
+
+import dataclasses
+from typing import Any
+
+from based_megatron.config import Config, ParallelConfig
+from support.layouts import small_config
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    # A document of one token has a normed head of s v, which is steep where s is near 0: rounding grows with 1 / norm_eps.
+    "deltanet": {"layer_pattern": "DcD", "norm_eps": 0.1},
+    "gated_deltanet": {"layer_pattern": "EcE", "norm_eps": 0.1},
+    "retnet": {"layer_pattern": "RcR", "norm_eps": 0.1},
+}
+"""Settings of a model of two layers of each system, by the name of its mixer."""
+TENSOR = ("retnet", "deltanet", "gated_deltanet")
+"""Systems whose heads or channels tensor parallel ranks share."""
+
+
+def config_of(name: str, parallel: ParallelConfig | None = None, **train: Any) -> Config:
+    """The config of the layout tests with the model of one system."""
+    config = small_config(parallel, **train)
+    changes = {"mixers": "based_megatron.baselines", **SYSTEMS[name]}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
