@@ -70,7 +70,7 @@ WEIGHTS = {
     "taylor": "1 + s + s²/2",
     "rebased": "s², queries and keys normed, scaled and shifted ([ReBased](https://arxiv.org/abs/2402.10644))",
 }
-"""Of a key with product s, by model.feature_map."""
+"""Weights of a key whose product with the query is s, by model.feature_map."""
 
 
 def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:

@@ -1,4 +1,7 @@
-"""RMSNorm of the fp32 residual stream, and layer norm of heads."""
+"""RMSNorm of the fp32 residual stream, and layer norm of heads.
+
+Legend: D hidden size, H heads of this tensor parallel rank, F feature dim.
+"""
 
 import torch
 from torch import Tensor, nn

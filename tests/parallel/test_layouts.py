@@ -164,7 +164,15 @@ def test_slices_may_be_uneven(worker_pool, oracles, layout):
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2", "dp2-zero3"])
 def test_rebased_features_in_other_layouts(worker_pool, rebased_oracles, layout):
     """Norms are cut by heads; over slices, uneven where they are, states have fewer rows."""
-    check(worker_pool, rebased_oracles, *LAYOUTS[layout], steps=3, bounds=SLICES.get(layout, ()), lr=LONG_LR, model=REBASED)
+    check(
+        worker_pool,
+        rebased_oracles,
+        *LAYOUTS[layout],
+        steps=3,
+        bounds=SLICES.get(layout, ()),
+        lr=LONG_LR,
+        model=REBASED,
+    )
 
 
 @pytest.mark.parametrize("layout", EXCHANGES)
