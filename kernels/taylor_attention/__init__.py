@@ -140,7 +140,7 @@ def finish_sliced_attention(
 def _steps(backend: str, chunk_tokens: int | None, square: bool, *inputs: Tensor) -> attention.Steps:
     load = implementation("taylor_attention", backend, {"reference": lambda: reference, "triton": _triton})
     module = load()
-    return attention.Steps(module, module.schedule(chunk_tokens, square, *inputs))
+    return attention.Steps(module, module.schedule(chunk_tokens, *inputs, square=square))
 
 
 def _triton() -> ModuleType:

@@ -241,7 +241,7 @@ def _read_back(adjoint_BHRE: Tensor, chunk: _Chunk, layout: PackedLayout, q_BHCF
     return adjoint_BHRE * chunk.keeps + phi_BHCR.transpose(-1, -2) @ (g_BHCE * chunk.reads)
 
 
-def schedule(chunk_tokens: int | None, square: bool, *inputs: Tensor) -> Schedule:
+def schedule(chunk_tokens: int | None, *inputs: Tensor, square: bool = False) -> Schedule:
     """A schedule with chunks of so many tokens. A GPU wants fewer, larger steps."""
     return Schedule(chunk_tokens or (256 if inputs[0].is_cuda else 128), square)
 

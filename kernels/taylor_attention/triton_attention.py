@@ -285,7 +285,7 @@ def key_gradients(
     return dk_BTHF, dv_BTHV
 
 
-def schedule(chunk_tokens: int | None, square: bool, *inputs: Tensor) -> Schedule:
+def schedule(chunk_tokens: int | None, *inputs: Tensor, square: bool = False) -> Schedule:
     """Tiles for chunks of so many tokens. Raises TypeError for inputs that the kernels do not take."""
     _check_dtypes(*inputs)
     if chunk_tokens is None:
