@@ -51,7 +51,7 @@ class Trainer:
         if self.device.type == "cpu":
             torch.set_num_threads(setup.threads)
         else:
-            torch.cuda.set_device(self.device)
+            torch.cuda.set_device(self.device.index or 0)
         self.topology = join_alone(self.device)
         self.data = Data(setup.preset.task, self.device)
 
