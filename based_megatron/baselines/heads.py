@@ -27,15 +27,17 @@ class MatrixState:
 
 
 class GatedHeadNorm(nn.Module):
-    """RMSNorm of each head, computed in fp32 or wider, times silu(gate). One weight for all heads."""
+    """RMSNorm of each head, computed in fp32 or wider, times silu(gate) if there is one. One weight for all heads."""
 
     def __init__(self, config: BasedConfig, head_dim: int) -> None:
         super().__init__()
         self.eps = config.model.norm_eps
         self.weight = sum_over_tensor_ranks(nn.Parameter(torch.empty(head_dim, dtype=config.params_dtype)), config)
 
-    def forward(self, x_BTHV: Tensor, gate_BTHV: Tensor) -> Tensor:
+    def forward(self, x_BTHV: Tensor, gate_BTHV: Tensor | None = None) -> Tensor:
         """The normed and gated heads, in the dtype of the weight."""
         dtype = torch.promote_types(x_BTHV.dtype, torch.float32)
         normed = functional.rms_norm(x_BTHV.to(dtype), x_BTHV.shape[-1:], self.weight.to(dtype), self.eps)
-        return (normed * functional.silu(gate_BTHV.to(dtype))).to(self.weight.dtype)
+        if gate_BTHV is not None:
+            normed = normed * functional.silu(gate_BTHV.to(dtype))
+        return normed.to(self.weight.dtype)

@@ -150,9 +150,11 @@ def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGro
     return layer
 
 
-def shard_parameter(parameter: Any, dim: int) -> nn.Parameter:
-    """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`."""
+def shard_parameter(parameter: Any, dim: int, parts: tuple[int, ...] = ()) -> nn.Parameter:
+    """Mark a parameter of our own as cut over the tensor parallel ranks along `dim`, fused parts (unsharded sizes) one by one."""
     mark_tensor_parallel(parameter, dim)
+    if parts:
+        parameter.parts = parts
     return parameter
 
 

@@ -3,18 +3,22 @@
 import dataclasses
 from typing import Any
 
-from based_megatron.config import Config, ParallelConfig
+from based_megatron.config import Config, ModelConfig, ParallelConfig
+from based_megatron.model.mixers import mixers_of
 from support.layouts import small_config
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     # A document of one token has a normed head of s v, which is steep where s is near 0: rounding grows with 1 / norm_eps.
+    "deltanet": {"layer_pattern": "DcD", "norm_eps": 0.1},
+    "gated_deltanet": {"layer_pattern": "EcE", "norm_eps": 0.1},
     "retnet": {"layer_pattern": "RcR", "norm_eps": 0.1},
     "gla": {"layer_pattern": "GcG", "norm_eps": 0.1},
     "mamba2": {"layer_pattern": "NcN", "mixer_options": ("mamba2.head_dim=8", "mamba2.state_dim=5")},
     "mamba": {"layer_pattern": "McM", "mixer_options": ("mamba.state_dim=5",)},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
-TENSOR = ("retnet", "gla", "mamba2")
+KNOWN = mixers_of(ModelConfig(mixers="based_megatron.baselines")).values()
+TENSOR = tuple(mixer.name for mixer in KNOWN if mixer.shards and mixer.name in SYSTEMS)
 """Systems whose heads or channels tensor parallel ranks share."""
 
 

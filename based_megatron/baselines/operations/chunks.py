@@ -31,6 +31,11 @@ class Chunks:
         ids = torch.cat([document_ids_BT, document_ids_BT[:, -1:].expand(-1, filling)], dim=1)
         return cls(tokens, size, ids.unflatten(1, (-1, size)))
 
+    @property
+    def count(self) -> int:
+        """Chunks N of a sequence."""
+        return self.ids_BNC.shape[1]
+
     def split(self, x_BTHX: Tensor) -> Tensor:
         """[B, T, H, ...] -> [B, H, N, C, ...], the filling zero."""
         filling = -self.tokens % self.size
@@ -79,3 +84,14 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in fp32, or fp64 where one of them is: what operations compute in."""
     dtype = torch.float64 if any(x.dtype is torch.float64 for x in tensors) else torch.float32
     return tuple(x.to(dtype) for x in tensors)
+
+
+def compose(maps_BHNKK: Tensor, new_BHNKV: Tensor, initial_BHKV: Tensor | None) -> Tensor:
+    """States before each chunk and after the last, [B, H, N + 1, K, V], of S <- A S + new, where A is a matrix."""
+    state = torch.zeros_like(new_BHNKV[:, :, 0]) if initial_BHKV is None else initial_BHKV.to(new_BHNKV.dtype)
+    states = [state]
+    for number, (map_BHKK, new_BHKV) in enumerate(zip(maps_BHNKK.unbind(2), new_BHNKV.unbind(2), strict=True)):
+        is_zero = number == 0 and initial_BHKV is None
+        state = new_BHKV if is_zero else new_BHKV + map_BHKK @ state
+        states.append(state)
+    return torch.stack(states, dim=2)
