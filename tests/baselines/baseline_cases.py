@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from based_megatron.config import Config, ParallelConfig
+from based_megatron.config import Config, ModelConfig, ParallelConfig
+from based_megatron.model.mixers import mixers_of
 from support.layouts import small_config
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -24,7 +25,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "hyena": {"layer_pattern": "HcH", "mixer_options": ("hyena.filter_units=12", "hyena.length_tokens=96")},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
-TENSOR = ("retnet", "gla", "mamba2", "deltanet", "gated_deltanet")
+KNOWN = mixers_of(ModelConfig(mixers="based_megatron.baselines")).values()
+TENSOR = tuple(mixer.name for mixer in KNOWN if mixer.shards and mixer.name in SYSTEMS)
 """Systems whose heads or channels tensor parallel ranks share."""
 MIXES_DOCUMENTS = ("h3", "hyena")
 """Systems that cannot keep documents apart."""
