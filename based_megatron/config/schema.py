@@ -37,7 +37,10 @@ class ModelConfig:
     num_heads: Count = 16
     """Heads of every attention mixer. The value head dim is hidden_size / num_heads."""
     feature_dim: Annotated[int, Range(at_least=1, at_most=1024)] = 16
-    """Query and key dim of a linear attention head, before the Taylor feature map."""
+    """Query and key dim of a linear attention head, before the feature map."""
+    feature_map: Literal["taylor", "rebased"] = "taylor"
+    """Weights of linear attention, with s = q.k / sqrt(feature_dim): taylor 1 + s + s^2 / 2, as in Based; rebased s^2 of queries and
+    keys that are normed and scaled and shifted by learned numbers (arXiv 2402.10644)."""
     window_left: int = 128
     """Previous keys that a sliding window query sees besides itself (half of the released `window_size`)."""
     conv_kernel: Count = 3
@@ -231,6 +234,16 @@ class ValidationConfig:
     """Steps between validations; 0 turns them off."""
     sequences: int = 1000
     """Held-out sequences of one validation (fewer if the split is smaller)."""
+    recall: bool = True
+    """Measure recall in the same pass: losses of tokens whose bigram stood earlier in the document, by its training count and by
+    distance, and of synthetic probes. Bigrams of the training split are counted at the first start."""
+    recall_rare_count: int = 0
+    """Largest training count of a bigram whose repeats are recall, not memory; 0 takes Zoology's 1,250 in 10.5 G training tokens, and 1
+    at least."""
+    recall_counted_tokens: Count = 1_000_000_000
+    """Tokens of a training split to count bigrams in; a larger split is sampled, and counts are scaled."""
+    recall_probe_sequences: Annotated[int, Range(at_least=0, at_most=100_000)] = 32
+    """Synthetic sequences that are read after the held-out ones; 0 leaves them out."""
 
 
 @dataclass(frozen=True)
