@@ -48,7 +48,7 @@ test-all: setup
 
 # The kernels compiled, and the same layouts over NCCL, one GPU a rank; those that need more GPUs than there are say so.
 test-gpu: setup
-	BASED_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/inference tests/model tests/parallel tests/train/test_step.py \
+	BASED_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels tests/baselines tests/inference tests/model tests/parallel tests/train/test_step.py \
 	  tests/checkpoint/test_checkpoint_store.py
 
 # Lines and branches that no test reaches, the processes of jobs included: a table, and pages in htmlcov/.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from based_megatron.baselines import fla
 from based_megatron.baselines.heads import GatedHeadNorm, MatrixState
 from based_megatron.baselines.operations.vector_decay import vector_decay, vector_decay_step
 from based_megatron.config import ModelConfig
@@ -81,7 +82,8 @@ class GatedLinearAttention(Mixer):
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         q, k, v, gate, g = (part.transpose(0, 1) for part in self._projected(x))
-        o_BLHV, _state = vector_decay(q, k, v, g, scale=self.scale, document_ids_BT=inputs.plan.document_ids())
+        run = fla.vector_decay if fla.serves(q, self.config.backend) else vector_decay
+        o_BLHV, _state = run(q, k, v, g, scale=self.scale, document_ids_BT=inputs.plan.document_ids())
         return self.out_proj(merge_heads(self.norm(o_BLHV, gate)))[0], None
 
     def prefill(self, x: Tensor, state: MatrixState, where: Continuation) -> Tensor:

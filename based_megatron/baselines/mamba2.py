@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from based_megatron.baselines import fla
 from based_megatron.baselines.operations.scalar_decay import scalar_decay, scalar_decay_step
 from based_megatron.baselines.operations.short_convolution import short_convolution
 from based_megatron.baselines.state_space import StateSpaceState, drawn_step_bias, drawn_taps
@@ -82,7 +83,8 @@ class Mamba2(Mixer):
         z, u, steps = (part.transpose(0, 1) for part in self._projected(x))
         ids = inputs.plan.document_ids()
         v, b, c = self._convolved(u, document_ids_BT=ids)
-        o, _state = scalar_decay(*self._inputs(v, b, c, steps), document_ids_BT=ids)
+        run = fla.scalar_decay if fla.serves(v, self.config.backend) else scalar_decay
+        o, _state = run(*self._inputs(v, b, c, steps), document_ids_BT=ids)
         return self.out_proj(self._gated(o, v, z).transpose(0, 1).contiguous())[0], None
 
     def prefill(self, x: Tensor, state: StateSpaceState, where: Continuation) -> Tensor:

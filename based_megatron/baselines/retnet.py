@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from based_megatron.baselines import fla
 from based_megatron.baselines.heads import GatedHeadNorm, MatrixState
 from based_megatron.baselines.operations.scalar_decay import scalar_decay, scalar_decay_step
 from based_megatron.config import ModelConfig
@@ -50,7 +51,8 @@ class RetNet(Mixer):
         parts = self.qkvg(x)[0].split(self.local_parts, dim=-1)
         q, k, v, gate = (heads_first_batch(part, self.heads) for part in parts)
         q, k = self._rotated(q, k, inputs.rotary)
-        o_BLHV, _state = scalar_decay(
+        run = fla.scalar_decay if fla.serves(q, self.config.backend) else scalar_decay
+        o_BLHV, _state = run(
             q, k, v, self._log_decay(q[..., 0]), scale=self.scale, document_ids_BT=inputs.plan.document_ids()
         )
         return self.out_proj(merge_heads(self.norm(o_BLHV, gate)))[0], None
