@@ -24,7 +24,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "hyena": {"layer_pattern": "HcH", "mixer_options": ("hyena.filter_units=12", "hyena.length_tokens=96")},
 }
 """Settings of a model of two layers of each system, by the name of its mixer."""
-TENSOR = ("retnet", "gla", "mamba2", "deltanet", "gated_deltanet")
+KNOWN = mixers_of(ModelConfig(mixers="based_megatron.baselines")).values()
+TENSOR = tuple(mixer.name for mixer in KNOWN if mixer.shards and mixer.name in SYSTEMS)
 """Systems whose heads or channels tensor parallel ranks share."""
 MIXES_DOCUMENTS = ("h3", "hyena")
 """Systems that cannot keep documents apart."""
