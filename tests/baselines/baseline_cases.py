@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from based_megatron.config import Config, ParallelConfig
+from based_megatron.config import Config, ModelConfig, ParallelConfig
+from based_megatron.model.mixers import mixers_of
 from support.layouts import small_config
 
 SYSTEMS: dict[str, dict[str, Any]] = {
