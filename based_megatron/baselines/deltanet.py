@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from based_megatron.baselines import fla
 from based_megatron.baselines.heads import GatedHeadNorm
 from based_megatron.baselines.operations.delta import delta_rule, delta_step
 from based_megatron.config import ModelConfig
@@ -97,9 +98,11 @@ class DeltaRule(Mixer):
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         qkv_BLC, gate_BLHV, rates = self._projected(self.in_proj(x)[0].transpose(0, 1))
         ids = inputs.plan.document_ids()
-        o_BLHV, _state = delta_rule(
-            *self._rule(self._convolved(qkv_BLC, document_ids_BT=ids), rates), scale=self.scale, document_ids_BT=ids
-        )
+        rule = self._rule(self._convolved(qkv_BLC, document_ids_BT=ids), rates)
+        # The library's kernels of the delta rules take no fp32.
+        is_served = qkv_BLC.dtype is torch.bfloat16 and fla.serves(qkv_BLC, self.config.backend)
+        run = fla.delta_rule if is_served else delta_rule
+        o_BLHV, _state = run(*rule, scale=self.scale, document_ids_BT=ids)
         return self.out_proj(merge_heads(self.norm(o_BLHV, gate_BLHV)))[0], None
 
     def prefill(self, x: Tensor, state: DeltaState, where: Continuation) -> Tensor:

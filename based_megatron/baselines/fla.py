@@ -37,6 +37,36 @@ def vector_decay(
     return _run(chunk_gla, q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, **options)
 
 
+def delta_rule(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, beta_BTH: Tensor, log_decay_BTH: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The outputs of `operations.delta_rule`, without a state; bf16 alone."""
+    q, k, beta = (x.to(v_BTHV.dtype) for x in (q_BTHK, k_BTHK, beta_BTH))
+    if log_decay_BTH is None:
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        return _run(chunk_delta_rule, q, k, v_BTHV, beta, **options)
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return _run(chunk_gated_delta_rule, q, k, v_BTHV, log_decay_BTH, beta, **options)
+
+
+def dplr(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    log_decay_BTHK: Tensor,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The outputs of `operations.dplr`, without a state; log decays as RWKV-7 has them."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    q, k, a, b = (x.to(v_BTHV.dtype) for x in (q_BTHK, k_BTHK, a_BTHK, b_BTHK))
+    return _run(chunk_rwkv7, q, log_decay_BTHK, k, v_BTHV, a, b, **options)
+
+
 def _run(
     operation: Any, *inputs: Tensor, scale: float = 1.0, document_ids_BT: Tensor | None = None
 ) -> tuple[Tensor, None]:

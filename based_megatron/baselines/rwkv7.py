@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
+from based_megatron.baselines import fla
 from based_megatron.baselines.operations.dplr import dplr, dplr_step
 from based_megatron.baselines.token_shift import shifted, tokens_before
 from based_megatron.config import ModelConfig
@@ -98,7 +99,8 @@ class RWKV7(Mixer):
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         x_BLD, ids = x.transpose(0, 1), inputs.plan.document_ids()
         operands, gate = self._projected(x_BLD, tokens_before(x_BLD, document_ids_BT=ids))
-        o_BLHV, _state = dplr(*operands, document_ids_BT=ids)
+        is_served = x.dtype is torch.bfloat16 and fla.serves(x, self.config.backend)
+        o_BLHV, _state = (fla.dplr if is_served else dplr)(*operands, document_ids_BT=ids)
         return self._out(o_BLHV, operands, gate).transpose(0, 1).contiguous(), None
 
     def prefill(self, x: Tensor, state: RWKV7State, where: Continuation) -> Tensor:

@@ -84,6 +84,8 @@ MATCHED = {
     # letter and number of layers
     "mamba-360m": ("M", 46),
     "retnet-360m": ("R", 24),
+    "rwkv-360m": ("W", 24),
+    "hyena-360m": ("H", 24),
 }
 
 
