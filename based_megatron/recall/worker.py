@@ -35,7 +35,8 @@ class Setup:
     """What all workers of a sweep share."""
 
     preset: Preset
-    device: str
+    devices: tuple[str, ...]
+    """Devices of PyTorch, among which workers are shared out."""
     backend: str
     threads: int
     """Threads of PyTorch in a worker, on a CPU."""
@@ -46,8 +47,8 @@ class Setup:
 class Trainer:
     """The data of a sweep on the device, and a process group of one, which mixers are built with."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self.device = setup, torch.device(setup.device)
+    def __init__(self, setup: Setup, device: str) -> None:
+        self.setup, self.device = setup, torch.device(device)
         if self.device.type == "cpu":
             torch.set_num_threads(setup.threads)
         else:
@@ -85,7 +86,7 @@ class Trainer:
             raise OutOfTime
 
 
-def serve(pipe: Connection, setup: Setup) -> None:
+def serve(pipe: Connection, setup: Setup, device: str) -> None:
     """A worker process: takes jobs from the pipe and sends back what came of each, until its sweep ends."""
     end_with(os.getppid())
     trainer: Trainer | None = None
@@ -95,7 +96,7 @@ def serve(pipe: Connection, setup: Setup) -> None:
         except EOFError:
             return
         try:
-            trainer = trainer or Trainer(setup)
+            trainer = trainer or Trainer(setup, device)
             pipe.send(trainer.result(job))
         except OutOfTime:
             pipe.send(None)
