@@ -29,5 +29,6 @@ PRESETS: dict[str, Preset] = {
     ),
     "tiny": Preset(TINY, Recipe(rates=(1e-2, 10**-1.5), epochs=6, stages=(Stage(3, 1),), batch_examples=128)),
 }
-"""Figure: the paper's task and rates, in 10 epochs in place of 32, judged after 1,414 and 2,121 steps. Tiny: 900 steps, two rates, judged after 450."""
+"""Figure: the paper's task and rates, in 10 epochs in place of 32, judged after 1,414 and 2,121 steps. Tiny: 900 steps at two rates, judged
+after 450."""
 FAITHFUL_EPOCHS = 32
