@@ -58,7 +58,8 @@ class Trainer:
 
     def result(self, job: Job) -> dict[str, Any]:
         """Train a point; returns what its line in the results says. Raises OutOfTime."""
-        start, point, preset = time.perf_counter(), job.point, self.setup.preset
+        start, cpu_start = time.perf_counter(), time.process_time()
+        point, preset = job.point, self.setup.preset
         kind = ProductModel if point.product else RecallModel
         parameters = 0
 
@@ -78,6 +79,7 @@ class Trainer:
             "parameters": parameters,
             "rates": [asdict(rate) for rate in rates],
             "seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(time.process_time() - cpu_start, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
         }
 

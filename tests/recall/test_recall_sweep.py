@@ -34,7 +34,7 @@ class Dying(SlidingWindowAttention):
     def forward(self, *args, **kwargs):
         os._exit(7)
 """
-TIMES = ("seconds", "device")
+TIMES = ("seconds", "cpu_seconds", "device")
 
 
 def command(folder: Path, *options: str) -> list[str]:
@@ -117,7 +117,14 @@ class FakeWorker:
 def result(seconds: float = 1.0) -> dict[str, Any]:
     rate = {"rate": 0.01, "epochs": 1, "loss": 1.0, "accuracy": {"32/2": 0.5, "32/8": 0.25}}
     sizes = {"recurrent": 1, "published": 2, "product": 3}
-    return {"state_bytes": sizes, "parameters": 4, "rates": [rate], "seconds": seconds, "device": "CPU"}
+    return {
+        "state_bytes": sizes,
+        "parameters": 4,
+        "rates": [rate],
+        "seconds": seconds,
+        "cpu_seconds": seconds,
+        "device": "CPU",
+    }
 
 
 @pytest.fixture
