@@ -82,7 +82,7 @@ def read_study(folder: Path, preset_name: str, preset: Preset, command: str) -> 
         _measured([run for run in runs if run["point"] == name], with_published=preset_name == "figure")
         for name in dict.fromkeys(run["point"] for run in runs)
     ]
-    minutes, cpu_minutes = (sum(run[key] for run in runs) / 60 for key in ("seconds", "cpu_seconds"))
+    minutes, cpu_minutes = (sum(run[field] for run in runs) / 60 for field in ("seconds", "cpu_seconds"))
     facts = {
         "preset": preset_name,
         "devices": ", ".join(sorted({run["device"] for run in runs})),
