@@ -20,7 +20,7 @@ from based_megatron.model.mixers.facts import SavedPiece, Shape
 
 TAPS = 3
 FEATURES = 3
-"""What the network sees of a position: its time, and a slow cosine and sine."""
+"""Inputs of the network at a position: its time, and a slow cosine and sine."""
 INNER_LAYERS = 2
 TURNS = 1e-4
 """Turns of cosine and sine over `length_tokens`: the published code has one frequency, and this is what it comes to."""

@@ -33,7 +33,7 @@ class RecallConfig:
     minutes: Annotated[float, Range(at_least=0)] = 0.0
     """Stop after so many minutes; the next start goes on. 0: run to the end."""
     workers: Annotated[int, Range(at_least=0, at_most=256)] = 0
-    """Processes that train at the same time. 0: as many as cores on a CPU, 4 on a GPU."""
+    """Processes that train at the same time. 0: as many as cores on a CPU, 4 on each GPU."""
     seeds: Annotated[int, Range(at_least=1)] = 1
     """Seeds of each point: 0, 1, ..."""
     epochs: Annotated[int, Range(at_least=0)] = 0

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -82,10 +82,11 @@ def read_study(folder: Path, preset_name: str, preset: Preset, command: str) -> 
         _measured([run for run in runs if run["point"] == name], with_published=preset_name == "figure")
         for name in dict.fromkeys(run["point"] for run in runs)
     ]
+    minutes, cpu_minutes = (sum(run[field] for run in runs) / 60 for field in ("seconds", "cpu_seconds"))
     facts = {
         "preset": preset_name,
         "devices": ", ".join(sorted({run["device"] for run in runs})),
-        "seconds of all runs": f"{sum(run['seconds'] for run in runs):.0f}",
+        "minutes of all runs": f"{minutes:.1f}, of the CPU {cpu_minutes:.1f}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": command,
@@ -167,6 +168,7 @@ def draw(study: Study, path: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "based"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained", width_ratios=(3, 2))
     systems = list(dict.fromkeys(point.system for point in study.points))
+    middle = median(math.log2(point.state_bytes.published) for point in study.points)
     for system in systems:
         points = sorted(
             (point for point in study.points if point.system == system), key=lambda point: point.state_bytes.published
@@ -176,11 +178,12 @@ def draw(study: Study, path: Path) -> None:
         left.plot(x, [point.mean_accuracy for point in points], marker + "-", color=color, label=title_of(system))
         if study.facts["preset"] == "figure" and system in PUBLISHED:
             _draw_published(left, system, color)
-        _draw_by_pairs(right, points, color, marker)
+        nearest = min(points, key=lambda point: abs(math.log2(point.state_bytes.published) - middle))
+        _draw_by_pairs(right, nearest, color, marker)
     left.set_xscale("log", base=2)
     left.set(xlabel="bytes of state", ylabel="accuracy", ylim=(-0.03, 1.03), title="MQAR over state")
     right.set_xscale("log", base=2)
-    right.set(xlabel="pairs", ylim=(-0.03, 1.03), title="by pairs, the state nearest to the median")
+    right.set(xlabel="pairs", ylim=(-0.03, 1.03), title=f"by pairs, at the state nearest to {2**middle / 1000:.3g} kB")
     for panel in (left, right):
         panel.grid(alpha=0.3)
     left.legend(fontsize=8, loc="best", title="band: published" if study.facts["preset"] == "figure" else None)
@@ -208,9 +211,8 @@ def _draw_published(panel: Any, system: str, color: str) -> None:
         panel.fill_between([2.0**octave for octave in x], low, high, color=color, alpha=0.1, linewidth=0)
 
 
-def _draw_by_pairs(panel: Any, points: Sequence[Measured], color: str, marker: str) -> None:
-    """The middle point of a system: mean accuracy of segments with each number of pairs."""
-    point = points[(len(points) - 1) // 2]
+def _draw_by_pairs(panel: Any, point: Measured, color: str, marker: str) -> None:
+    """One point of a system: mean accuracy of segments with each number of pairs."""
     by_pairs: dict[int, list[float]] = {}
     for name, accuracy in point.accuracy.items():
         by_pairs.setdefault(int(name.partition("/")[2]), []).append(accuracy)

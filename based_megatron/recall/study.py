@@ -16,7 +16,7 @@ from based_megatron.recall.presets import FAITHFUL_EPOCHS, PRESETS, Preset
 from based_megatron.recall.sweep import Setup, Sweep, check, jobs_of, locked
 from based_megatron.recall.systems import SYSTEMS, Point, in_order_of_interest, outside_points, pattern_points
 
-GPU_WORKERS = 4
+WORKERS_OF_A_GPU = 4
 
 
 def study(config: RecallConfig, command: str) -> int:
@@ -28,9 +28,10 @@ def study(config: RecallConfig, command: str) -> int:
     points = _points(config, name, preset)
     check(points, preset.task)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = config.workers or (GPU_WORKERS if device == "cuda" else cores)
+    devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) if device == "cuda" else ("cpu",)
+    workers = config.workers or (WORKERS_OF_A_GPU * len(devices) if device == "cuda" else cores)
     deadline = time.time() + 60 * config.minutes if config.minutes else None
-    setup = Setup(preset, device, config.backend, max(1, cores // workers), deadline)
+    setup = Setup(preset, devices, config.backend, max(1, cores // workers), deadline)
     with locked(config.output):
         sweep = Sweep(config.output, setup, workers, jobs_of(points, preset, config.seeds))
         try:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -104,7 +105,7 @@ class Sweep:
                 idle = [worker for worker in workers if worker.job is None]
                 while (job := self._next(waiting)) is not None and (idle or len(workers) < self.workers):
                     if not idle:
-                        workers.append(Worker(context, self.setup))
+                        workers.append(Worker(context, self.setup, self._freest_device(workers)))
                         idle.append(workers[-1])
                     idle.pop().give(job)
                     waiting.remove(job)
@@ -118,6 +119,10 @@ class Sweep:
             for worker in workers:
                 worker.end()
         self.unfinished += len(waiting)
+
+    def _freest_device(self, workers: Sequence["Worker"]) -> str:
+        taken = Counter(worker.device for worker in workers)
+        return min(self.setup.devices, key=lambda device: taken[device])
 
     def _next(self, waiting: Sequence[Job]) -> Job | None:
         """The first job that is likely to end in time, as others of its system have taken it."""
@@ -163,9 +168,10 @@ def best_rate(line: Mapping[str, Any]) -> Mapping[str, Any]:
 class Worker:
     """A process that runs one job at a time."""
 
-    def __init__(self, context: Any, setup: Setup) -> None:
+    def __init__(self, context: Any, setup: Setup, device: str) -> None:
+        self.device = device
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, setup), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, setup, device), daemon=True)
         self.process.start()
         theirs.close()
         self.job: Job | None = None

@@ -35,7 +35,8 @@ class Setup:
     """What all workers of a sweep share."""
 
     preset: Preset
-    device: str
+    devices: tuple[str, ...]
+    """Devices of PyTorch, among which workers are shared out."""
     backend: str
     threads: int
     """Threads of PyTorch in a worker, on a CPU."""
@@ -46,8 +47,8 @@ class Setup:
 class Trainer:
     """The data of a sweep on the device, and a process group of one, which mixers are built with."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self.device = setup, torch.device(setup.device)
+    def __init__(self, setup: Setup, device: str) -> None:
+        self.setup, self.device = setup, torch.device(device)
         if self.device.type == "cpu":
             torch.set_num_threads(setup.threads)
         else:
@@ -57,7 +58,8 @@ class Trainer:
 
     def result(self, job: Job) -> dict[str, Any]:
         """Train a point; returns what its line in the results says. Raises OutOfTime."""
-        start, point, preset = time.perf_counter(), job.point, self.setup.preset
+        start, cpu_start = time.perf_counter(), time.process_time()
+        point, preset = job.point, self.setup.preset
         kind = ProductModel if point.product else RecallModel
         parameters = 0
 
@@ -77,6 +79,7 @@ class Trainer:
             "parameters": parameters,
             "rates": [asdict(rate) for rate in rates],
             "seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(time.process_time() - cpu_start, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
         }
 
@@ -85,7 +88,7 @@ class Trainer:
             raise OutOfTime
 
 
-def serve(pipe: Connection, setup: Setup) -> None:
+def serve(pipe: Connection, setup: Setup, device: str) -> None:
     """A worker process: takes jobs from the pipe and sends back what came of each, until its sweep ends."""
     end_with(os.getppid())
     trainer: Trainer | None = None
@@ -95,7 +98,7 @@ def serve(pipe: Connection, setup: Setup) -> None:
         except EOFError:
             return
         try:
-            trainer = trainer or Trainer(setup)
+            trainer = trainer or Trainer(setup, device)
             pipe.send(trainer.result(job))
         except OutOfTime:
             pipe.send(None)

@@ -1,16 +1,20 @@
 """Files of the study, made from results that were written by hand."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from based_megatron.bench.report import plain
 from based_megatron.recall.figure import draw, read_study, to_markdown, write
 from based_megatron.recall.presets import PRESETS
 from based_megatron.recall.sweep import RESULTS, study_key
 from based_megatron.run_folder.json_lines import append_line
 
 FIGURE = PRESETS["figure"]
+RESULTS_FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
 SEGMENTS = [segment.name for segment in FIGURE.task.test]
 
 
@@ -23,7 +27,7 @@ def line(point: str, nbytes: int, accuracy: float, seed: int = 0, **changes: Any
     return {
         "key": f"{point} {seed}", "study": study_key(FIGURE), "system": point.partition("-")[0], "point": point, "seed": seed,
         "state_bytes": {"recurrent": nbytes - 1536, "published": nbytes, "product": None if "attention" in point else nbytes + 7},
-        "parameters": 10, "rates": rates, "seconds": 2.0, "device": "CPU", **changes,
+        "parameters": 10, "rates": rates, "seconds": 2.0, "cpu_seconds": 1.0, "device": "CPU", **changes,
     }  # fmt: skip
 
 
@@ -91,3 +95,32 @@ def test_the_picture_is_the_same_in_every_run(folder):
 
 def test_a_folder_without_results_has_no_page(tmp_path):
     assert write(tmp_path, "figure", FIGURE, "based recall") == [] and not list(tmp_path.iterdir())
+
+
+def test_the_committed_page_and_picture_are_what_the_results_say(tmp_path):
+    saved = json.loads((RESULTS_FOLDER / "recall-tiny.json").read_text())
+    for run in saved["runs"]:
+        append_line(tmp_path / RESULTS, run)
+    study = read_study(tmp_path, "tiny", PRESETS["tiny"], saved["facts"]["command"])
+    study = dataclasses.replace(study, facts=saved["facts"])
+    assert json.loads(json.dumps(plain(study))) == saved
+    assert to_markdown(study) == (RESULTS_FOLDER / "recall-tiny.md").read_text()
+    pytest.importorskip("matplotlib")
+    draw(study, tmp_path / "recall.svg")
+    assert circles(tmp_path / "recall.svg") == circles(RESULTS_FOLDER / "recall-tiny.svg")
+
+
+def circles(path: Path) -> list[str]:
+    """Places of all points: other versions of matplotlib may draw axes in other ways."""
+    places = [line.strip() for line in path.read_text().splitlines() if "<use" in line and "fill" in line]
+    assert places
+    return places
+
+
+def test_the_tiny_study_has_the_published_order():
+    """Attention >= Gated DeltaNet, DeltaNet >= Based > Mamba-2 > a window > RetNet > Hyena, at their largest states."""
+    saved = json.loads((RESULTS_FOLDER / "recall-tiny.json").read_text())
+    largest = {point["system"]: sum(point["seeds"]) for point in saved["points"]}
+    order = ["deltanet", "based", "mamba2", "window", "retnet", "hyena"]
+    accuracies = [largest[system] for system in order]
+    assert accuracies == sorted(accuracies, reverse=True) and largest["attention"] > 0.98 < largest["gated_deltanet"]

@@ -34,7 +34,7 @@ class Dying(SlidingWindowAttention):
     def forward(self, *args, **kwargs):
         os._exit(7)
 """
-TIMES = ("seconds", "device")
+TIMES = ("seconds", "cpu_seconds", "device")
 
 
 def command(folder: Path, *options: str) -> list[str]:
@@ -55,7 +55,7 @@ def trained_here(name: str) -> dict[str, Any]:
     preset = one_epoch()
     points = [make(preset.task.vocab_size) for make in SYSTEMS["window"].tiny]
     (job,) = (job for job in jobs_of(points, preset, 1) if job.point.name == name)
-    return json.loads(json.dumps(Trainer(Setup(preset, "cpu", "auto", 1, None)).result(job)))
+    return json.loads(json.dumps(Trainer(Setup(preset, ("cpu",), "auto", 1, None), "cpu").result(job)))
 
 
 @pytest.mark.slow
@@ -92,9 +92,11 @@ class FakeWorker:
 
     answers: ClassVar[dict[str, dict[str, Any] | None]] = {}
     given: ClassVar[list[str]] = []
+    devices: ClassVar[list[str]] = []
 
-    def __init__(self, context: Any, setup: Setup) -> None:
-        self.job, self.alive = None, True
+    def __init__(self, context: Any, setup: Setup, device: str) -> None:
+        self.job, self.alive, self.device = None, True, device
+        self.devices.append(device)
 
     def give(self, job: Any) -> None:
         self.job = job
@@ -115,7 +117,14 @@ class FakeWorker:
 def result(seconds: float = 1.0) -> dict[str, Any]:
     rate = {"rate": 0.01, "epochs": 1, "loss": 1.0, "accuracy": {"32/2": 0.5, "32/8": 0.25}}
     sizes = {"recurrent": 1, "published": 2, "product": 3}
-    return {"state_bytes": sizes, "parameters": 4, "rates": [rate], "seconds": seconds, "device": "CPU"}
+    return {
+        "state_bytes": sizes,
+        "parameters": 4,
+        "rates": [rate],
+        "seconds": seconds,
+        "cpu_seconds": seconds,
+        "device": "CPU",
+    }
 
 
 @pytest.fixture
@@ -123,11 +132,14 @@ def fake_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "answers", {})
     monkeypatch.setattr(FakeWorker, "given", [])
+    monkeypatch.setattr(FakeWorker, "devices", [])
     preset = PRESETS["tiny"]
     points = [make(preset.task.vocab_size) for name in ("based", "window") for make in SYSTEMS[name].tiny]
 
     def make_sweep(deadline: float | None = None, workers: int = 2) -> Sweep:
-        return Sweep(tmp_path, Setup(preset, "cpu", "auto", 1, deadline), workers, jobs_of(points, preset, 2))
+        return Sweep(
+            tmp_path, Setup(preset, ("cuda:0", "cuda:1"), "auto", 1, deadline), workers, jobs_of(points, preset, 2)
+        )
 
     return make_sweep
 
@@ -162,6 +174,11 @@ def test_a_run_that_cannot_end_in_time_is_left_for_the_next_start(fake_sweep):
     assert [name for name in FakeWorker.given if "based" in name] == ["based-d32-f8"]
     assert FakeWorker.given.count("window-d32-w8") == 2
     assert sweep.unfinished == 5 + 2 and not sweep.failures
+
+
+def test_workers_are_shared_out_over_devices(fake_sweep):
+    fake_sweep(workers=5).run()
+    assert FakeWorker.devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
 
 
 def test_a_sweep_whose_time_is_over_starts_nothing(fake_sweep):
