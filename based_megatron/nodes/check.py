@@ -25,16 +25,19 @@ INSIDE = "inside"
 GO, END = "go", "end"
 
 
-def check_nodes(folder: Path | None, names: Sequence[str], timeout_seconds: int) -> list[NodeReport] | None:
-    """Measure this rank, together with all others. Returns the nodes in rank order on rank 0, None on others.
+def check_nodes(
+    folder: Path | None, names: Sequence[str], timeout_seconds: int, leader_rank: int = 0
+) -> list[NodeReport] | None:
+    """Measure this rank, together with all others. Returns the nodes in rank order on the leader, None on other ranks.
 
-    folder: where the file system is measured; names: nodes in rank order, where they are known. A rank that does not answer in
+    folder: where the file system is measured; names: nodes in rank order, where they are known; leader_rank: serves the store, on
+    the host at MASTER_ADDR. A rank that does not answer in
     time is named in the report of its node, and does not stop the others.
     """
     info = rank_from_environment()
     device = pick_device("auto", info.local_rank)
-    store = _store(info, timeout_seconds)
-    leader = _Leader(store, info, names, timeout_seconds) if info.rank == 0 else None
+    store = _store(info, timeout_seconds, leader_rank)
+    leader = _Leader(store, info, names, timeout_seconds) if info.rank == leader_rank else None
     local: dict[str, Any] = {"report": dataclasses.asdict(measure_rank(info.rank, device))}
     if folder and info.local_rank == 0:
         try:
@@ -56,7 +59,7 @@ def check_nodes(folder: Path | None, names: Sequence[str], timeout_seconds: int)
 
 
 class _Leader:
-    """Rank 0's part: it waits for the answers of all ranks, each for a limited time."""
+    """The part of one rank: it waits for the answers of all ranks, each for a limited time."""
 
     def __init__(self, store: dist.Store, info: RankInfo, names: Sequence[str], timeout_seconds: int) -> None:
         self._store, self._info, self._names, self._timeout_seconds = store, info, names, timeout_seconds
@@ -131,9 +134,9 @@ class _Leader:
             time.sleep(0.01)
 
 
-def _store(info: RankInfo, timeout_seconds: int) -> dist.TCPStore:
+def _store(info: RankInfo, timeout_seconds: int, leader_rank: int) -> dist.TCPStore:
     # torchrun's agent has a store at this port already.
-    is_master = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_master = info.rank == leader_rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     # A rank waits for the measurements of all others, then for their all-reduces.
     patience = timedelta(seconds=2 * timeout_seconds + (ROUNDS + 2) * TIMEOUT_SECONDS)
     try:
@@ -142,7 +145,7 @@ def _store(info: RankInfo, timeout_seconds: int) -> dist.TCPStore:
         )
     except dist.DistNetworkError as error:
         raise TrainingError(
-            f"rank {info.rank} cannot reach rank 0 at {info.master_addr}:{info.master_port}: {' '.join(str(error).split())[:200]}"
+            f"rank {info.rank} cannot reach rank {leader_rank} at {info.master_addr}:{info.master_port}: {' '.join(str(error).split())[:200]}"
         ) from error
 
 

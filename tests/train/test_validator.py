@@ -2,17 +2,22 @@
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from based_megatron.config import ParallelConfig, load_config
 from based_megatron.data.batch import MicroBatch
+from based_megatron.data.loader import Loader
+from based_megatron.errors import DataError
 from based_megatron.train.callbacks.validator import Validator, fill_up
 from based_megatron.train.step import LossSum
 from support.layouts import build_run, global_batch, local_micro_batches, small_config
+from support.runs import train_in_pool
 
 
 def batches(count: int) -> list[MicroBatch]:
@@ -31,6 +36,28 @@ def test_micro_batches_are_filled_up_with_empty_ones(count, multiple, total):
             (batch.labels_BL == min(i, count - 1) + 1).all()
         )
         assert bool((batch.loss_mask_BL == (1 if i < count else 0)).all()), "only the held-out ones count"
+
+
+def refusal_of_a_damaged_split(run_dir: Path, data: Path) -> str:
+    """What a rank says where rank 1 alone finds damage."""
+    read = Loader.validation_batches
+
+    def read_damaged(loader: Loader, sequences: int) -> Any:
+        if dist.get_rank() == 1:
+            raise DataError("shard 0 is damaged")
+        return read(loader, sequences)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "validation_batches", read_damaged)
+        try:
+            train_in_pool(run_dir, data, "--train.steps", "1")
+        except DataError as error:
+            return str(error)
+    return "trained"
+
+
+def test_damage_that_one_rank_finds_ends_all(worker_pool, corpus, tmp_path):
+    assert worker_pool(2).run(refusal_of_a_damaged_split, tmp_path, corpus) == ["shard 0 is damaged"] * 2
 
 
 class FakeTrainer:

@@ -1,12 +1,13 @@
 """The jobs besides the training loop that a config asks for."""
 
-import socket
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from tokenizers import Tokenizer
 
+from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.config import Config
+from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.data.sources import Sources
@@ -26,26 +27,35 @@ from based_megatron.train.callbacks.watchdog import Watchdog
 from based_megatron.train.identity import Identity
 
 
-def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
-    """What is measured of the model, and validation and samples where the config asks for them."""
+def side_jobs(
+    config: Config, topology: Topology, loader: Loader, sources: Sources, hosts: Sequence[str]
+) -> list[Callback]:
+    """What is measured of the model, and validation and samples where the config asks for them. hosts: of each rank."""
     jobs: list[Callback] = [Advice(sources.warnings), Norms([mixer.name for mixer in layer_mixers(config.model)])]
     if config.guards.replica_check_interval_steps and config.parallel.zero_stage < 3 and topology.world_size > 1:
-        jobs.append(Replicas())
+        jobs.append(Replicas(hosts))
     if config.monitor.debug_gradients:
         jobs.append(DebugGradients())
     if config.validation.interval_steps:
-        jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
+        jobs.append(Validator(_read_held_out(config, loader), topology.pipeline.size))
     if config.monitor.sample_interval_steps:
         jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))
     return jobs
 
 
-def loggers(config: Config, topology: Topology, start: tuple[int, int], identity: Identity) -> list[Callback]:
-    """What is written while training. start: (steps done, tokens seen)."""
+def _read_held_out(config: Config, loader: Loader) -> list[MicroBatch]:
+    """This rank's held-out batches. If one rank cannot read its own, all raise that DataError (collective)."""
+    batches: list[MicroBatch] = []
+    all_ranks().together(lambda: batches.extend(loader.validation_batches(config.validation.sequences)))
+    return batches
+
+
+def loggers(
+    config: Config, topology: Topology, start: tuple[int, int], identity: Identity, hosts: Sequence[str]
+) -> list[Callback]:
+    """What is written while training. start: (steps done, tokens seen). hosts: of each rank."""
     names = (identity.run_id, identity.run_name)
     facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names)
-    hosts = [""] * topology.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
     return [
         Logger(start_sinks(facts) if topology.is_logger else [], hosts),
         Watchdog(hosts, config.monitor.hang_seconds),
