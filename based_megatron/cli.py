@@ -21,10 +21,12 @@ COMMANDS = {
     "nodes": ("measure the nodes of a job, and name those that are slow or wrong", "based_megatron.nodes.cli:main"),
     "launch": ("start the ranks of a command, here or on SLURM", "based_megatron.launchers.cli:main"),
     "generate": ("continue a prompt with a trained model", "based_megatron.inference.cli:main"),
+    "eval": ("score a model on lm-eval's tasks and on generated recall tasks", "based_megatron.evaluation.cli:main"),
     "export": ("write a checkpoint in Hugging Face format, and prove it", "based_megatron.convert.cli:main_export"),
     "import": ("read a released or exported model into a checkpoint", "based_megatron.convert.cli:main_import"),
     "ckpt": ("list, inspect and verify checkpoints", "based_megatron.checkpoint.cli:main"),
     "data": ("list the documents of a training step, verify shards", "based_megatron.data.cli:main"),
+    "recall": ("measure how well mixers recall, over the size of their states", "based_megatron.recall.cli:main"),
     "bench": ("check kernels and time them against baselines", "based_megatron.bench.cli:main"),
 }
 

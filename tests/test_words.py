@@ -17,6 +17,7 @@ LEGENDS = (
     "based_megatron/convert",
     "based_megatron/data",
     "based_megatron/inference",
+    "based_megatron/evaluation",
     "examples",
 )
 """Folders whose tensors have shape suffixes, and whose files say in a legend what the letters are."""

@@ -91,6 +91,11 @@ class GreedyLoop:
         self.states.restart()
         self._choose(self.engine.prefill(prompt_BL, self.states)[0])
 
+    def resume(self, logits_BU: Tensor, states: ModelStates) -> None:
+        """Go on with sequences that another batch of this size has absorbed: a copy of its states, and its last logits."""
+        self.states.copy_(states)
+        self._choose(logits_BU)
+
     def run(self, tokens: int) -> Tensor:
         """The newest token and the `tokens` - 1 that follow it, [B, tokens]. Does not wait for the device."""
         found_BN = self.token_B.new_empty(self.batch, tokens)

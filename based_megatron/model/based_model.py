@@ -86,11 +86,11 @@ class BasedModel(MegatronModule):
         layers = {name: block.mixer.zero_state(batch, device) for name, block in blocks}
         return ModelStates(layers, torch.zeros(batch, dtype=torch.int64, device=device))
 
-    def decode(self, tokens: Tensor, states: ModelStates) -> Tensor:
+    def decode(self, tokens: Tensor, states: ModelStates, every_token: bool = False) -> Tensor:
         """Append a piece of each prompt, [B, L], or one token to each sequence, [B], and update the states in place.
 
         One rank holds the whole model. A step of one token each neither waits for the host nor depends on it.
-        Returns: logits of the last token, [B, U].
+        Returns: logits of the last token, [B, U], or of every token of a piece, [B, L, U].
         """
         where = Continuation(states.position_B, self._rotary_from(states, tokens), states.is_start)
         residual = functional.embedding(tokens, self.embedding.weight).to(self.config.residual_dtype)
@@ -98,7 +98,7 @@ class BasedModel(MegatronModule):
         blocks: Any = self.layers.items()
         for name, block in blocks:
             residual, update = block.decode(residual, update, states.layers[name], where)
-        if tokens.ndim == 2:
+        if tokens.ndim == 2 and not every_token:
             residual, update = residual[:, -1], None if update is None else update[:, -1]
         states.position_B += 1 if tokens.ndim == 1 else tokens.shape[1]
         states.is_start = False

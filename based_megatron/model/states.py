@@ -4,7 +4,7 @@ Legend: B sequences.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,32 @@ class ModelStates:
 
     def clone(self) -> "ModelStates":
         """A copy with its own buffers: one prompt, several continuations."""
-        layers = {
-            name: dataclasses.replace(state, **{key: tensor.clone() for key, tensor in vars(state).items()})
-            for name, state in self.layers.items()
-        }
-        return ModelStates(layers, self.position_B.clone(), self.is_start)
+        return self._with(Tensor.clone)
+
+    def first(self, rows: int) -> "ModelStates":
+        """The first sequences of the batch, in the same buffers."""
+        return self._with(lambda x: x[:rows])
+
+    def take(self, row_B: Tensor) -> "ModelStates":
+        """A batch of these rows in buffers of its own; a row may come more than once."""
+        return self._with(lambda x: x.index_select(0, row_B))
+
+    def copy_(self, other: "ModelStates") -> None:
+        """Take over the states of another batch of this size."""
+        for x, y in zip(self._tensors(), other._tensors(), strict=True):
+            x.copy_(y)
+        self.is_start = other.is_start
 
     def bytes_per_sequence(self) -> int:
         """Memory that one sequence needs, whatever its length."""
         return sum(x.nbytes for x in self._tensors()) // len(self.position_B)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "ModelStates":
+        layers = {
+            name: dataclasses.replace(state, **{key: change(x) for key, x in vars(state).items()})
+            for name, state in self.layers.items()
+        }
+        return ModelStates(layers, change(self.position_B), self.is_start)
 
     def _tensors(self) -> list[Tensor]:
         return [self.position_B, *(x for state in self.layers.values() for x in vars(state).values())]

@@ -145,7 +145,8 @@ def _store(info: RankInfo, timeout_seconds: int, leader_rank: int) -> dist.TCPSt
         )
     except dist.DistNetworkError as error:
         raise TrainingError(
-            f"rank {info.rank} cannot reach rank {leader_rank} at {info.master_addr}:{info.master_port}: {' '.join(str(error).split())[:200]}"
+            f"rank {info.rank} cannot reach rank {leader_rank} at {info.master_addr}:{info.master_port}: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
 
 

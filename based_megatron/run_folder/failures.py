@@ -64,7 +64,7 @@ def failure_path(folder: Path, rank: int) -> Path:
 
 
 def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
-    """Write this rank's file: its line, then the traceback. What this process has written before stays: that was the cause. Raises OSError."""
+    """Write this rank's file: its line, then the traceback. What this process wrote before stays: that was the cause. Raises OSError."""
     before = read_failure(failure_path(folder, rank))
     if before is not None and before.time >= _BEGAN:
         return before

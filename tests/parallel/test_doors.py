@@ -15,7 +15,7 @@ PRELUDE = f"""
 import copy, importlib, logging, os, pkgutil, sys, warnings
 import torch
 with warnings.catch_warnings():
-    {THIRD_PARTIES}
+    import {THIRD_PARTIES}
     from deepspeed.runtime import bf16_optimizer
     from megatron.core.pipeline_parallel import schedules
 

@@ -20,6 +20,7 @@ from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.callbacks.debug_gradients import DebugGradients
 from based_megatron.train.callbacks.logger import Logger
 from based_megatron.train.callbacks.norms import Norms
+from based_megatron.train.callbacks.recall_probe import recall_probe
 from based_megatron.train.callbacks.replicas import Replicas
 from based_megatron.train.callbacks.sampler import Sampler
 from based_megatron.train.callbacks.validator import Validator
@@ -36,7 +37,9 @@ def side_jobs(
         jobs.append(Replicas(hosts))
     if config.monitor.debug_gradients:
         jobs.append(DebugGradients())
-    if config.validation.interval_steps:
+    if config.validation.interval_steps and config.validation.recall:
+        jobs.append(recall_probe(config, loader, sources, all_ranks(), topology.pipeline.size))
+    elif config.validation.interval_steps:
         jobs.append(Validator(_read_held_out(config, loader), topology.pipeline.size))
     if config.monitor.sample_interval_steps:
         jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))

@@ -1,0 +1,118 @@
+"""Whole runs of `based eval` on a tiny model: files that it writes, refusals of models, and the same results on two ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import loaded, ranks, write_tiny
+
+from based_megatron.errors import BasedError, CheckpointError, ConfigError
+from based_megatron.evaluation.cli import EvalConfig
+from based_megatron.evaluation.models import cut_before, read_source, tokenizer_of
+from based_megatron.evaluation.run import evaluate
+from based_megatron.evaluation.tasks import chosen_tasks
+from support.runs import start_command
+
+LIMIT = 6
+
+
+def evaluated(model: Path, output: Path, tasks: str, **options: Any) -> list[dict[str, Any]]:
+    """Results of the tasks on the ranks of a pool, as eval.json has them."""
+    config = EvalConfig(model, tasks=tasks, limit=LIMIT, output=output, batch=4, **options)
+    chosen = chosen_tasks(tasks.split(","), config.data, offline=True)
+    evaluate(config, config.contexts(), chosen, loaded(model, batch=4), ranks(), {"model": str(model)})
+    return json.loads((output / "eval.json").read_text())["results"] if ranks().rank == 0 else []
+
+
+def without_time(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+
+def test_run_export_and_two_ranks_give_the_same_results(worker_pool, tiny_root, tmp_path):
+    tasks = "phonebook,metadata"
+    (alone,) = worker_pool(1).run(evaluated, tiny_root / "run", tmp_path / "run", tasks, context="300")
+    (export,) = worker_pool(1).run(evaluated, tiny_root / "export", tmp_path / "export", tasks, context="300")
+    both, nothing = worker_pool(2).run(evaluated, tiny_root / "run", tmp_path / "two", tasks, context="300")
+    assert without_time(alone) == without_time(export) == without_time(both) and nothing == []
+    assert [result["task"] for result in alone] == ["phonebook", "metadata"]
+    for result in alone:
+        assert result["rows"] == LIMIT and result["data"] == "generated here"
+        assert set(result["baselines"]) == {"no context", "majority"}
+        assert result["computed_tokens"] < result["alone_tokens"]
+    for kind in ("answers/phonebook.jsonl", "data/phonebook/validation.jsonl", "data/metadata/validation.jsonl"):
+        assert (tmp_path / "run" / kind).read_text() == (tmp_path / "two" / kind).read_text()
+        assert len((tmp_path / "run" / kind).read_text().splitlines()) == LIMIT
+    assert "| phonebook |" in (tmp_path / "two" / "eval.md").read_text()
+
+
+def frozen(model: Path, folder: Path) -> list[list[dict[str, Any]]]:
+    first = evaluated(model, folder / "first", "phonebook", context="300")
+    again = evaluated(model, folder / "again", "phonebook", data=folder / "first" / "data")
+    return [without_time(first), without_time(again)]
+
+
+def test_rows_that_were_written_are_asked_again(worker_pool, tiny_root, tmp_path):
+    ((first, again),) = worker_pool(1).run(frozen, tiny_root / "run", tmp_path)
+    assert again[0].pop("data") == str(tmp_path / "first" / "data" / "phonebook") and first[0].pop("data")
+    assert again == first
+
+
+def test_the_command_runs_to_its_end(tiny_root, tmp_path):
+    job = start_command(
+        ["eval", str(tiny_root / "run"), "--tasks", "phonebook", "--limit", "4", "--output", str(tmp_path / "out")],
+        tmp_path / "stderr",
+    )
+    job.wait(120)
+    assert job.returncode == 0, job.stderr
+    assert "phonebook" in job.stdout and str(tmp_path / "out" / "eval.json") in job.stdout
+    facts = json.loads((tmp_path / "out" / "eval.json").read_text())["facts"]
+    assert facts["ranks"] == "1" and facts["precision"] == "fp32" and "decoding states" in facts["path"]
+    assert facts["command"].startswith("based eval")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        read_source(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="another kind"):
+        read_source(tmp_path)
+
+
+def test_a_model_without_a_known_tokenizer_asks_for_one(tiny_root):
+    source = read_source(tiny_root / "run")
+    assert len(tokenizer_of(source, None, tiny_root)) <= source.model.vocab_size and source.trained_tokens == 2048
+    with pytest.raises(BasedError, match="no tokenizer"):
+        tokenizer_of(source, tiny_root, tiny_root)
+
+
+def refused(root: Path, wide: Path) -> list[str]:
+    messages = []
+    config = EvalConfig(root / "run", tasks="phonebook")
+    from based_megatron.evaluation import models
+    from based_megatron.evaluation.run import _check_lengths
+
+    source = read_source(config.model)
+    with pytest.raises(ConfigError) as caught:
+        models.language_model(source, tokenizer_of(source, wide, wide), None, "fp32", 4, ranks())  # type: ignore[arg-type]
+    messages.append(str(caught.value))
+    with pytest.raises(ConfigError) as caught:
+        _check_lengths(loaded(root / "full" / "run"), (1500,), read_twice=True)
+    messages.append(str(caught.value))
+    return messages
+
+
+def test_tokenizers_and_contexts_that_do_not_fit_are_refused(worker_pool, tiny_root, tmp_path):
+    from based_megatron.data_prep.tokenizer import train_tokenizer
+
+    train_tokenizer([f"word{i} other{i * 7}" for i in range(300)] * 3, 400).save(tmp_path)
+    write_tiny(tiny_root / "full", "cLSA")
+    too_wide, too_long = worker_pool(1).run(refused, tiny_root, tmp_path)[0]
+    assert "the model 300" in too_wide and "--tokenizer" in too_wide
+    assert "1500 with --read-twice" in too_long and "2048 positions" in too_long
+
+
+def test_texts_end_before_the_first_stop():
+    assert cut_before("a\nb.c", ["\n", "."]) == "a"
+    assert cut_before("b.c\na", ["\n", "."]) == "b"
+    assert cut_before("abc", ["", "x"]) == "abc"
