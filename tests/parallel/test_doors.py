@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "based_megatron"
-THIRD_PARTIES = "import deepspeed, deepspeed.ops, megatron.core, transformers.modeling_utils, torch.utils.tensorboard, rich, omegaconf, tyro"
+THIRD_PARTIES = (
+    "deepspeed.ops, megatron.core, transformers.modeling_utils, torch.utils.tensorboard, rich, omegaconf, tyro"
+)
 
 PRELUDE = f"""
 import copy, importlib, logging, os, pkgutil, sys, warnings

@@ -1,6 +1,7 @@
 """Validation: when it runs, on what, and the same loss under every layout."""
 
 import dataclasses
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,26 +46,28 @@ def test_what_fills_up_is_in_no_slice():
     assert [int(batch.slices_BL.max()) for batch in fill_up(sliced, 2)] == [5, 5, 5, NO_SLICE]
 
 
-def refusal_of_a_damaged_split(run_dir: Path, data: Path) -> str:
+def refusal_of_a_damaged_split(run_dir: Path, data: Path, *overrides: str) -> str:
     """What a rank says where rank 1 alone finds damage."""
     read = Loader.validation_batches
 
-    def read_damaged(loader: Loader, sequences: int) -> Any:
-        if dist.get_rank() == 1:
-            raise DataError("shard 0 is damaged")
-        return read(loader, sequences)
+    def read_damaged(*arguments: Any) -> Iterator[MicroBatch]:
+        for batch in read(*arguments):
+            if dist.get_rank() == 1:
+                raise DataError("shard 0 is damaged")
+            yield batch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "validation_batches", read_damaged)
         try:
-            train_in_pool(run_dir, data, "--train.steps", "1")
+            train_in_pool(run_dir, data, "--train.steps", "1", *overrides)
         except DataError as error:
             return str(error)
     return "trained"
 
 
-def test_damage_that_one_rank_finds_ends_all(worker_pool, corpus, tmp_path):
-    assert worker_pool(2).run(refusal_of_a_damaged_split, tmp_path, corpus) == ["shard 0 is damaged"] * 2
+@pytest.mark.parametrize("recall", ["--validation.recall", "--validation.no-recall"])
+def test_damage_that_one_rank_finds_ends_all(worker_pool, corpus, tmp_path, recall):
+    assert worker_pool(2).run(refusal_of_a_damaged_split, tmp_path, corpus, recall) == ["shard 0 is damaged"] * 2
 
 
 class FakeTrainer:

@@ -7,7 +7,6 @@ from tokenizers import Tokenizer
 
 from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.config import Config
-from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.data.sources import Sources
@@ -23,7 +22,7 @@ from based_megatron.train.callbacks.norms import Norms
 from based_megatron.train.callbacks.recall_probe import recall_probe
 from based_megatron.train.callbacks.replicas import Replicas
 from based_megatron.train.callbacks.sampler import Sampler
-from based_megatron.train.callbacks.validator import Validator
+from based_megatron.train.callbacks.validator import Validator, read_on_all
 from based_megatron.train.callbacks.watchdog import Watchdog
 from based_megatron.train.identity import Identity
 
@@ -40,17 +39,11 @@ def side_jobs(
     if config.validation.interval_steps and config.validation.recall:
         jobs.append(recall_probe(config, loader, sources, all_ranks(), topology.pipeline.size))
     elif config.validation.interval_steps:
-        jobs.append(Validator(_read_held_out(config, loader), topology.pipeline.size))
+        batches = loader.validation_batches(config.validation.sequences)
+        jobs.append(Validator(read_on_all(batches, all_ranks()), topology.pipeline.size))
     if config.monitor.sample_interval_steps:
         jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))
     return jobs
-
-
-def _read_held_out(config: Config, loader: Loader) -> list[MicroBatch]:
-    """This rank's held-out batches. If one rank cannot read its own, all raise that DataError (collective)."""
-    batches: list[MicroBatch] = []
-    all_ranks().together(lambda: batches.extend(loader.validation_batches(config.validation.sequences)))
-    return batches
 
 
 def loggers(
