@@ -45,6 +45,7 @@ EXCHANGES = {
     "cp4-two-level": (4, ParallelConfig(context=4, state_exchange="two_level")),
     "cp4-chain": (4, ParallelConfig(context=4, state_exchange="chain")),
 }
+REBASED = {"feature_map": "rebased"}
 LONG = ("tp2-cp2", "pp2-cp2", "cp4", "cp4-zero3")
 LONG_STEPS, LONG_LR = 200, 1e-3
 """At the learning rate of the short runs, fp32 rounding alone grows to 1.2e-4 nats in 200 steps."""
@@ -58,6 +59,14 @@ def oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
     for packed, path in paths.items():
         worker_pool(1).run(write_oracle, path, packed, STEPS, CLIP, LR)
     return paths
+
+
+@pytest.fixture(scope="module")
+def rebased_oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
+    """Files of the single process's results for a model with ReBased's features, packed."""
+    path = tmp_path_factory.mktemp("oracle") / "rebased.pt"
+    worker_pool(1).run(write_oracle, path, True, 3, CLIP, LONG_LR, REBASED)
+    return {True: path}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +159,20 @@ def test_recomputed_activations_change_nothing(worker_pool, oracles, layout, rec
 @pytest.mark.parametrize("layout", SLICES)
 def test_slices_may_be_uneven(worker_pool, oracles, layout):
     check(worker_pool, oracles, *LAYOUTS[layout], steps=3, bounds=SLICES[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2", "dp2-zero3"])
+def test_rebased_features_in_other_layouts(worker_pool, rebased_oracles, layout):
+    """Norms are cut by heads; over slices, uneven where they are, states have fewer rows."""
+    check(
+        worker_pool,
+        rebased_oracles,
+        *LAYOUTS[layout],
+        steps=3,
+        bounds=SLICES.get(layout, ()),
+        lr=LONG_LR,
+        model=REBASED,
+    )
 
 
 @pytest.mark.parametrize("layout", EXCHANGES)
