@@ -20,7 +20,7 @@ from based_megatron.model.mixers.facts import SavedPiece, Shape
 
 TAPS = 3
 FEATURES = 3
-"""Of a position: its time, and a slow cosine and sine."""
+"""The time of a position, and a slow cosine and sine of it."""
 INNER_LAYERS = 2
 TURNS = 1e-4
 """Turns of cosine and sine over `length_tokens`: the published code has one frequency, and this is what it comes to."""
