@@ -68,7 +68,7 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
     before = read_failure(failure_path(folder, rank))
     if before is not None and before.time >= _BEGAN:
         return before
-    text = " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split())[:MOST_CHARACTERS]
+    text = " ".join("; ".join([*getattr(error, "__notes__", ()), str(error)]).split())[:MOST_CHARACTERS]
     is_final = isinstance(error, BasedError) and not error.may_pass
     failure = Failure(rank, socket.gethostname(), round(time.time(), 3), type(error).__name__, text, is_final)
     folder.mkdir(parents=True, exist_ok=True)

@@ -267,7 +267,7 @@ def test_if_every_rank_says_something_no_node_is_to_blame(job):
 
 def test_the_node_of_a_rank_that_was_stopped_is_excluded(job):
     """Its rank says so once it goes on to be killed; all others have lost it."""
-    note = "RuntimeError: Connection closed by peer; this process did not run for 17 s"
+    note = "RuntimeError: this process did not run for 17 s: it was stopped; Connection closed by peer"
     job.run(HANG + cause(0, 1, 1, "RuntimeError: Timed out") + cause(1, 0, 1, note) + "exit 143")
     (line,) = job.read("run/excluded_nodes")
     assert line.startswith("node2 stopped in job 7") and f"cause: rank 1 on node2: {note}\n" in job.log

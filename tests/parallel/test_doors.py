@@ -14,10 +14,12 @@ THIRD_PARTIES = (
 )
 
 PRELUDE = f"""
-import copy, importlib, logging, os, pkgutil, sys, warnings
+import contextlib, copy, importlib, logging, os, pkgutil, sys, warnings
 import torch
 with warnings.catch_warnings():
     import {THIRD_PARTIES}
+    with contextlib.suppress(ImportError):
+        import lm_eval.tasks  # not always installed
     from deepspeed.runtime import bf16_optimizer
     from megatron.core.pipeline_parallel import schedules
 
