@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from based_megatron.errors import TrainingError
 from based_megatron.nodes.measure import RankReport, file_rate, measure_rank
-from based_megatron.nodes.network import ROUNDS, TIMEOUT_SECONDS, all_reduce_rate, partner
+from based_megatron.nodes.network import PATIENCE_SECONDS, ROUNDS, all_reduce_rate, begin_together, partner
 from based_megatron.nodes.verdict import NodeReport
 from based_megatron.parallel.environment import RankInfo, rank_from_environment
 from based_megatron.parallel.topology import pick_device
@@ -77,7 +77,7 @@ class _Leader:
     def collect(self, hosts: Mapping[str, Sequence[int]]) -> list[NodeReport]:
         """The reports of all nodes, those that never answered last."""
         ranks = [rank for members in hosts.values() for rank in members]
-        network = self._answers("network", (ROUNDS + 2) * TIMEOUT_SECONDS, ranks)
+        network = self._answers("network", PATIENCE_SECONDS, ranks)
         clocks = self._answers("clock", 1, ranks)
         silent: dict[str, list[int]] = defaultdict(list)
         for rank in range(self._info.world_size):
@@ -138,7 +138,7 @@ def _store(info: RankInfo, timeout_seconds: int, leader_rank: int) -> dist.TCPSt
     # torchrun's agent has a store at this port already.
     is_master = info.rank == leader_rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     # A rank waits for the measurements of all others, then for their all-reduces.
-    patience = timedelta(seconds=2 * timeout_seconds + (ROUNDS + 2) * TIMEOUT_SECONDS)
+    patience = timedelta(seconds=2 * timeout_seconds + PATIENCE_SECONDS)
     try:
         return dist.TCPStore(
             info.master_addr, info.master_port, is_master=is_master, wait_for_workers=False, timeout=patience
@@ -168,6 +168,8 @@ def _network_rates(
     if len(hosts[names[node]]) > 1:
         found[INSIDE] = rate(f"{INSIDE} {names[node]}", hosts[names[node]])
     for number in range(ROUNDS):
+        # Otherwise a node whose partner is held up by a slow one would give its partner up.
+        begin_together(store, f"round {number}", sum(map(len, hosts.values())))
         other = partner(node, len(names), number)
         if other is not None:
             low, high = (names[i] for i in sorted((node, other)))
