@@ -9,8 +9,9 @@ from io import TextIOWrapper
 
 from based_megatron import __version__
 from based_megatron.errors import BasedError
-from based_megatron.process import end_with_torchrun, leave_cause, rank_name
+from based_megatron.process import end_with_torchrun, leave_cause, let_rank_0_speak, rank_name
 
+REFUSED = BasedError.exit_code
 # Each entry: what it does, and module:function taking the remaining arguments. Imported only when used: torch takes seconds.
 COMMANDS = {
     "prep": ("tokenize text, JSON lines, parquet or source files into shards", "based_megatron.data_prep.cli:main"),
@@ -65,8 +66,10 @@ def _run(argv: list[str]) -> int:
     try:
         return int(_function(argv[0])(argv[1:]) or 0)
     except BasedError as error:
-        _print_error(error)
         leave_cause(error)
+        if error.exit_code == REFUSED:
+            let_rank_0_speak(error.exit_code)
+        _print_error(error)
         return error.exit_code
     except BrokenPipeError:
         raise

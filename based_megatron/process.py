@@ -2,23 +2,16 @@
 
 import ctypes
 import os
-import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
-from based_megatron.errors import BasedError
-
 CAUSES = "BASED_CAUSES"
-"""Variable with the folder in which a launcher looks for causes of failure."""
+"""Variable with the folder in which a launcher looks for what ranks failed of."""
 PR_SET_PDEATHSIG = 1
-AFTERMATH = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|remote process|communicator was aborted|terminated",
-    re.IGNORECASE,
-)
-"""What an error says if it comes of the failure of another rank."""
+FIRST_WORD_SECONDS = 10.0
+"""For so long the other ranks leave it to rank 0 to print a refusal."""
 
 
 def end_with(parent_pid: int) -> None:
@@ -47,19 +40,25 @@ def rank_name() -> str:
 
 
 def leave_cause(error: BaseException) -> None:
-    """Leave one line about a failure for the launcher, if it wants one: `PRIORITY SECONDS STATUS rank R on HOST: TYPE: MESSAGE`.
-
-    Sorted as numbers, the first line is the cause of all others: priority 1 is the aftermath of another rank's failure.
-    Status 2 means that a new start would fail the same way.
-    """
-    folder, rank = os.environ.get(CAUSES, ""), rank_name() or "0"
+    """Leave a rank's file about a failure (run_folder/failures.py) for the launcher, if it wants one."""
+    folder = os.environ.get(CAUSES, "")
     if not folder:
         return
-    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    final = isinstance(error, BasedError) and not error.may_pass
-    priority = 0 if final or not AFTERMATH.search(message) else 1
-    line = f"{priority} {time.time():.3f} {2 if final else 1} rank {rank} on {socket.gethostname()}: {message:.500}\n"
+    from based_megatron.run_folder.failures import write_failure
+
     try:
-        (Path(folder) / f"cause-{int(rank):04d}").write_text(line)
+        write_failure(Path(folder), int(rank_name() or "0"), error)
     except OSError as failure:
         print(f"based: the cause could not be left in {folder}: {failure}", file=sys.stderr, flush=True)
+
+
+def let_rank_0_speak(exit_code: int) -> None:
+    """On other ranks: wait to be ended by the launcher, with this exit code and without a word, because rank 0 was refused too.
+
+    Returns if that does not happen: what this rank alone was refused for, it must say itself.
+    """
+    if rank_name() in ("", "0"):
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
+    time.sleep(FIRST_WORD_SECONDS)
+    signal.signal(signal.SIGTERM, before)

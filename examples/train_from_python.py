@@ -30,8 +30,8 @@ def main(folder: Path, *overrides: str) -> None:
         ["--config", "tiny", "--run-dir", str(folder / "run"), "--data.path", str(folder / "data"), *overrides]
     )
     train(config)  # on this rank; `based launch` or torchrun starts more of them
-    model, data = load_model(folder / "run", "cpu")
-    print(generate(model, text_tokenizer(data), ["3 plus 4 is"], Sampling(max_new_tokens=8)).texts[0])
+    model, _ = load_model(folder / "run", "cpu")
+    print(generate(model, text_tokenizer(folder / "data"), ["3 plus 4 is"], Sampling(max_new_tokens=8)).texts[0])
 
 
 if __name__ == "__main__":

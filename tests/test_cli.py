@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from based_megatron import __version__, cli
+from based_megatron import __version__, cli, process
 from based_megatron.errors import BasedError, CheckpointError, ConfigError, DataError, TrainingError
 
 
@@ -71,6 +71,7 @@ def test_a_users_error_is_one_line(command, capsys, monkeypatch, error):
 def test_an_error_names_its_rank(command, capsys, monkeypatch, variable, rank, where):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(variable, rank)
+    monkeypatch.setattr(process, "FIRST_WORD_SECONDS", 0.0)
 
     def fails(argv: list[str]) -> None:
         raise ConfigError("no")

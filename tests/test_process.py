@@ -13,6 +13,7 @@ import pytest
 
 from based_megatron import cli, process
 from based_megatron.errors import CheckpointError, ConfigError, DataError, TrainingError
+from based_megatron.run_folder import failures
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the kernel ends a process with its parent on Linux only"
@@ -83,7 +84,8 @@ def test_what_torchrun_did_not_start_lives_its_own_life():
 def fail(tmp_path, monkeypatch):
     """A function that runs `based train` on a rank which fails with an error; returns the line it leaves."""
     monkeypatch.setenv(process.CAUSES, str(tmp_path))
-    monkeypatch.setattr(process.time, "time", lambda: 12.3456)
+    monkeypatch.setattr(failures.time, "time", lambda: 12.3456)
+    monkeypatch.setattr(process, "FIRST_WORD_SECONDS", 0.0)
 
     def run(error: BaseException, rank: str = "2") -> str:
         def fails(argv: list[str]) -> None:
@@ -93,8 +95,7 @@ def fail(tmp_path, monkeypatch):
         monkeypatch.setattr(cli, "_function", lambda name: fails)
         with contextlib.suppress(type(error)):
             assert cli.main(["train"]) == 2
-        (line,) = (tmp_path / f"cause-{int(rank):04d}").read_text().splitlines()
-        return line
+        return failures.failure_path(tmp_path, int(rank)).read_text().splitlines()[0]
 
     return run
 
@@ -132,7 +133,7 @@ def test_the_aftermath_of_another_ranks_failure_comes_last(fail, error, priority
 
 
 def test_a_cause_that_cannot_be_left_is_no_failure_of_its_own(fail, tmp_path, monkeypatch, capsys):
-    (tmp_path / "cause-0002").mkdir()
+    failures.failure_path(tmp_path, 2).mkdir()
     with contextlib.suppress(IsADirectoryError):
         fail(ConfigError("no"))
     errors = capsys.readouterr().err
@@ -144,3 +145,21 @@ def test_without_a_launcher_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     process.leave_cause(ConfigError("no"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rank", "ended_with"), [("0", []), ("3", [2])])
+def test_rank_0_speaks_for_ranks_that_are_refused_with_it(monkeypatch, rank, ended_with):
+    """Its launcher ends the others, which leave with the same code before they have said anything."""
+    ended: list[int] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(process.os, "_exit", ended.append)
+    monkeypatch.setattr(process.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    process.let_rank_0_speak(2)
+    assert ended == ended_with and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_one_rank_alone_is_refused_for_it_says_itself(fail, capsys):
+    """`fail` waits for no rank 0."""
+    fail(ConfigError("no such folder on this node"), "2")
+    assert "based rank 2: error: no such folder on this node" in capsys.readouterr().err

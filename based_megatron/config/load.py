@@ -123,7 +123,7 @@ def _check_sections(cls: type, values: dict[str, Any], where: str, prefix: str =
 
 def _merge(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
-        return OmegaConf.to_object(OmegaConf.merge(_defaults(cls), values))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(_defaults(cls), values))  # type: ignore[return-value, arg-type]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}: {str(error).splitlines()[0]:.300} (key {key!r:.100})") from error

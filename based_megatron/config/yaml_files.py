@@ -1,12 +1,12 @@
 """YAML files of settings: read strictly, written whole or not at all."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from based_megatron.errors import ConfigError
+from based_megatron.run_folder.replaced import replaced
 
 MOST_BYTES = 1 << 16
 MOST_BRACKETS = 20
@@ -71,13 +71,5 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 def write_yaml(values: dict[str, Any], path: Path) -> None:
     """Replace the file by these values, atomically; a copy that is cut off later is recognised. Raises OSError."""
     text = SAVED_HEADER + yaml.safe_dump(values, sort_keys=False, explicit_end=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replaced(path, durable=True) as stream:
+        stream.write(text)

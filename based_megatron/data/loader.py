@@ -20,7 +20,6 @@ from based_megatron.config import Config
 from based_megatron.config.schema import DataConfig
 from based_megatron.config.validate import slice_multiple
 from based_megatron.data.batch import MicroBatch
-from based_megatron.data.manifest import check_tokenizer
 from based_megatron.data.recall import RecallRows
 from based_megatron.data.slices import NO_SLICE
 from based_megatron.data.sources import Sources
@@ -51,8 +50,8 @@ class Loader:
 
     def __init__(
         self,
+        sources: Sources,
         data: DataConfig,
-        vocab_size: int,
         global_batch_sequences: int,
         micro_batch_sequences: int,
         dp_rank: int = 0,
@@ -61,17 +60,14 @@ class Loader:
         cp_size: int = 1,
         slice_multiple: int = 1,
     ):
-        """Open and check the corpora; slices of context ranks are multiples of `slice_multiple`. Raises DataError or ConfigError."""
+        """sources: the opened corpora of `data`. Slices of context ranks are multiples of `slice_multiple`. Raises ConfigError."""
         if global_batch_sequences % (micro_batch_sequences * dp_size):
             raise ConfigError(
                 f"train.global_batch_sequences {global_batch_sequences} is not a multiple of "
                 f"train.micro_batch_sequences {micro_batch_sequences} x data parallel {dp_size}; "
                 f"change train.global_batch_sequences"
             )
-        self._sources = Sources(data, global_batch_sequences)
-        for manifest in self._sources.manifests:
-            check_tokenizer(manifest, vocab_size)
-        self.fingerprint = self._sources.fingerprint
+        self._sources, self.fingerprint = sources, sources.fingerprint
         self._isolate_documents, self._carries_state = data.isolate_documents, data.carry_state
         self._global_batch_sequences = global_batch_sequences
         self._micro_batch_sequences = micro_batch_sequences
@@ -187,11 +183,11 @@ class Loader:
         )
 
 
-def build_loader(config: Config, topology: "Topology") -> Loader:
+def build_loader(config: Config, topology: "Topology", sources: Sources) -> Loader:
     """This rank's view of the prepared data."""
     return Loader(
+        sources,
         config.data,
-        vocab_size=config.model.vocab_size,
         global_batch_sequences=config.train.global_batch_sequences,
         micro_batch_sequences=config.train.micro_batch_sequences,
         dp_rank=topology.data.rank,

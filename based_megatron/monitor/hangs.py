@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from based_megatron.monitor.progress import BETWEEN, Beat, Progress
+from based_megatron.run_folder.replaced import replaced
 
 FLOOR_SECONDS = 120.0
 """No part of a step is a hang before, nor what comes with every step."""
@@ -76,12 +77,10 @@ def write_stuck(folder: Path, rank: int, beat: Beat, collectives: Mapping[str, i
         dict(collectives),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    path = stack_path(folder, rank)
-    with open(path.with_suffix(".new"), "w") as stream:
+    with replaced(stack_path(folder, rank)) as stream:
         stream.write(json.dumps(asdict(stuck)) + "\n\n")
         stream.flush()
         faulthandler.dump_traceback(file=stream, all_threads=True)
-    os.replace(path.with_suffix(".new"), path)
     return stuck
 
 

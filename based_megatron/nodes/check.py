@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from based_megatron.errors import TrainingError
 from based_megatron.nodes.measure import RankReport, file_rate, measure_rank
-from based_megatron.nodes.network import ROUNDS, TIMEOUT_SECONDS, all_reduce_rate, partner
+from based_megatron.nodes.network import PATIENCE_SECONDS, ROUNDS, all_reduce_rate, begin_together, partner
 from based_megatron.nodes.verdict import NodeReport
 from based_megatron.parallel.environment import RankInfo, rank_from_environment
 from based_megatron.parallel.topology import pick_device
@@ -25,16 +25,19 @@ INSIDE = "inside"
 GO, END = "go", "end"
 
 
-def check_nodes(folder: Path | None, names: Sequence[str], timeout_seconds: int) -> list[NodeReport] | None:
-    """Measure this rank, together with all others. Returns the nodes in rank order on rank 0, None on others.
+def check_nodes(
+    folder: Path | None, names: Sequence[str], timeout_seconds: int, leader_rank: int = 0
+) -> list[NodeReport] | None:
+    """Measure this rank, together with all others. Returns the nodes in rank order on the leader, None on other ranks.
 
-    folder: where the file system is measured; names: nodes in rank order, where they are known. A rank that does not answer in
+    folder: where the file system is measured; names: nodes in rank order, where they are known; leader_rank: serves the store, on
+    the host at MASTER_ADDR. A rank that does not answer in
     time is named in the report of its node, and does not stop the others.
     """
     info = rank_from_environment()
     device = pick_device("auto", info.local_rank)
-    store = _store(info, timeout_seconds)
-    leader = _Leader(store, info, names, timeout_seconds) if info.rank == 0 else None
+    store = _store(info, timeout_seconds, leader_rank)
+    leader = _Leader(store, info, names, timeout_seconds) if info.rank == leader_rank else None
     local: dict[str, Any] = {"report": dataclasses.asdict(measure_rank(info.rank, device))}
     if folder and info.local_rank == 0:
         try:
@@ -56,7 +59,7 @@ def check_nodes(folder: Path | None, names: Sequence[str], timeout_seconds: int)
 
 
 class _Leader:
-    """Rank 0's part: it waits for the answers of all ranks, each for a limited time."""
+    """The part of one rank: it waits for the answers of all ranks, each for a limited time."""
 
     def __init__(self, store: dist.Store, info: RankInfo, names: Sequence[str], timeout_seconds: int) -> None:
         self._store, self._info, self._names, self._timeout_seconds = store, info, names, timeout_seconds
@@ -74,7 +77,7 @@ class _Leader:
     def collect(self, hosts: Mapping[str, Sequence[int]]) -> list[NodeReport]:
         """The reports of all nodes, those that never answered last."""
         ranks = [rank for members in hosts.values() for rank in members]
-        network = self._answers("network", (ROUNDS + 2) * TIMEOUT_SECONDS, ranks)
+        network = self._answers("network", PATIENCE_SECONDS, ranks)
         clocks = self._answers("clock", 1, ranks)
         silent: dict[str, list[int]] = defaultdict(list)
         for rank in range(self._info.world_size):
@@ -131,18 +134,19 @@ class _Leader:
             time.sleep(0.01)
 
 
-def _store(info: RankInfo, timeout_seconds: int) -> dist.TCPStore:
+def _store(info: RankInfo, timeout_seconds: int, leader_rank: int) -> dist.TCPStore:
     # torchrun's agent has a store at this port already.
-    is_master = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_master = info.rank == leader_rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     # A rank waits for the measurements of all others, then for their all-reduces.
-    patience = timedelta(seconds=2 * timeout_seconds + (ROUNDS + 2) * TIMEOUT_SECONDS)
+    patience = timedelta(seconds=2 * timeout_seconds + PATIENCE_SECONDS)
     try:
         return dist.TCPStore(
             info.master_addr, info.master_port, is_master=is_master, wait_for_workers=False, timeout=patience
         )
     except dist.DistNetworkError as error:
         raise TrainingError(
-            f"rank {info.rank} cannot reach rank 0 at {info.master_addr}:{info.master_port}: {' '.join(str(error).split())[:200]}"
+            f"rank {info.rank} cannot reach rank {leader_rank} at {info.master_addr}:{info.master_port}: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
 
 
@@ -164,6 +168,8 @@ def _network_rates(
     if len(hosts[names[node]]) > 1:
         found[INSIDE] = rate(f"{INSIDE} {names[node]}", hosts[names[node]])
     for number in range(ROUNDS):
+        # Otherwise a node whose partner is held up by a slow one would give its partner up.
+        begin_together(store, f"round {number}", sum(map(len, hosts.values())))
         other = partner(node, len(names), number)
         if other is not None:
             low, high = (names[i] for i in sorted((node, other)))

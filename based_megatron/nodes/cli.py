@@ -28,10 +28,12 @@ class NodesOptions:
     """Names of the job's nodes in rank order, with commas or spaces between, so that one that never answers can be named."""
     timeout_seconds: Annotated[int, Range(at_least=1, at_most=86_400)] = 120
     """A rank that has not answered for so long is taken for dead."""
+    leader: Annotated[int, Range(at_least=0)] = 0
+    """Rank on the host at MASTER_ADDR, which all others talk to. Another one than 0 where that host itself is sick."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a table on rank 0. Returns 1 there if a node is bad, else 0."""
+    """Print a table on the leader. Returns 1 there if a node is bad, else 0."""
     options = tyro.cli(NodesOptions, prog="based nodes", args=list(argv))
     check_limits(options, flag)
     from based_megatron.nodes.check import check_nodes
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     from based_megatron.nodes.verdict import Limits, reasons
 
     folder, names = Path(options.folder) if options.folder else None, options.names.replace(",", " ").split()
-    reports = check_nodes(folder, names, options.timeout_seconds)
+    reports = check_nodes(folder, names, options.timeout_seconds, options.leader)
     if reports is None:
         return 0
     bad = reasons(reports, Limits(options.minimum_share, options.minimum_network_share))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from based_megatron.config.yaml_files import read_yaml
 from based_megatron.errors import BasedError
-from based_megatron.monitor.failures import first_cause, read_failures
+from based_megatron.run_folder.failures import first_cause, read_failures
 from based_megatron.run_folder.files import CONFIG, DONE, ERRORS, EVENTS, HEARTBEAT, HISTORY, LOCK, SBATCH
 from based_megatron.run_folder.history import read_history
 from based_megatron.run_folder.lock import is_gone, read_owner

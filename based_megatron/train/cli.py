@@ -5,12 +5,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from based_megatron import __version__
+from based_megatron.errors import BasedError
+from based_megatron.process import leave_cause, rank_name
 from based_megatron.train.signals import StopSignals
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the settings, check them, or train on this rank."""
     signals = StopSignals()  # first of all, or a stop during the imports would kill this rank
+    try:
+        _run(argv, signals)
+    except BasedError as error:
+        if not signals.received or error.exit_code != BasedError.exit_code or rank_name() in ("", "0"):
+            raise
+        # The launcher is ending this rank already: rank 0 was refused too, and has said why.
+        leave_cause(error)
+        raise SystemExit(error.exit_code) from error
+
+
+def _run(argv: Sequence[str], signals: StopSignals) -> None:
     from based_megatron.config.command_line import describe, parse_command
     from based_megatron.config.limits import absolute_paths
     from based_megatron.config.validate import validate

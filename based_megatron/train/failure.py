@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from based_megatron.errors import BasedError
-from based_megatron.monitor.failures import failure_path, write_failure
+from based_megatron.run_folder.failures import failure_path, write_failure
 from based_megatron.run_folder.files import ERRORS
 
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 import os
-import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -125,9 +124,8 @@ def is_done(config: Config, identity: Identity, ranks: Ranks) -> bool:
     return not ranks.on_first(lambda: skips_at_end(read_state(newest)))
 
 
-def record_start(config: Config, identity: Identity, from_step: int, ranks: Ranks) -> None:
-    """Write config.yaml and an entry of the history, now that nothing speaks against this start (collective)."""
-    hosts = list(dict.fromkeys(ranks.together(socket.gethostname)))
+def record_start(config: Config, identity: Identity, from_step: int, ranks: Ranks, hosts: Sequence[str]) -> None:
+    """Write config.yaml and an entry of the history, now that nothing speaks against this start (collective). hosts: of each rank."""
     start = Start(
         start=identity.start,
         run_id=identity.run_id,
@@ -138,7 +136,7 @@ def record_start(config: Config, identity: Identity, from_step: int, ranks: Rank
         changes=identity.changes,
         git_commit=None,
         versions=versions(),
-        hosts=hosts,
+        hosts=list(dict.fromkeys(hosts)),
         ranks=ranks.size,
         job=os.environ.get("SLURM_JOB_ID"),
         from_step=from_step,

@@ -1,5 +1,6 @@
 """A training run on one rank: config -> topology -> model -> optimizer -> data -> checkpoint -> loop."""
 
+import socket
 from pathlib import Path
 
 from based_megatron.checkpoint.ranks import all_ranks
@@ -70,16 +71,18 @@ def train_over(
     chunks = build_model(config, topology)
     engine = build_engine(chunks, config, topology)
 
-    loader = build_loader(config, topology)
+    loader = build_loader(config, topology, sources)
     carried = build_carried_states(config, chunks, topology, loader.first_rows) if config.data.carry_state else None
     metrics = build_metrics(topology)
     step = build_step(chunks, engine, topology, config.parallel.zero_stage, carried, metrics)
     guard = Guard(config, topology.device)
     checkpointer = Checkpointer(engine, config, identity.run_id, loader.fingerprint, guard, topology.device, carried)
     start = checkpointer.restore()
-    record_start(config, identity, start[0], all_ranks())
+    hosts = all_ranks().together(socket.gethostname)
+    record_start(config, identity, start[0], all_ranks(), hosts)
 
-    jobs, logs = side_jobs(config, topology, loader, sources), loggers(config, topology, start, identity)
+    jobs = side_jobs(config, topology, loader, sources, hosts)
+    logs = loggers(config, topology, start, identity, hosts)
     # A checkpoint comes after the log of its step; at the end and at an error the order is the opposite.
     callbacks = [Owner(identity, lock), *jobs, *logs, Outcome(), checkpointer]
     try:

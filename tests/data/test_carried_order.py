@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from made_corpora import EOS, VOCAB_SIZE, numbered_documents, random_lengths, write_corpus
+from made_corpora import EOS, numbered_documents, random_lengths, write_corpus
 
 from based_megatron.config.schema import DataConfig
 from based_megatron.data.documents import documents_of_step
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory):
 
 def loader(folder, dp=(0, 1), cp=(0, 1), micro=1) -> Loader:
     data = DataConfig(path=str(folder), sequence_length_tokens=S, num_workers=0, carry_state=True)
-    return Loader(data, VOCAB_SIZE, ROWS, micro, *dp, *cp)
+    return Loader(Sources(data, ROWS), data, ROWS, micro, *dp, *cp)
 
 
 def test_rows_read_their_parts_of_the_stream_in_order(corpus):

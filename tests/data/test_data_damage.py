@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_corpora import VOCAB_SIZE, numbered_documents, random_lengths, write_corpus
+from made_corpora import numbered_documents, random_lengths, write_corpus
 
 from based_megatron.config.schema import DataConfig
 from based_megatron.data import manifest as manifest_module
@@ -33,7 +33,8 @@ def corpus(folder: Path) -> Manifest:
 
 
 def loader(folder: Path) -> Loader:
-    return Loader(data_config(folder), VOCAB_SIZE, BATCH, 2)
+    data = data_config(folder)
+    return Loader(Sources(data, BATCH), data, BATCH, 2)
 
 
 def data_config(folder: Path) -> DataConfig:

@@ -15,11 +15,12 @@ from made_corpora import EOS, VOCAB_SIZE, numbered_documents, random_lengths, wr
 from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
-from based_megatron.data.manifest import fingerprint, load_manifest
+from based_megatron.data.manifest import check_tokenizer, fingerprint, load_manifest
 from based_megatron.data.probes import ProbeSequences
 from based_megatron.data.reader import SequenceReader
 from based_megatron.data.recall import RecallRows
 from based_megatron.data.slices import NO_SLICE, slices_of
+from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError, DataError
 from based_megatron.parallel.sequence.slices import even_bounds
 
@@ -44,7 +45,8 @@ def data_config(folder, **changes) -> DataConfig:
 
 
 def loader(folder, micro=1, dp=(0, 1), cp=(0, 1), global_batch=GLOBAL_BATCH, **changes) -> Loader:
-    return Loader(data_config(folder, **changes), VOCAB_SIZE, global_batch, micro, *dp, *cp)
+    data = data_config(folder, **changes)
+    return Loader(Sources(data, global_batch), data, global_batch, micro, *dp, *cp)
 
 
 def fields(batch: MicroBatch) -> list[list]:
@@ -148,7 +150,7 @@ def test_documents_can_be_left_unisolated(corpora):
 def test_an_epoch_holds_every_sequence_once(corpora):
     data = data_config(corpora, sources=(), path=str(corpora / "a"))
     reader = SequenceReader(load_manifest(corpora / "a"), "train", S)
-    one_epoch = Loader(data, VOCAB_SIZE, len(reader), 1).micro_batches(2)
+    one_epoch = Loader(Sources(data, len(reader)), data, len(reader), 1).micro_batches(2)
     expected = Counter(str(reader.tokens(i)[:-1].tolist()) for i in range(len(reader)))
     assert Counter(str(batch.tokens_BL[0].tolist()) for batch in one_epoch) == expected
 
@@ -254,7 +256,7 @@ def test_training_split_that_holds_no_sequence_names_the_key(corpora):
 
 def test_vocabulary_that_is_too_small_names_the_key(corpora):
     with pytest.raises(DataError, match=r"model\.vocab_size 1000 .*131072"):
-        Loader(data_config(corpora), 1000, 4, 1)
+        check_tokenizer(load_manifest(corpora / "a"), 1000)
 
 
 def test_batch_that_does_not_divide_names_the_keys(corpora):

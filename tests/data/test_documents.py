@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from made_corpora import VOCAB_SIZE, numbered_documents, write_corpus
+from made_corpora import numbered_documents, write_corpus
 
 from based_megatron.config import save_config
 from based_megatron.config.schema import Config, DataConfig, TrainConfig
@@ -43,7 +43,7 @@ def data_config(corpus) -> DataConfig:
 def test_the_parts_are_the_sequences_of_the_step(corpus):
     """Step 7 is the one after six finished ones."""
     parts = list(documents_of_step(Sources(data_config(corpus)), 7, 6))
-    (batch,) = Loader(data_config(corpus), 300, 6, 6).micro_batches(6)
+    (batch,) = Loader(Sources(data_config(corpus), 6), data_config(corpus), 6, 6).micro_batches(6)
     assert batch.documents is not None
     for row, ids in enumerate(batch.documents.numbers(torch.arange(S))):
         mine = [part for part in parts if part.sequence == row]
@@ -98,7 +98,7 @@ def test_steps_count_from_one(corpus, capsys):
     first = capsys.readouterr().out
     main(["at", *flags.split(), "--step", "1"])
     assert capsys.readouterr().out == first
-    (batch,) = Loader(data_config(corpus), 300, 6, 6).micro_batches(0)
+    (batch,) = Loader(Sources(data_config(corpus), 6), data_config(corpus), 6, 6).micro_batches(0)
     tokens = [int(line.split("\t")[5]) for line in first.splitlines()[1:]]
     numbers = batch.documents.numbers(torch.arange(S))
     assert tokens == [count for ids in numbers for count in ids.bincount().tolist()]
@@ -146,7 +146,7 @@ def test_the_documents_of_a_step_in_short(tmp_path):
     data = DataConfig(path=str(tmp_path / "c"), sequence_length_tokens=S, num_workers=0)
     for joined in (False, True):
         changed = dataclasses.replace(data, carry_state=joined)
-        found = Loader(changed, VOCAB_SIZE, 10, 2).documents(2)
+        found = Loader(Sources(changed, 10), changed, 10, 2).documents(2)
         parts = list(documents_of_step(Sources(changed, 10), 3, 10))
         assert len(found) == 8 < 10
         for place, name in enumerate(found):

@@ -19,8 +19,6 @@ import importlib.util, os, pathlib, signal, sys, time
 # The stub is in the place of the package, whose process.py every rank runs first.
 spec = importlib.util.spec_from_file_location("process", os.environ["PROCESS_FILE"])
 process = importlib.util.module_from_spec(spec)
-sys.modules["based_megatron.errors"] = type(sys)("errors")
-sys.modules["based_megatron.errors"].BasedError = Exception
 spec.loader.exec_module(process)
 process.end_with_torchrun()
 folder, status = pathlib.Path(sys.argv[1]), int(sys.argv[2])

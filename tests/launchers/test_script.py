@@ -78,9 +78,13 @@ def job(tmp_path, monkeypatch) -> Job:
     return Job(tmp_path)
 
 
-def cause(rank: int, priority: int, status: int, text: str) -> str:
-    """Shell of a rank that leaves a cause."""
-    return f"echo '{priority} 1.5 {status} rank {rank} on node{rank + 1}: {text}' >$BASED_CAUSES/cause-{rank:04d}; "
+def cause(rank: int, order: int, status: int, text: str) -> str:
+    """Shell of a rank that leaves a cause, and a traceback."""
+    line = f"{order} 1.5 {status} rank {rank} on node{rank + 1}: {text}"
+    return f"mkdir -p $BASED_CAUSES; printf '%s\\n\\n0 0.1 2 trace' '{line}' >$BASED_CAUSES/rank-{rank:05d}.txt; "
+
+
+LOGS = "$(dirname $NCCL_DEBUG_FILE)"
 
 
 def test_a_finished_run_ends_well(job, tmp_path):
@@ -235,8 +239,8 @@ def test_a_job_that_cannot_be_requeued_goes_on_in_a_new_one(job):
 
 
 HANG = """
-echo >$BASED_CAUSES/../../heartbeat
-touch $BASED_CAUSES/rank-0000-node1.log $BASED_CAUSES/rank-0001-node2.log
+echo >run/heartbeat
+touch $(dirname $NCCL_DEBUG_FILE)/rank-0000-node1.log $(dirname $NCCL_DEBUG_FILE)/rank-0001-node2.log
 """
 
 
@@ -261,6 +265,22 @@ def test_if_every_rank_says_something_no_node_is_to_blame(job):
     assert job.read("calls") == ["requeue"] and job.read("run/excluded_nodes") == []
 
 
+def test_the_node_of_a_rank_that_was_stopped_is_excluded(job):
+    """Its rank says so once it goes on to be killed; all others have lost it."""
+    note = "RuntimeError: this process did not run for 17 s: it was stopped; Connection closed by peer"
+    job.run(HANG + cause(0, 1, 1, "RuntimeError: Timed out") + cause(1, 0, 1, note) + "exit 143")
+    (line,) = job.read("run/excluded_nodes")
+    assert line.startswith("node2 stopped in job 7") and f"cause: rank 1 on node2: {note}\n" in job.log
+
+
+def test_what_ranks_failed_of_before_is_kept_and_not_read_again(job):
+    job.run(cause(0, 0, 2, "ConfigError: no") + "exit 2")
+    (job.folder / "run/failures").unlink(missing_ok=True)
+    job.run("exit 9")
+    assert "cause: no rank left any" in job.log
+    assert len(list(job.folder.glob("run/logs/*/errors-before/rank-00000.txt"))) == 1
+
+
 def test_ranks_that_crash_do_not_cost_their_node(job):
     job.run(HANG + cause(0, 0, 1, "ValueError: no") + "exit 143")
     assert job.read("calls") == ["requeue"] and job.read("run/excluded_nodes") == []
@@ -273,7 +293,7 @@ def test_if_no_rank_says_anything_no_node_is_to_blame(job):
 
 
 def test_a_rank_whose_watchdog_spoke_is_not_silent(job):
-    watchdog = "echo 'Watchdog caught collective operation timeout' >$BASED_CAUSES/rank-0000-node1.log; "
+    watchdog = "echo 'Watchdog caught collective operation timeout' >$(dirname $NCCL_DEBUG_FILE)/rank-0000-node1.log; "
     job.run(HANG + watchdog + "touch run/hung; exit 134")
     assert [line.split()[0] for line in job.read("run/excluded_nodes")] == ["node2"]
 
@@ -365,7 +385,7 @@ def test_a_hook_that_fails_changes_nothing(job):
 def test_the_transport_that_nccl_took_is_in_the_log(job):
     lines = "NCCL INFO Using network IB\\n" + "NCCL INFO Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0\\n" * 2
     beats = "echo 1 >run/heartbeat; /bin/sleep 0.3; echo 2 >run/heartbeat; /bin/sleep 0.3; touch run/done"
-    job.run(f"/bin/sleep 0.2; printf '{lines}' >$BASED_CAUSES/nccl-node1-1.log; " + beats)
+    job.run(f"/bin/sleep 0.2; printf '{lines}' >{LOGS}/nccl-node1-1.log; " + beats)
     assert "NCCL: via NET/IB/0 (2 times), Using network IB (1 times)\n" in job.log
 
 
@@ -414,6 +434,19 @@ def test_a_check_that_says_nothing_of_single_nodes_stops_no_run(tmp_path, monkey
     job = Job(tmp_path, check=True)
     assert job.run(BAD.replace("echo node1 >$2", found).format("touch run/done")) == 0
     assert not job.read("run/excluded_nodes") and not job.read("calls")
+
+
+def test_a_sick_first_node_is_found_by_way_of_the_second(tmp_path, monkeypatch):
+    """All others talk to the host that leads the check, which names no node if its own is sick."""
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, check=True)
+    second_only = BAD.replace("echo node1 >$2", '[ "$MASTER_ADDR" != node2 ] || echo node1 >$2')
+    job.run('echo "$MASTER_ADDR $*" >>checks; ' + second_only.format("touch run/done"))
+    first, second = job.read("checks")
+    assert first.startswith("node1 ") and "--leader 0 " in first
+    assert second.startswith("node2 ") and "--leader 1 " in second
+    assert job.read("calls") == [f"sbatch --parsable --exclude=node1 {tmp_path}/run/pretrain.sbatch of 7"]
+    assert "by way of node1 did not end: once more by way of node2" in job.log
 
 
 def test_nodes_are_measured_only_if_asked(job):

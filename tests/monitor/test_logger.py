@@ -9,9 +9,9 @@ import torch
 
 from based_megatron.config import CheckpointConfig, MonitorConfig, ValidationConfig
 from based_megatron.monitor import throughput
-from based_megatron.monitor.failures import write_failure
 from based_megatron.monitor.progress import PhaseTime
 from based_megatron.monitor.sinks.base import Sink
+from based_megatron.run_folder.failures import write_failure
 from based_megatron.train.callbacks.logger import Logger
 
 

@@ -9,13 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "based_megatron"
-THIRD_PARTIES = "import deepspeed, deepspeed.ops, megatron.core, transformers.modeling_utils, torch.utils.tensorboard, rich, omegaconf, tyro"
+THIRD_PARTIES = (
+    "deepspeed.ops, megatron.core, transformers.modeling_utils, torch.utils.tensorboard, rich, omegaconf, tyro"
+)
 
 PRELUDE = f"""
-import copy, importlib, logging, os, pkgutil, sys, warnings
+import contextlib, copy, importlib, logging, os, pkgutil, sys, warnings
 import torch
 with warnings.catch_warnings():
-    {THIRD_PARTIES}
+    import {THIRD_PARTIES}
+    with contextlib.suppress(ImportError):
+        import lm_eval.tasks  # not always installed
     from deepspeed.runtime import bf16_optimizer
     from megatron.core.pipeline_parallel import schedules
 

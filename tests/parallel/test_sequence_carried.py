@@ -377,3 +377,10 @@ def test_documents_go_back_no_further_than_what_is_known():
     assert documents.with_past(Past().seen(16).known).tokens_before == (3, 16, 16)
     assert documents.with_past(Past().seen(16).missed(10).seen(2).known).tokens_before == (2, 18, 18)
     assert documents.with_past(Past().known).tokens_before == (0, 0, 0)
+
+
+def test_a_step_leaves_a_past_of_its_own_tokens():
+    """A document that began long before the first step goes on from these, and one that was skipped adds none."""
+    first = CarriedState().next(12)
+    assert first.past.known(100) == 12
+    assert first.stay(12).next(12).past.runs == ((12, 12), (12, 0))

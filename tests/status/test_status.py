@@ -14,7 +14,7 @@ import pytest
 
 from based_megatron.errors import ConfigError
 from based_megatron.monitor.events import append_event
-from based_megatron.monitor.failures import write_failure
+from based_megatron.run_folder.failures import write_failure
 from based_megatron.run_folder.history import Start, append_start
 from based_megatron.run_folder.lock import this_process
 from based_megatron.status.cli import main

@@ -463,6 +463,21 @@ def test_a_run_goes_back_to_a_checkpoint_and_to_what_the_guard_knew_then(disk):
     assert guard.skips == SkipCount(1, 1)
 
 
+def test_a_run_that_goes_back_tells_of_damaged_checkpoints_on_the_way(disk, monkeypatch):
+    callback, trainer = make(config_with(interval_steps=8)), FakeTrainer()
+    callback.on_start(trainer)  # type: ignore[arg-type]
+    disk.newest, disk.state = Path("run/step-00000006"), saved_state()
+    found = module.newest_valid
+
+    def damaged(folder, warn, *more):
+        warn("step 7 is damaged")
+        return found(folder, warn, *more)
+
+    monkeypatch.setattr(module, "newest_valid", damaged)
+    assert callback.go_back(7) == (6, 600)
+    assert ("warning", {"message": "step 7 is damaged"}) in trainer.records
+
+
 def test_a_run_that_goes_back_ends_the_save_in_flight_first(disk):
     """It is told, and what is saved then is the step that the run has gone back to."""
     callback, trainer = make(config_with(interval_steps=8)), FakeTrainer()

@@ -15,7 +15,6 @@ from based_megatron.errors import BasedError, ConfigError
 from based_megatron.run_folder.files import DONE, EVENTS, LOCK
 from based_megatron.run_folder.history import read_history
 from based_megatron.run_folder.json_lines import append_line
-from based_megatron.train import identity as module
 from based_megatron.train.identity import Identity, identify, locked_folder, record_start
 
 DATA = "c0ffee*1/seed=42/sequence_length_tokens=64"
@@ -56,7 +55,7 @@ def start(config: Config, from_step: int = 0) -> Identity:
     """A start that was accepted."""
     Path(config.run_dir).mkdir(exist_ok=True)
     identity = identify(config, DATA)
-    record_start(config, identity, from_step, ALONE)
+    record_start(config, identity, from_step, ALONE, ["node1", "node1", "node2"])
     return identity
 
 
@@ -76,12 +75,11 @@ def test_a_new_run_has_a_name_and_writes_nothing_until_it_is_recorded(run, tmp_p
 
 def test_a_start_is_written_down(run, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.setattr(module.socket, "gethostname", lambda: "node1")
     config = run()
     identity = start(config)
     (entry,) = read_history(tmp_path / "mine")
     assert (entry.start, entry.run_id, entry.run_name, entry.from_step) == (1, identity.run_id, "mine", 0)
-    assert (entry.hosts, entry.ranks, entry.job) == (["node1"], 1, "77")
+    assert (entry.hosts, entry.ranks, entry.job) == (["node1", "node2"], 1, "77")
     assert entry.config == to_dict(config) and entry.command == sys.argv and entry.changes == {}
     assert "torch" in entry.versions and entry.time.endswith("+00:00")
     assert entry.git_commit is None or len(entry.git_commit.removesuffix("-dirty")) == 40

@@ -36,6 +36,18 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     return run_dir
 
 
+def test_a_run_is_exported_and_continues_a_prompt_from_another_folder(uninterrupted, tmp_path, monkeypatch, capsys):
+    """Its tokenizer lies with the data, whose path was given from the folder that the run was started in."""
+    monkeypatch.chdir(tmp_path)
+    run = os.path.relpath(uninterrupted, tmp_path)
+    assert main(["export", run, "--output", "hf"]) == 0
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    for model in (run, "hf"):
+        assert main(["generate", model, "--prompt", "document 7", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    texts = [text for text in capsys.readouterr().out.split("\n") if text.startswith("document 7")]
+    assert len(texts) == 2 and len(set(texts)) == 1, "an export says what its run says"
+
+
 def write_lock(folder: Path, stale_seconds: int) -> None:
     """The lock of a process elsewhere."""
     folder.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from based_megatron.config import command_line
+from based_megatron.errors import ConfigError
 from based_megatron.train import cli, train
 from based_megatron.train.signals import STOP_SIGNALS, StopSignals
 
@@ -33,6 +34,24 @@ def test_a_signal_while_the_command_line_is_read_reaches_the_run(monkeypatch, tm
     monkeypatch.setattr(train, "train", lambda config, signals: found.append(signals.received))
     cli.main(["--config", "tiny", "--run-dir", str(tmp_path)])
     assert found == [number.name]
+
+
+@pytest.mark.parametrize(
+    ("rank", "asked", "ends"), [("1", True, SystemExit), ("1", False, ConfigError), ("0", True, ConfigError)]
+)
+def test_a_refused_rank_that_is_being_ended_says_nothing(monkeypatch, capsys, rank, asked, ends):
+    """Rank 0 was refused before it, and its launcher ends the others."""
+
+    def refuse(argv):
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ConfigError("no")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(command_line, "parse_command", refuse)
+    with pytest.raises(ends) as error:
+        cli.main(["--config", "tiny"])
+    assert capsys.readouterr().err == "" and getattr(error.value, "code", 2) == 2
 
 
 def test_no_signal_is_no_reason_to_stop():

@@ -1,19 +1,25 @@
 """Validation: when it runs, on what, and the same loss under every layout."""
 
 import dataclasses
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from based_megatron.config import ParallelConfig, load_config
 from based_megatron.data.batch import MicroBatch
+from based_megatron.data.loader import Loader
 from based_megatron.data.slices import NO_SLICE
+from based_megatron.errors import DataError
 from based_megatron.train.callbacks.validator import Validator, fill_up
 from based_megatron.train.step import LossSum
 from support.layouts import build_run, global_batch, local_micro_batches, small_config
+from support.runs import train_in_pool
 
 
 def batches(count: int) -> list[MicroBatch]:
@@ -38,6 +44,30 @@ def test_micro_batches_are_filled_up_with_empty_ones(count, multiple, total):
 def test_what_fills_up_is_in_no_slice():
     sliced = [dataclasses.replace(batch, slices_BL=torch.full((2, 3), 5, dtype=torch.uint8)) for batch in batches(3)]
     assert [int(batch.slices_BL.max()) for batch in fill_up(sliced, 2)] == [5, 5, 5, NO_SLICE]
+
+
+def refusal_of_a_damaged_split(run_dir: Path, data: Path, *overrides: str) -> str:
+    """What a rank says where rank 1 alone finds damage."""
+    read = Loader.validation_batches
+
+    def read_damaged(*arguments: Any) -> Iterator[MicroBatch]:
+        for batch in read(*arguments):
+            if dist.get_rank() == 1:
+                raise DataError("shard 0 is damaged")
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "validation_batches", read_damaged)
+        try:
+            train_in_pool(run_dir, data, "--train.steps", "1", *overrides)
+        except DataError as error:
+            return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("recall", ["--validation.recall", "--validation.no-recall"])
+def test_damage_that_one_rank_finds_ends_all(worker_pool, corpus, tmp_path, recall):
+    assert worker_pool(2).run(refusal_of_a_damaged_split, tmp_path, corpus, recall) == ["shard 0 is damaged"] * 2
 
 
 class FakeTrainer:

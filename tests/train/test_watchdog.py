@@ -14,6 +14,7 @@ from based_megatron.monitor import flight_recorder
 from based_megatron.monitor.events import read_events
 from based_megatron.monitor.hangs import FIRST_SECONDS, read_stuck
 from based_megatron.monitor.progress import Progress
+from based_megatron.run_folder.failures import write_failure
 from based_megatron.train.callbacks import watchdog as module
 from based_megatron.train.callbacks.watchdog import Watchdog, grace_seconds
 from based_megatron.train.trainer import Trainer
@@ -102,6 +103,24 @@ def test_progress_after_a_hang_ends_it(tmp_path, monkeypatch):
     now[0] += 99.0
     dog.look()
     assert not (tmp_path / "events.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("gap_seconds", "later_seconds", "says"), [(17.0, 1.0, True), (9.0, 1.0, False), (17.0, 61.0, False)]
+)
+def test_a_rank_that_was_stopped_says_so_when_it_fails(tmp_path, monkeypatch, gap_seconds, later_seconds, says):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    dog, _ = make(tmp_path)
+    now[0] += gap_seconds
+    dog._tick()
+    for _ in range(int(later_seconds)):
+        now[0] += 1.0
+        dog._tick()
+    error = RuntimeError("Connection closed by peer")
+    dog.on_error(SimpleNamespace(), error)  # type: ignore[arg-type]
+    failure = write_failure(tmp_path, 0, error)
+    assert ("did not run for 17 s" in failure.message) == says and failure.is_aftermath != says
 
 
 def stuck_job(*job: Any) -> list[str]:

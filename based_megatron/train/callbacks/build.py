@@ -1,9 +1,8 @@
 """The jobs besides the training loop that a config asks for."""
 
-import socket
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from based_megatron.checkpoint.ranks import all_ranks
@@ -23,33 +22,36 @@ from based_megatron.train.callbacks.norms import Norms
 from based_megatron.train.callbacks.recall_probe import recall_probe
 from based_megatron.train.callbacks.replicas import Replicas
 from based_megatron.train.callbacks.sampler import Sampler
-from based_megatron.train.callbacks.validator import Validator
+from based_megatron.train.callbacks.validator import Validator, read_on_all
 from based_megatron.train.callbacks.watchdog import Watchdog
 from based_megatron.train.identity import Identity
 
 
-def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sources) -> list[Callback]:
-    """What is measured of the model, and validation and samples where the config asks for them."""
+def side_jobs(
+    config: Config, topology: Topology, loader: Loader, sources: Sources, hosts: Sequence[str]
+) -> list[Callback]:
+    """What is measured of the model, and validation and samples where the config asks for them. hosts: of each rank."""
     jobs: list[Callback] = [Advice(sources.warnings), Norms([mixer.name for mixer in layer_mixers(config.model)])]
     if config.guards.replica_check_interval_steps and config.parallel.zero_stage < 3 and topology.world_size > 1:
-        jobs.append(Replicas())
+        jobs.append(Replicas(hosts))
     if config.monitor.debug_gradients:
         jobs.append(DebugGradients())
     if config.validation.interval_steps and config.validation.recall:
         jobs.append(recall_probe(config, loader, sources, all_ranks(), topology.pipeline.size))
     elif config.validation.interval_steps:
-        jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
+        batches = loader.validation_batches(config.validation.sequences)
+        jobs.append(Validator(read_on_all(batches, all_ranks()), topology.pipeline.size))
     if config.monitor.sample_interval_steps:
         jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))
     return jobs
 
 
-def loggers(config: Config, topology: Topology, start: tuple[int, int], identity: Identity) -> list[Callback]:
-    """What is written while training. start: (steps done, tokens seen)."""
+def loggers(
+    config: Config, topology: Topology, start: tuple[int, int], identity: Identity, hosts: Sequence[str]
+) -> list[Callback]:
+    """What is written while training. start: (steps done, tokens seen). hosts: of each rank."""
     names = (identity.run_id, identity.run_name)
     facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names)
-    hosts = [""] * topology.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
     return [
         Logger(start_sinks(facts) if topology.is_logger else [], hosts),
         Watchdog(hosts, config.monitor.hang_seconds),

@@ -89,7 +89,11 @@ class Checkpointer(Callback):
         if self._saver.in_flight:
             assert self._trainer is not None
             self._finish(self._trainer)
-        found = newest_valid(self._folder, lambda line: None, self._ranks, latest_step)
+        passed_over: list[str] = []
+        found = newest_valid(self._folder, passed_over.append, self._ranks, latest_step)
+        for line in passed_over:
+            assert self._trainer is not None
+            self._trainer.record("warning", message=line)
         if found is None:
             return None
         self._ranks.on_first(lambda: set_aside(self._folder, step_of(found)))

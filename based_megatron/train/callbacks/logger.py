@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from based_megatron.errors import BasedError
-from based_megatron.monitor.eta import Eta
-from based_megatron.monitor.failures import wait_for_cause, write_failure
+from based_megatron.monitor.eta import Eta, Repeated
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.memory import memory_gib
 from based_megatron.monitor.sinks.base import Sink, perplexity
 from based_megatron.monitor.stragglers import Stragglers
 from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run, process_seconds
+from based_megatron.run_folder.failures import wait_for_cause, write_failure
 from based_megatron.run_folder.files import ERRORS
 from based_megatron.train.callbacks.base import Callback, StepReport
 
@@ -50,9 +50,13 @@ class Logger(Callback):
         flops_per_token = training_flops_per_token(config.model, config.data.sequence_length_tokens)
         peak_flops = peak_flops_of_run(config, trainer.device)
         self._meter = ThroughputMeter(flops_per_token, topology.world_size, peak_flops)
-        intervals = {"validation": config.validation.interval_steps, "save": config.checkpoint.interval_steps}
+        saves = config.checkpoint
+        repeated = {
+            "validation": Repeated(config.validation.interval_steps),
+            "save": Repeated(saves.interval_steps, saves.interval_seconds),
+        }
         self._stragglers = Stragglers(topology.pipeline.size)
-        self._eta = Eta(config.train.steps, intervals)
+        self._eta = Eta(config.train.steps, repeated)
         self._tell(
             trainer,
             "resume" if trainer.step else "start",
@@ -109,7 +113,7 @@ class Logger(Callback):
             since = time.time() - process_seconds()
             cause = wait_for_cause(folder, since, self._hosts or [own.host], CAUSE_SECONDS) if self._sinks else own
             fields = dataclasses.asdict(cause or own)
-            del fields["time"]
+            del fields["time"], fields["is_final"]
             self._tell(trainer, "error", **fields)
         self._close()
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.config import Config
+from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.probes import ProbeSequences
 from based_megatron.data.recall import RecallRows, slices_in_turns, training_tokens
 from based_megatron.data.slices import FIRST, Slices, slices_of
 from based_megatron.data.sources import Sources
 from based_megatron.monitor.sinks.base import perplexity
-from based_megatron.train.callbacks.validator import Validator
+from based_megatron.train.callbacks.validator import Validator, read_on_all
 from based_megatron.train.step import LossSum
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ Pair = tuple[float, float]
 class RecallProbe(Validator):
     """A validation whose tokens are in slices, with probes after them: one pass gives the loss and all of recall."""
 
-    def __init__(self, loader: Loader, sequences: int, rows: RecallRows, pipeline_size: int) -> None:
-        super().__init__(list(loader.validation_batches(sequences, rows)), pipeline_size)
+    def __init__(self, batches: Sequence[MicroBatch], rows: RecallRows, pipeline_size: int) -> None:
+        super().__init__(batches, pipeline_size)
         self._slices, self._chances = rows.slices, rows.probes.chances
 
     def measured(self, trainer: Trainer, found: LossSum) -> None:
@@ -104,7 +105,9 @@ def recall_probe(config: Config, loader: Loader, sources: Sources, ranks: Ranks,
     # In turns of one block, so that ranks that wait for rank 0 do not run into the timeout of a collective.
     while (held_out := ranks.on_first(lambda: next(turns))) is None:
         pass
-    return RecallProbe(loader, validation.sequences, RecallRows(held_out, probes, slices), pipeline_size)
+    rows = RecallRows(held_out, probes, slices)
+    batches = read_on_all(loader.validation_batches(validation.sequences, rows), ranks)
+    return RecallProbe(batches, rows, pipeline_size)
 
 
 def _mean(pair: Pair) -> float | None:

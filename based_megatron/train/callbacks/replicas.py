@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-from typing import TYPE_CHECKING, Any
-
-import torch.distributed as dist
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from based_megatron.errors import TrainingError
 from based_megatron.parallel.replicas import differing_ranks
@@ -21,6 +19,10 @@ class Replicas(Callback):
     Before the update, when a step has used them: the update gathers them anew from the partitions of all ranks.
     """
 
+    def __init__(self, hosts: Sequence[str]) -> None:
+        """hosts: of each rank."""
+        self._hosts = hosts
+
     def on_gradients(self, trainer: Trainer) -> None:
         step, config = trainer.step + 1, trainer.config
         if step % config.guards.replica_check_interval_steps:
@@ -29,10 +31,9 @@ class Replicas(Callback):
         found = differing_ranks(parameters, trainer.topology, config.model.tie_embeddings)
         if not found:
             return
-        hosts: list[Any] = [None] * trainer.topology.world_size
-        dist.all_gather_object(hosts, socket.gethostname())
-        named = [f"{rank} ({hosts[rank]})" for rank in found]
-        trainer.record("replica_mismatch", step=step, ranks=found, hosts=[hosts[rank] for rank in found])
+        hosts = [self._hosts[rank] for rank in found]
+        named = [f"{rank} ({host})" for rank, host in zip(found, hosts, strict=True)]
+        trainer.record("replica_mismatch", step=step, ranks=found, hosts=hosts)
         raise TrainingError(
             f"the weights of {'rank' if len(found) == 1 else 'ranks'} {', '.join(named)} are not those of their replicas in step {step}: "
             f"a faulty device, memory or link. The last checkpoint may have been made with them; leave the host out, and start again"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.slices import NO_SLICE
 from based_megatron.train.callbacks.base import Callback, StepReport
@@ -34,6 +35,13 @@ class Validator(Callback):
 
     def measured(self, trainer: Trainer, found: LossSum) -> None:
         """After each validation, with all that it has summed."""
+
+
+def read_on_all(batches: Iterable[MicroBatch], ranks: Ranks) -> list[MicroBatch]:
+    """The batches of this rank, as they are read. If one rank cannot read its own, all raise that DataError (collective)."""
+    found: list[MicroBatch] = []
+    ranks.together(lambda: found.extend(batches))
+    return found
 
 
 def fill_up(batches: Sequence[MicroBatch], multiple: int) -> list[MicroBatch]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -18,13 +17,19 @@ from based_megatron.monitor import flight_recorder
 from based_megatron.monitor.events import append_event
 from based_megatron.monitor.hangs import Stuck, explain, limit_seconds, read_stuck, stack_path, write_stuck
 from based_megatron.monitor.progress import Beat
+from based_megatron.run_folder.failures import STOOD_STILL
 from based_megatron.run_folder.files import EVENTS, HEARTBEAT, STACKS
+from based_megatron.run_folder.replaced import replaced
 from based_megatron.train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
 
 TICK_SECONDS = 1.0
+STANDSTILL_SECONDS = 10.0
+"""A thread that wants to run once a tick, and does not for so long, is one of a process that was stopped, or of a host that stood still."""
+RECENT_SECONDS = 60.0
+"""A standstill that ended so long ago has nothing to do with an error now."""
 STDERR = 2
 
 
@@ -43,6 +48,9 @@ class Watchdog(Callback):
         """hosts: of each rank. hang_seconds: the limit; 0 makes it of measured times."""
         self._hosts, self._hang_seconds = hosts, hang_seconds
         self._ended = threading.Event()
+        self._ticked = time.monotonic()
+        self._standstill = (0.0, -math.inf)
+        """The last one: its seconds, and when it ended."""
         self._thread: threading.Thread | None = None
         self._beat: Beat | None = None
         """The last one that was written to the heartbeat."""
@@ -53,6 +61,7 @@ class Watchdog(Callback):
         self._run_dir, self._rank = trainer.run_dir, trainer.topology.rank
         self._progress = trainer.clock.progress
         self._began = time.time()
+        self._ticked = time.monotonic()
         self._write_heartbeat()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
@@ -61,6 +70,10 @@ class Watchdog(Callback):
         self._stop()
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        self._tick()
+        seconds, ended = self._standstill
+        if time.monotonic() - ended < RECENT_SECONDS:
+            error.add_note(f"{STOOD_STILL} {seconds:.0f} s: it was stopped, or its host stood still")
         self._stop()
 
     def look(self) -> None:
@@ -80,6 +93,7 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         while not self._ended.wait(min(TICK_SECONDS, self._hang_seconds / 10 or TICK_SECONDS)):
             # Only fires if this thread does not run either: the main thread holds the interpreter.
+            self._tick()
             limit = limit_seconds(self._progress, self._hang_seconds)
             faulthandler.dump_traceback_later(2 * limit + TICK_SECONDS, file=STDERR)
             try:
@@ -87,6 +101,11 @@ class Watchdog(Callback):
             except OSError as error:
                 print(f"rank {self._rank}: the watchdog could not write: {error}", file=sys.stderr, flush=True)
         faulthandler.cancel_dump_traceback_later()
+
+    def _tick(self) -> None:
+        before, self._ticked = self._ticked, time.monotonic()
+        if self._ticked - before > STANDSTILL_SECONDS:
+            self._standstill = (self._ticked - before, self._ticked)
 
     def _stop(self) -> None:
         self._ended.set()
@@ -104,10 +123,8 @@ class Watchdog(Callback):
             "limit_seconds": math.ceil(limit + 2 * grace_seconds(limit)),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        path = self._run_dir / HEARTBEAT
-        new = path.with_name(f".{HEARTBEAT}.new")
-        new.write_text(json.dumps(content) + "\n")
-        os.replace(new, path)
+        with replaced(self._run_dir / HEARTBEAT) as stream:
+            stream.write(json.dumps(content) + "\n")
 
     def _write_stacks(self, beat: Beat) -> None:
         folder = self._run_dir / STACKS

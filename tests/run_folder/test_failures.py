@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from based_megatron.monitor.failures import (
+from based_megatron.run_folder.failures import (
     Failure,
     failure_path,
     first_cause,
