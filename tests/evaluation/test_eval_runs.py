@@ -10,7 +10,7 @@ from tiny_model import loaded, ranks, write_tiny
 from based_megatron.errors import BasedError, CheckpointError, ConfigError
 from based_megatron.evaluation.cli import EvalConfig
 from based_megatron.evaluation.models import cut_before, read_source, tokenizer_of
-from based_megatron.evaluation.run import evaluate
+from based_megatron.evaluation.run import evaluate, prepared
 from based_megatron.evaluation.tasks import chosen_tasks
 from support.runs import start_command
 
@@ -21,7 +21,9 @@ def evaluated(model: Path, output: Path, tasks: str, **options: Any) -> list[dic
     """Results of the tasks on the ranks of a pool, as eval.json has them."""
     config = EvalConfig(model, tasks=tasks, limit=LIMIT, output=output, batch=4, **options)
     chosen = chosen_tasks(tasks.split(","), config.data, offline=True)
-    evaluate(config, config.contexts(), chosen, loaded(model, batch=4), ranks(), {"model": str(model)})
+    language = loaded(model, batch=4)
+    asks = prepared(config, config.contexts(), chosen, language.model, language.tokenizer, ranks())
+    evaluate(asks, language, output, {"model": str(model)})
     return json.loads((output / "eval.json").read_text())["results"] if ranks().rank == 0 else []
 
 
@@ -97,7 +99,7 @@ def refused(root: Path, wide: Path) -> list[str]:
         models.language_model(source, tokenizer_of(source, wide, wide), None, "fp32", 4, ranks())  # type: ignore[arg-type]
     messages.append(str(caught.value))
     with pytest.raises(ConfigError) as caught:
-        _check_lengths(loaded(root / "full" / "run"), (1500,), read_twice=True)
+        _check_lengths(read_source(root / "full" / "run"), (1500,), read_twice=True)
     messages.append(str(caught.value))
     return messages
 
