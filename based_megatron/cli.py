@@ -25,6 +25,7 @@ COMMANDS = {
     "import": ("read a released or exported model into a checkpoint", "based_megatron.convert.cli:main_import"),
     "ckpt": ("list, inspect and verify checkpoints", "based_megatron.checkpoint.cli:main"),
     "data": ("list the documents of a training step, verify shards", "based_megatron.data.cli:main"),
+    "recall": ("measure how well mixers recall, over the size of their states", "based_megatron.recall.cli:main"),
     "bench": ("check kernels and time them against baselines", "based_megatron.bench.cli:main"),
 }
 

@@ -231,6 +231,16 @@ class ValidationConfig:
     """Steps between validations; 0 turns them off."""
     sequences: int = 1000
     """Held-out sequences of one validation (fewer if the split is smaller)."""
+    recall: bool = True
+    """Measure recall in the same pass: losses of tokens whose bigram stood earlier in the document, by its training count and by
+    distance, and of synthetic probes. Bigrams of the training split are counted at the first start."""
+    recall_rare_count: int = 0
+    """Largest training count of a bigram whose repeats are recall, not memory; 0 takes Zoology's 1,250 in 10.5 G training tokens, and 1
+    at least."""
+    recall_counted_tokens: Count = 1_000_000_000
+    """Tokens of a training split to count bigrams in; a larger split is sampled, and counts are scaled."""
+    recall_probe_sequences: Annotated[int, Range(at_least=0, at_most=100_000)] = 32
+    """Synthetic sequences that are read after the held-out ones; 0 leaves them out."""
 
 
 @dataclass(frozen=True)

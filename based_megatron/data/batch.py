@@ -26,5 +26,7 @@ class MicroBatch:
     """First position of each context parallel slice, and S."""
     row: int = 0
     """Row of the global batch that its first sequence is; others follow. With carried states the same row goes on in the next step."""
+    slices_BL: Tensor | None = None
+    """uint8 number of the slice that each label's loss is added to, whatever the loss mask says; None if nobody asks."""
     sources: tuple[str, ...] = ()
     """Corpus that each sequence is from; empty unless the data is a mixture."""

@@ -9,9 +9,9 @@ Legend: B sequences, S tokens of a whole sequence, L tokens of this context para
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from based_megatron.config.schema import DataConfig
 from based_megatron.config.validate import slice_multiple
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.manifest import check_tokenizer
-from based_megatron.data.reader import SequenceReader
+from based_megatron.data.recall import RecallRows
+from based_megatron.data.slices import NO_SLICE
 from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError
 from based_megatron.parallel.sequence.documents import Documents
@@ -31,6 +32,18 @@ if TYPE_CHECKING:
     from based_megatron.parallel.topology import Topology
 
 SEQUENCES_NAMED = 8
+PROBES = "probes"
+"""Name of the source of sequences that are made."""
+
+
+class Sequences(Protocol):
+    """What can be read as the sequences of a split."""
+
+    def tokens(self, sequence: int, begin: int, end: int, /) -> np.ndarray:
+        """Token ids of a part of a window of S + 1 tokens."""
+
+    def document_starts(self, sequence: int, /) -> np.ndarray:
+        """Places in the window at which documents begin."""
 
 
 class Loader:
@@ -92,19 +105,25 @@ class Loader:
                 self._pending[ahead] = self._pool.submit(self._read_step, ahead)
         return self._pending.pop(step).result()
 
-    def validation_batches(self, sequences: int) -> Iterator[MicroBatch]:
+    def validation_batches(self, sequences: int, recall: RecallRows | None = None) -> Iterator[MicroBatch]:
         """Up to `sequences` held-out sequences over all ranks, the same at every call and as many batches on each rank.
 
-        Sequences that fill the last batches up have a loss mask of zeros. Raises DataError if no sequence is held out.
+        recall: slices of the same sequences, and probes to read after them. Only held-out sequences are in the loss; those that
+        fill the last batches up are in no slice either. Raises DataError if no sequence is held out.
         """
-        chosen = self._sources.validation_sequences(sequences)
+        chosen, readers = self._sources.validation_sequences(sequences), list[Sequences](self._sources.validation)
+        held_out = len(chosen)
+        if recall is not None:
+            chosen = chosen + [(len(readers), number) for number in range(len(recall.probes))]
+            readers.append(recall.probes)
         per_round = self._micro_batch_sequences * self._dp_size
         rounds = -(-len(chosen) // per_round)
         padded = chosen + [chosen[-1]] * (rounds * per_round - len(chosen))
         mine = np.arange(len(padded)).reshape(rounds, self._dp_size, self._micro_batch_sequences)[:, self._dp_rank]
         return (
-            self._micro_batch(
-                self._sources.validation, [padded[i] for i in row], counted=int((row < len(chosen)).sum())
+            dataclasses.replace(
+                self._micro_batch(readers, [padded[i] for i in row], counted=int((row < held_out).sum())),
+                slices_BL=None if recall is None else self._slices(recall, row, len(chosen)),
             )
             for row in mine
         )
@@ -138,9 +157,15 @@ class Loader:
             return documents
         return Documents(documents.starts, tuple(self._sources.tokens_before(number) for number in numbers.tolist()))
 
-    def _micro_batch(self, readers: list[SequenceReader], chosen: list[tuple[int, int]], counted: int) -> MicroBatch:
+    def _slices(self, recall: RecallRows, numbers: np.ndarray, count: int) -> torch.Tensor:
+        """This rank's part [B, L] of the slice numbers of these rows, of which only the first `count` are not filling."""
+        filling = np.full(self._bounds[-1], NO_SLICE, np.uint8)
+        rows = [recall.row(number) if number < count else filling for number in numbers.tolist()]
+        return torch.from_numpy(np.stack(rows)[:, self._slice].copy())
+
+    def _micro_batch(self, readers: Sequence[Sequences], chosen: list[tuple[int, int]], counted: int) -> MicroBatch:
         """Micro batch of these (source, sequence), of which this rank reads its slice; only the first `counted` have a loss."""
-        begin, end, names = self._slice.start, self._slice.stop, self._sources.names
+        begin, end, names = self._slice.start, self._slice.stop, [*self._sources.names, PROBES]
         windows = np.stack([readers[source].tokens(sequence, begin, end + 1) for source, sequence in chosen])
         tokens = torch.from_numpy(windows.astype(np.int64))
         mask_BL = torch.ones(len(chosen), end - begin)
@@ -158,7 +183,7 @@ class Loader:
             loss_mask_BL=mask_BL,
             documents=documents,
             bounds=self._bounds,
-            sources=tuple(names[source] for source, _ in chosen) if len(names) > 1 else (),
+            sources=tuple(names[source] for source, _ in chosen) if len(self._sources.names) > 1 else (),
         )
 
 

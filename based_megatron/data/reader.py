@@ -88,7 +88,7 @@ class SequenceReader:
         """int64 places in a window of S + 1 tokens at which documents begin, ascending; 0 is always one."""
         found, place = [np.zeros(1, np.int64)], 0
         for piece in self.pieces(sequence):
-            if place and self._begins(piece):
+            if place and self.begins(piece):
                 found.append(np.array([place]))
             ends = self.ends(piece.member)
             first, last = np.searchsorted(ends, [piece.start + 1, piece.stop])
@@ -114,7 +114,7 @@ class SequenceReader:
         if begun:
             return piece.start - int(ends[begun - 1])
         tokens = piece.start
-        while not self._begins(Piece(number, 0, 1)):
+        while not self.begins(Piece(number, 0, 1)):
             number -= 1
             ends, length = self.ends(number), self.members[number].tokens
             # The last document of a member that goes on in the next ends with the member.
@@ -123,7 +123,7 @@ class SequenceReader:
                 break
         return tokens
 
-    def _begins(self, piece: Piece) -> bool:
+    def begins(self, piece: Piece) -> bool:
         """True if a document begins with the first token of a piece."""
         number, start, _ = piece
         if start:

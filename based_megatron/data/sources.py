@@ -79,6 +79,12 @@ class Sources:
         return [str(path) if last.count(path.name) > 1 else path.name for path in paths]
 
     @property
+    def shares(self) -> np.ndarray:
+        """Part of the sequences that each corpus gives, as weights say; they add up to 1."""
+        weights = np.array([source.weight for source in self._sources], np.float64)
+        return weights / weights.sum()
+
+    @property
     def sequence_length_tokens(self) -> int:
         """Tokens of one sequence, S."""
         return self._data.sequence_length_tokens

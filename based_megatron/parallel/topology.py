@@ -94,6 +94,13 @@ def join(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
         )
 
 
+def join_alone(device: torch.device) -> Topology:
+    """The layout of a process that is all there is, for programs that build whole models: without a launcher and a port."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return build_topology(ParallelConfig(), device)
+
+
 def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: int = 0) -> Topology:
     """Make the groups of a layout over the joined ranks. Every rank calls it, once for each layout.
 

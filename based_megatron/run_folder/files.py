@@ -13,6 +13,7 @@ HUNG = "hung"
 LOCK = "lock"
 LOGS = "logs"
 PAUSE = "pause"
+RECALL = "recall"
 ROLLED_BACK = "rolled-back"
 SBATCH = "pretrain.sbatch"
 STACKS = "stacks"
@@ -34,6 +35,6 @@ FILES = (
     SBATCH,
     STOPPED,
 )
-FOLDERS = (CHECKPOINTS, ERRORS, LOGS, ROLLED_BACK, STACKS, TENSORBOARD, WANDB)
+FOLDERS = (CHECKPOINTS, ERRORS, LOGS, RECALL, ROLLED_BACK, STACKS, TENSORBOARD, WANDB)
 LOG_PREFIX = "slurm-"
 """What the names of SLURM's log files begin with."""

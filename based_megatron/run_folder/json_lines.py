@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
-def append_line(path: Path, values: dict[str, Any]) -> None:
+def append_line(path: Path, values: dict[str, Any], *, durable: bool = False) -> None:
     """Add one line to the file. If a crash has cut the last line, it is ended first, so that the new one is whole.
 
+    durable: return only when the line would survive the machine.
     Infinities and nan, which JSON lacks, become strings that float() reads; what else JSON lacks becomes its str().
     """
     line = json.dumps(legal(values), allow_nan=False, default=str).encode() + b"\n"
@@ -20,6 +21,9 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
             if stream.read(1) != b"\n":
                 line = b"\n" + line
         stream.write(line)
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

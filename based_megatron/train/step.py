@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from based_megatron.data.batch import MicroBatch
+from based_megatron.data.slices import MOST_SLICES
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.parallel.deepspeed import gradient
@@ -31,6 +32,8 @@ class LossSum:
 
     total: Tensor
     tokens: Tensor
+    slices: Tensor | None = None
+    """Both for each slice [slices, 2], of any tokens, if the micro batches have slices."""
 
     @property
     def mean(self) -> Tensor:
@@ -100,8 +103,13 @@ class Step:
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         raise NotImplementedError
 
+    @torch.no_grad()
     def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        """Forward only."""
+        """Forward only. All micro batches have slices, or none has."""
+        has_slices = micro_batches[0].slices_BL is not None
+        return self.global_sum(self._evaluate(micro_batches), MOST_SLICES if has_slices else 0)
+
+    def _evaluate(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
         raise NotImplementedError
 
     def logits(self, batch: MicroBatch) -> Tensor | None:
@@ -139,21 +147,23 @@ class Step:
         return tensor.to(self.topology.device, non_blocking=True)
 
     def loss_sum(self, loss_BL: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """(summed loss, tokens, both as one fp64 pair), the form that Megatron's schedules take."""
+        """(summed loss, tokens, both as an fp64 row, above those of slices), the form that Megatron's schedules take."""
         mask_BL = self.to_device(batch.loss_mask_BL)
         if torch.is_grad_enabled():
             record_sources(self.recorder, batch, loss_BL, mask_BL)
         total, tokens = (loss_BL * mask_BL).sum(), mask_BL.sum()
-        return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double()])
+        sums = torch.stack([total.detach().double(), tokens.double()])[None]
+        if batch.slices_BL is not None:
+            sums = torch.cat([sums, _slice_sums(loss_BL.detach(), self.to_device(batch.slices_BL))])
+        return total, tokens.to(torch.int), sums
 
-    def global_sum(self, losses: list[Tensor]) -> LossSum:
-        """Sum [loss, tokens] pairs of this rank's micro batches over data and context ranks; the last stage knows them."""
-        pair = (
-            torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=self.topology.device)
-        )
-        dist.all_reduce(pair, group=self.topology.data_context.group)
-        dist.broadcast(pair, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
-        return LossSum(pair[0], pair[1])
+    def global_sum(self, losses: list[Tensor], slices: int = 0) -> LossSum:
+        """Sum rows of (loss, tokens) of this rank's micro batches over data and context ranks; the last stage knows them."""
+        none = torch.zeros(1 + slices, 2, dtype=torch.float64, device=self.topology.device)
+        sums = torch.stack([none, *losses]).sum(0)
+        dist.all_reduce(sums, group=self.topology.data_context.group)
+        dist.broadcast(sums, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
+        return LossSum(sums[0, 0], sums[0, 1], sums[1:] if slices else None)
 
 
 class ScheduledStep(Step):
@@ -168,9 +178,8 @@ class ScheduledStep(Step):
         self._own.begin_own()
         return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=False))
 
-    @torch.no_grad()
-    def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=True))
+    def _evaluate(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
+        return self._run(micro_batches, self.loss_sum, forward_only=True)
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor | None:
@@ -244,9 +253,8 @@ class EngineStep(Step):
             pairs.append(pair)
         return self.global_sum(pairs)
 
-    @torch.no_grad()
-    def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
-        return self.global_sum([self._loss(batch)[2] for batch in micro_batches])
+    def _evaluate(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
+        return [self._loss(batch)[2] for batch in micro_batches]
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor | None:
@@ -273,6 +281,14 @@ def build_step(
 ) -> Step:
     """The step of a layout."""
     return (ScheduledStep if zero_stage == 1 else EngineStep)(chunks, engine, topology, carried, recorder)
+
+
+def _slice_sums(loss_BL: Tensor, slices_BL: Tensor) -> Tensor:
+    """Summed loss and tokens of each slice, fp64: a product, because sums by index have no fixed order on a GPU."""
+    numbers = torch.arange(MOST_SLICES, device=slices_BL.device)
+    is_in = (slices_BL.flatten() == numbers[:, None]).double()
+    loss = loss_BL.flatten().double()
+    return is_in @ torch.stack([loss, torch.ones_like(loss)], 1)
 
 
 def _sum_sequence_parallel(parameters: list[Any], topology: Topology) -> None:

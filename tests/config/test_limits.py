@@ -23,7 +23,7 @@ SECTIONS_WITH_ZERO = {
     "schedule": "warmup_steps warmup_lr decay_steps min_lr",
     "train": "seed",
     "guards": "replica_check_interval_steps",
-    "validation": "interval_steps sequences",
+    "validation": "recall_probe_sequences recall_rare_count interval_steps sequences",
     "checkpoint": "interval_steps interval_seconds keep_last keep_every_steps",
     "monitor": "hang_seconds peak_flops sample_interval_steps",
 }

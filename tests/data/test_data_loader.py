@@ -16,7 +16,10 @@ from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import fingerprint, load_manifest
+from based_megatron.data.probes import ProbeSequences
 from based_megatron.data.reader import SequenceReader
+from based_megatron.data.recall import RecallRows
+from based_megatron.data.slices import NO_SLICE, slices_of
 from based_megatron.errors import ConfigError, DataError
 from based_megatron.parallel.sequence.slices import even_bounds
 
@@ -194,6 +197,38 @@ def test_validation_is_the_same_set_for_every_layout(corpora, dp, micro, sequenc
     assert sum((counted(batches) for batches in ranks), Counter()) == reference
     assert sum(reference.values()) == sequences
     assert all(batch.tokens_BL.shape == (micro, S) for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize(("dp", "micro", "cp", "probes"), [(1, 1, 1, 0), (2, 3, 1, 4), (1, 4, 3, 2), (3, 2, 2, 5)])
+def test_slices_and_probes_are_cut_like_labels(corpora, dp, micro, cp, probes):
+    """Every label of every row keeps its slice, what fills up is in none, and only held-out rows have a loss."""
+    sequences, length = 3, 64
+    made = ProbeSequences(VOCAB_SIZE, length, probes)
+    slices = slices_of(10**6, 0, 8, tuple(probe.name for probe in made.probes))
+    held_out = np.random.default_rng(0).integers(0, 30, (sequences, length)).astype(np.uint8)
+    rows = RecallRows(held_out, made, slices)
+    plain = [batch for batch in loader(corpora, sequence_length_tokens=length).validation_batches(sequences)]
+    expected = [(batch.labels_BL[0].tolist(), batch.loss_mask_BL[0].tolist()) for batch in plain]
+    expected = [(*row, held_out[i].tolist()) for i, row in enumerate(expected)]
+    expected += [(made.tokens(i)[1:].tolist(), [0.0] * length, made.slices(i, slices).tolist()) for i in range(probes)]
+    found = []
+    for rank in range(dp):
+        of_slices = [
+            loader(corpora, micro, (rank, dp), (part, cp), sequence_length_tokens=length).validation_batches(
+                sequences, rows
+            )
+            for part in range(cp)
+        ]
+        for parts in zip(*of_slices, strict=True):
+            names = ("labels_BL", "loss_mask_BL", "slices_BL")
+            found += zip(
+                *(torch.cat([getattr(part, name) for part in parts], 1).tolist() for name in names), strict=True
+            )
+    total = sequences + probes
+    assert len(found) == -(-total // (dp * micro)) * dp * micro
+    filling = [row for row in found if set(row[2]) == {NO_SLICE}]
+    assert len(filling) == len(found) - total and all(set(row[1]) == {0.0} for row in filling)
+    assert sorted(row for row in found if row not in filling) == sorted(expected)
 
 
 def test_validation_uses_held_out_documents_only(corpora):

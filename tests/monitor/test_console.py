@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from based_megatron.monitor.sinks.console import ConsoleSink, status_line
+from based_megatron.monitor.sinks.console import ConsoleSink, recall_line, status_line
 from based_megatron.monitor.words import duration, human
 
 
@@ -130,3 +130,22 @@ def test_human_numbers(number, shown):
 )
 def test_durations(seconds, shown):
     assert duration(seconds) == shown
+
+
+def test_recall_is_one_line_with_what_chance_would_give(make_run):
+    console = log_file()
+    sink = ConsoleSink(console)
+    sink.start(make_run())
+    fields = {
+        "ar_ppl": 551.3,
+        "other_ppl": 72.2,
+        "ar_share": 0.0091,
+        "probes": {"induction/64": 9.871, "mqar/8": None},
+        "chance": {"induction/64": 7.62, "mqar/8": 6.93},
+    }
+    sink.event(4, "recall", fields)
+    (line,) = (line for line in text_of(console).splitlines() if " recall " in line)
+    assert line.endswith(
+        "step 4 recall ppl 551.30 on AR hits (0.9% of tokens), 72.20 on others; induction/64 9.87 (chance 7.62)"
+    )
+    assert recall_line({**fields, "ar_ppl": None, "probes": {}}) == "no AR hits"

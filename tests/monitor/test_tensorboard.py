@@ -1,12 +1,16 @@
 import math
 import re
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from based_megatron.data.slices import MOST_SLICES, Slices
+from based_megatron.monitor.sinks.recall_image import COLOURS, recall_image
 from based_megatron.monitor.sinks.tensorboard import LAYOUT, TensorBoardSink
+from based_megatron.train.callbacks.recall_probe import Recall
 
 
 def reread(run) -> EventAccumulator:
@@ -81,11 +85,30 @@ def test_the_layout_shows_the_run_at_a_glance(make_run, values, speed):
     found = reread(run)
     (tag,) = (tag for tag in found.Tags()["tensors"] if "custom_scalars" in tag)
     layout = Layout.FromString(found.Tensors(tag)[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["at a glance", "model", "data", "machine"]
+    assert [category.title for category in layout.category] == ["at a glance", "model", "data", "recall", "machine"]
     patterns = [tag for category in LAYOUT.values() for _, tags in category.values() for tag in tags]
     assert [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag] == patterns
     shown = {name for name in {**values(1), **speed} if any(re.search(pattern, name) for pattern in patterns)}
     assert shown == {*values(1), *speed} - {"train/perplexity", "train/skipped", "train/tokens_seen"}
+
+
+def test_every_metric_of_recall_is_in_a_chart():
+    slices = Slices(1.0, (16,), ("induction/64", "mqar/8"))
+    names = Recall(slices, [(1.0, 1.0)] * MOST_SLICES).metrics()
+    patterns = [pattern for _, tags in LAYOUT["recall"].values() for pattern in tags]
+    assert len(names) == 3 + 5 + 2 + 2
+    assert all(sum(bool(re.search(pattern, f"recall/{name}")) for pattern in patterns) == 1 for name in names)
+
+
+@pytest.mark.parametrize("loss", [None, math.inf, math.nan, 7.5])
+def test_a_picture_of_recall_can_have_bins_without_a_loss(loss):
+    row = [loss, 1]
+    fields = {"by_count": {"0": {"first": row, "repeat": row}}, "by_distance": {"1-16": row, "17_up": [3.0, 2]}}
+    image = recall_image(fields, 5)
+    assert image.shape == (360, 960, 3) and image.dtype == np.uint8
+    red = (image == COLOURS["AR hits"]).all(-1)
+    assert red[100:, 780:].any(), "the other bin"
+    assert red[100:, :780].any() == (loss == 7.5)
 
 
 def test_losses_over_tokens_survive_a_resume(make_run, values):

@@ -1,4 +1,4 @@
-"""Every parallel layout does what the single process does: loss, every gradient, gradient norm, and 20 steps of training."""
+"""Every parallel layout does what the single process does: loss, its parts by slice, every gradient, gradient norm, and 20 steps."""
 
 from pathlib import Path
 
@@ -79,6 +79,10 @@ def compare_with_oracle(
     oracle = load_oracle(path)
     run = build_run(small_config(parallel, clip_grad_norm=CLIP, **train), bounds, node_ranks=2)
     losses, norms, gradients = [], [], {}
+    held_out, slices = run.held_out(0, packed)
+    assert held_out == pytest.approx(oracle["losses"][0], abs=1e-5)
+    for found, expected in zip(slices, oracle["slices"], strict=True):
+        assert found == pytest.approx(expected, abs=1e-3), "loss and tokens of a slice"
     for number in range(steps):
         loss, norm = run.train_step(number, packed, lr)
         losses.append(loss)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from based_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from based_megatron.data.batch import MicroBatch
+from based_megatron.data.slices import MOST_SLICES, NO_SLICE
 from based_megatron.model.build import build_model
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.megatron import parallel_state
@@ -62,6 +63,13 @@ def global_batch(step: int, packed: bool) -> dict[str, Tensor]:
     return {**batch, "ids": starts.cumsum(1).int()} if packed else batch
 
 
+def slice_numbers(step: int) -> Tensor:
+    """uint8 [B, S] random slices, some positions in none; what has no loss for training may be in one."""
+    generator = torch.Generator().manual_seed(200 + step)
+    numbers = torch.randint(0, 7, (GLOBAL_BATCH, SEQUENCE_TOKENS), generator=generator)
+    return numbers.masked_fill(numbers == 6, NO_SLICE).masked_fill(numbers == 5, MOST_SLICES - 1).to(torch.uint8)
+
+
 def local_micro_batches(
     batch: dict[str, Tensor], topology: Topology, micro_batch: int, bounds: tuple[int, ...] = ()
 ) -> list[MicroBatch]:
@@ -71,12 +79,13 @@ def local_micro_batches(
     bounds = bounds or even_bounds(SEQUENCE_TOKENS, topology.context.size)
     columns = slice_of(bounds, topology.context.rank)
     parts = [batch[key][rows, columns].contiguous().split(micro_batch) for key in ("tokens", "labels", "mask")]
+    slices = batch["slices"][rows, columns].split(micro_batch) if "slices" in batch else [None] * len(parts[0])
     ids = batch["ids"][rows].split(micro_batch) if "ids" in batch else [None] * len(parts[0])
     documents = [None if part is None else Documents.from_ids(part) for part in ids]
     first_rows = range(rows.start, rows.stop, micro_batch)
     return [
-        MicroBatch(*part, bounds, row)
-        for row, part in zip(first_rows, zip(*parts, documents, strict=True), strict=True)
+        MicroBatch(*part, bounds, row, of_slices)
+        for row, of_slices, part in zip(first_rows, slices, zip(*parts, documents, strict=True), strict=True)
     ]
 
 
@@ -99,6 +108,14 @@ class Run:
         )
         loss = self.step.accumulate(batches)
         return float(loss.mean), float(self.step.update().grad_norm)
+
+    def held_out(self, number: int, packed: bool) -> tuple[float, list[list[float]]]:
+        """(mean loss, [loss, tokens] of each slice) of a validation on the data of a step."""
+        batch = global_batch(number, packed) | {"slices": slice_numbers(number)}
+        micro_batch = self.config.train.micro_batch_sequences
+        found = self.step.evaluate(local_micro_batches(batch, self.topology, micro_batch, self.bounds))
+        assert found.slices is not None
+        return float(found.mean), found.slices.tolist()
 
 
 _newest: list[tuple[ParallelConfig, Topology]] = []

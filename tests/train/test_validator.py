@@ -10,6 +10,7 @@ import torch
 
 from based_megatron.config import ParallelConfig, load_config
 from based_megatron.data.batch import MicroBatch
+from based_megatron.data.slices import NO_SLICE
 from based_megatron.train.callbacks.validator import Validator, fill_up
 from based_megatron.train.step import LossSum
 from support.layouts import build_run, global_batch, local_micro_batches, small_config
@@ -31,6 +32,12 @@ def test_micro_batches_are_filled_up_with_empty_ones(count, multiple, total):
             (batch.labels_BL == min(i, count - 1) + 1).all()
         )
         assert bool((batch.loss_mask_BL == (1 if i < count else 0)).all()), "only the held-out ones count"
+        assert batch.slices_BL is None
+
+
+def test_what_fills_up_is_in_no_slice():
+    sliced = [dataclasses.replace(batch, slices_BL=torch.full((2, 3), 5, dtype=torch.uint8)) for batch in batches(3)]
+    assert [int(batch.slices_BL.max()) for batch in fill_up(sliced, 2)] == [5, 5, 5, NO_SLICE]
 
 
 class FakeTrainer:

@@ -55,6 +55,8 @@ class ConsoleSink(Sink):
         elif name == "validation":
             loss = fields["loss"]
             self._print(f"step {step} validation loss {loss:.4f} ppl {perplexity(loss):.2f}")
+        elif name == "recall":
+            self._print(f"step {step} recall {recall_line(fields)}")
         elif name == "end":
             self._stop_progress()
             skipped = f", of which {count} were skipped" if (count := fields.get("skipped_steps")) else ""
@@ -124,6 +126,20 @@ def status_line(step: int, total_steps: int, values: Mapping[str, float], width:
         if len(" ".join(filter(None, parts.values()))) > width:
             parts.pop(least_needed, None)
     return " ".join(filter(None, parts.values()))
+
+
+def recall_line(fields: Mapping[str, Any]) -> str:
+    """What a validation says of recall, in a line: a loss of probes at chance is no recall."""
+    if fields["ar_ppl"] is None:
+        parts = ["no AR hits"]
+    else:
+        parts = [
+            f"ppl {fields['ar_ppl']:.2f} on AR hits ({fields['ar_share']:.1%} of tokens), {fields['other_ppl']:.2f} on others"
+        ]
+    for name, loss in fields["probes"].items():
+        if loss is not None:
+            parts.append(f"{name} {loss:.2f} (chance {fields['chance'][name]:.2f})")
+    return "; ".join(parts)
 
 
 def time_of_day() -> str:

@@ -12,6 +12,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from based_megatron.config import to_dict
 from based_megatron.monitor.sinks.base import RunFacts, Sink, perplexity
+from based_megatron.monitor.sinks.recall_image import recall_image
 
 FLUSH_SECONDS = 20
 LAYOUT = {
@@ -38,6 +39,14 @@ LAYOUT = {
         "share of tokens without loss": ["Multiline", ["^data/masked_share$"]],
         "document length": ["Multiline", ["^data/document_tokens$"]],
         "wait for data": ["Multiline", ["^time/data_seconds"]],
+    },
+    "recall": {
+        "perplexity of AR hits and of the rest": ["Multiline", ["^recall/(ar|other)_ppl$"]],
+        "first occurrences minus repeats, by training count": ["Multiline", ["^recall/gain_by_count/"]],
+        "AR hits by distance": ["Multiline", ["^recall/loss_by_distance/"]],
+        "induction": ["Multiline", ["^recall/induction/"]],
+        "multi-query associative recall": ["Multiline", ["^recall/mqar/"]],
+        "share of AR hits": ["Multiline", ["^recall/ar_share$"]],
     },
     "machine": {
         "seconds until the end": ["Multiline", ["^time/eta_seconds$"]],
@@ -91,6 +100,8 @@ class TensorBoardSink(Sink):
             loss = fields["loss"]
             self._scalars(step, {"validation/loss": loss, "validation/perplexity": perplexity(loss)})
             self._by_tokens.add_scalar(f"{BY_TOKENS}/validation_loss", loss, self._tokens)
+        elif name == "recall":
+            self._writer.add_image("recall/losses", recall_image(fields, step), step, dataformats="HWC")
         elif name in EVENTS:
             self._counts[name] += 1
             self._scalars(step, {f"events/{EVENTS[name]}": self._counts[name]})

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
+from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.config import Config
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME
@@ -19,6 +20,7 @@ from based_megatron.train.callbacks.base import Callback
 from based_megatron.train.callbacks.debug_gradients import DebugGradients
 from based_megatron.train.callbacks.logger import Logger
 from based_megatron.train.callbacks.norms import Norms
+from based_megatron.train.callbacks.recall_probe import recall_probe
 from based_megatron.train.callbacks.replicas import Replicas
 from based_megatron.train.callbacks.sampler import Sampler
 from based_megatron.train.callbacks.validator import Validator
@@ -33,7 +35,9 @@ def side_jobs(config: Config, topology: Topology, loader: Loader, sources: Sourc
         jobs.append(Replicas())
     if config.monitor.debug_gradients:
         jobs.append(DebugGradients())
-    if config.validation.interval_steps:
+    if config.validation.interval_steps and config.validation.recall:
+        jobs.append(recall_probe(config, loader, sources, all_ranks(), topology.pipeline.size))
+    elif config.validation.interval_steps:
         jobs.append(Validator(list(loader.validation_batches(config.validation.sequences)), topology.pipeline.size))
     if config.monitor.sample_interval_steps:
         jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from based_megatron.data.batch import MicroBatch
+from based_megatron.data.slices import NO_SLICE
 from based_megatron.train.callbacks.base import Callback, StepReport
+from based_megatron.train.step import LossSum
 
 if TYPE_CHECKING:
     from based_megatron.train.trainer import Trainer
@@ -25,12 +27,19 @@ class Validator(Callback):
         interval_steps = trainer.config.validation.interval_steps
         if report.step % interval_steps == 0 or report.step == trainer.config.train.steps:
             with trainer.doing("validation"):
-                loss = float(trainer.step_runner.evaluate(self._batches).mean)
+                found = trainer.step_runner.evaluate(self._batches)
+                loss = float(found.mean)
             trainer.validated(loss)
+            self.measured(trainer, found)
+
+    def measured(self, trainer: Trainer, found: LossSum) -> None:
+        """After each validation, with all that it has summed."""
 
 
 def fill_up(batches: Sequence[MicroBatch], multiple: int) -> list[MicroBatch]:
-    """Repeat the last micro batch with an empty loss mask up to a multiple, which the interleaved schedule needs."""
+    """Repeat the last micro batch, with an empty loss mask and in no slice, up to a multiple, which the interleaved schedule needs."""
     missing = -len(batches) % multiple
-    empty = replace(batches[-1], loss_mask_BL=torch.zeros_like(batches[-1].loss_mask_BL))
+    last = batches[-1]
+    no_slices_BL = None if last.slices_BL is None else torch.full_like(last.slices_BL, NO_SLICE)
+    empty = replace(last, loss_mask_BL=torch.zeros_like(last.loss_mask_BL), slices_BL=no_slices_BL)
     return [*batches, *[empty] * missing]
