@@ -19,7 +19,7 @@ from lm_eval.tasks.swde.task import SWDE
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerFast
 
-from based_megatron.errors import ConfigError, DataError
+from based_megatron.errors import BasedError, ConfigError, DataError
 from based_megatron.evaluation.contexts import Asked, contains, divided, window_around_answer
 from based_megatron.evaluation.generated.rows import digest
 from based_megatron.evaluation.models import LanguageModel
@@ -175,9 +175,15 @@ def stock_tasks(
                 tasks = _loaded(task, tokenizer, contexts)
         except ImportError as error:
             raise ConfigError(f"the task {task.name} needs more packages: {_words(error)}") from error
-        except OSError as error:
+        except BasedError:
+            raise
+        except Exception as error:  # lm-eval asks the first row: templates and functions of each task read its columns
+            if task.data is None and not isinstance(error, OSError | datasets.exceptions.DatasetsError):
+                raise
+            cause = error.__cause__ or error
             raise DataError(
-                f"the task {task.name} cannot be had ({type(error).__name__}: {_words(error)}): put its rows into --data FOLDER/{task.name}"
+                f"the task {task.name} cannot be had ({type(cause).__name__}: {_words(cause)}): put its rows, with the columns that they "
+                f"have on the hub, into --data FOLDER/{task.name}"
             ) from error
         for name, built in tasks.items():
             origin = str(task.data or f"hub: {built.DATASET_PATH}") if built.DATASET_PATH else "made by lm-eval"
@@ -185,7 +191,7 @@ def stock_tasks(
     return found
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -208,6 +214,8 @@ def _loaded(task: Task, tokenizer: PreTrainedTokenizerFast, contexts: Sequence[i
     overrides: dict[str, Any] = {"task": task.name}
     if task.data is not None:
         overrides |= {"dataset_name": None, **_local(task.data)}
+        if task.data.is_dir() and not any(task.data.glob("train*")):
+            overrides["training_split"] = None  # examples for few-shot prompts, which these are not
     lengths: Sequence[int] = ()
     if task.name in RULER:
         from lm_eval.tasks.ruler.common_utils import DEFAULT_SEQ_LENGTHS, aggregate_metrics

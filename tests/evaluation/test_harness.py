@@ -133,9 +133,12 @@ def stock_refusals(root: Path, empty: Path) -> list[str]:
 
     model, messages = loaded(root / "run"), []
     options: dict[str, Any] = {"contexts": (), "read_twice": False}
+    wrong = empty / "wrong.jsonl"
+    wrong.write_text('{"txt": "a"}\n')
     sampled = requests()[2][:1]
     sampled[0].arguments = ("one", {"do_sample": True})
     for error, attempt in (
+        (DataError, lambda: stock_tasks(Task("swde", "stock", wrong), model.tokenizer, **options)),
         (DataError, lambda: stock_tasks(Task("piqa", "stock", empty), model.tokenizer, **options)),
         (ConfigError, lambda: stock_tasks(Task("piqqa", "stock", empty), model.tokenizer, **options)),
         (ConfigError, lambda: HarnessModel(model).generate_until(sampled)),
@@ -148,7 +151,8 @@ def stock_refusals(root: Path, empty: Path) -> list[str]:
 
 @pytest.mark.slow  # lm-eval reads all its thirteen thousand tasks to know a name
 def test_what_lm_eval_cannot_do_is_one_line(worker_pool, tiny_root, tmp_path):
-    no_rows, no_task, sampling = worker_pool(1).run(stock_refusals, tiny_root, tmp_path)[0]
+    no_column, no_rows, no_task, sampling = worker_pool(1).run(stock_refusals, tiny_root, tmp_path)[0]
+    assert "--data FOLDER/swde" in no_column and "KeyError: 'text'" in no_column
     assert "--data FOLDER/piqa" in no_rows and "\n" not in no_rows
     assert "piqqa" in no_task and "piqa" in no_task
     assert "greedy" in sampling
