@@ -4,6 +4,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from lm_eval.tasks.fda.task import FDA
 from lm_eval.tasks.squad_completion.task import SQUADCompletion
 from lm_eval.tasks.swde.task import SWDE
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerFast
 
-from based_megatron.errors import ConfigError, DataError
+from based_megatron.errors import BasedError, ConfigError, DataError
 from based_megatron.evaluation.contexts import Asked, contains, divided, window_around_answer
 from based_megatron.evaluation.generated.rows import digest
 from based_megatron.evaluation.models import LanguageModel
@@ -109,63 +111,87 @@ class HarnessModel(TemplateLM):
         return [answers[index] for index in range(len(requests))]
 
 
-def cuts(task: Task, contexts: Sequence[int]) -> Sequence[int | None]:
-    """The windows around the answer in which a task is asked, one after the other; None leaves its prompts whole."""
-    return contexts if contexts and task.name in EXTRACTION + CLOZE else (None,)
+@dataclass(frozen=True)
+class StockTask:
+    """A task of lm-eval with its rows."""
+
+    name: str
+    built: Any
+    data: str
+    """Where the rows come from."""
+    prompt: str
+    """What is done to its prompts."""
+
+    def ask(self, model: LanguageModel, limit: int | None) -> tuple[TaskResult, list[dict[str, Any]]]:
+        """The result, without costs, and the samples (collective over the ranks)."""
+        found = lm_eval.simple_evaluate(
+            model=HarnessModel(model),
+            tasks=[self.built],
+            limit=limit,
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+        )
+        if found is None:  # not on the first rank of this node
+            return TaskResult(self.name, "", 0, {}, "", "", ""), []
+        (name,) = found["results"]
+        samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        metrics, errors = _metrics(found["results"][name])
+        if "contains" in metrics:  # a mean, but lm-eval knows no standard error of it
+            share = metrics["contains"]
+            errors["contains"] = math.sqrt(share * (1 - share) / max(1, len(samples) - 1))
+        result = TaskResult(
+            task=self.name,
+            version=str(found["versions"].get(name)),
+            rows=int(found["n-samples"][name]["effective"]),
+            metrics=metrics,
+            standard_errors=errors,
+            data=self.data,
+            data_hash=digest("".join(sample["doc_hash"] for sample in samples)),
+            prompt_hash=digest("".join(sample["prompt_hash"] for sample in samples)),
+            prompt=self.prompt,
+        )
+        return result, [_shown(sample) for sample in samples]
 
 
-def run_stock(
-    task: Task, model: LanguageModel, *, limit: int | None, cut: int | None, contexts: Sequence[int], read_twice: bool
-) -> tuple[TaskResult, list[dict[str, Any]]]:
-    """Result of one of lm-eval's tasks, without costs, and its samples. Collective over the ranks.
+def stock_tasks(
+    task: Task, tokenizer: PreTrainedTokenizerFast, *, contexts: Sequence[int], read_twice: bool
+) -> list[StockTask]:
+    """The tasks that a name of lm-eval stands for, once for each window of so many tokens around the answer, with their rows.
 
-    cut: tokens of the window around the answer. contexts: lengths of tasks that lm-eval makes.
-    Raises ConfigError for an unknown name, DataError for rows that cannot be had.
+    Raises ConfigError for an unknown name or missing packages, DataError for rows that cannot be had.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
+    in_document = task.name in EXTRACTION + CLOZE
+    cuts: Sequence[int | None] = contexts if contexts and in_document else (None,)
+    found = []
+    for cut in cuts:
+        changes = [f"context {cut}"] if cut else []
+        changes += ["read twice"] if read_twice and in_document else []
         try:
-            spec, manager = _loadable(task, model, cut, contexts, read_twice, Path(folder))
-            loaded = manager.load([spec])
-            name, built = next(iter(loaded["tasks"].items()))
-            found = lm_eval.simple_evaluate(
-                model=HarnessModel(model),
-                tasks=[built],
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=True,
-            )
+            if in_document:
+                tasks = {task.name: _contains_task(task, tokenizer, cut, read_twice)}
+            else:
+                tasks = _loaded(task, tokenizer, contexts)
         except ImportError as error:
             raise ConfigError(f"the task {task.name} needs more packages: {_words(error)}") from error
-        except OSError as error:
+        except BasedError:
+            raise
+        except Exception as error:  # lm-eval asks the first row: templates and functions of each task read its columns
+            if task.data is None and not isinstance(error, OSError | datasets.exceptions.DatasetsError):
+                raise
+            cause = error.__cause__ or error
             raise DataError(
-                f"the task {task.name} cannot be had ({type(error).__name__}: {_words(error)}): put its rows into --data FOLDER/{task.name}"
+                f"the task {task.name} cannot be had ({type(cause).__name__}: {_words(cause)}): put its rows, with the columns that they "
+                f"have on the hub, into --data FOLDER/{task.name}"
             ) from error
-    if found is None:  # not on the first rank of this node
-        return TaskResult(task.name, "", 0, {}, "", "", ""), []
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-    metrics, errors = _metrics(found["results"][name])
-    if "contains" in metrics:  # a mean, but lm-eval knows no standard error of it
-        share = metrics["contains"]
-        errors["contains"] = math.sqrt(share * (1 - share) / max(1, len(samples) - 1))
-    changed = [f"context {cut}"] if cut else []
-    changed += ["read twice"] if read_twice and task.name in EXTRACTION + CLOZE else []
-    result = TaskResult(
-        task=task.name,
-        version=str(found["versions"].get(name)),
-        rows=int(found["n-samples"][name]["effective"]),
-        metrics=metrics,
-        standard_errors=errors,
-        data=str(task.data or f"hub: {built.DATASET_PATH or 'made by lm-eval'}"),
-        data_hash=digest("".join(sample["doc_hash"] for sample in samples)),
-        prompt_hash=digest("".join(sample["prompt_hash"] for sample in samples)),
-        prompt=", ".join(changed),
-    )
-    return result, [_shown(sample) for sample in samples]
+        for name, built in tasks.items():
+            origin = str(task.data or f"hub: {built.DATASET_PATH}") if built.DATASET_PATH else "made by lm-eval"
+            found.append(StockTask(name, built, origin, ", ".join(changes)))
+    return found
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -183,36 +209,33 @@ def _shown(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {key: sample[key] for key in ("doc_id", "target", "resps", "filtered_resps", "prompt_hash") if key in sample}
 
 
-def _loadable(
-    task: Task, model: LanguageModel, cut: int | None, contexts: Sequence[int], read_twice: bool, folder: Path
-) -> tuple[Any, TaskManager]:
-    """What lm-eval's task manager loads, and the manager."""
-    if task.name in EXTRACTION + CLOZE:
-        return _contains_task(task, model, cut, read_twice), TaskManager(include_defaults=False)
-    metadata: dict[str, Any] = {}
+def _loaded(task: Task, tokenizer: PreTrainedTokenizerFast, contexts: Sequence[int]) -> dict[str, Any]:
+    """Tasks of lm-eval by their names: one, or those of one of its groups."""
     overrides: dict[str, Any] = {"task": task.name}
+    if task.data is not None:
+        overrides |= {"dataset_name": None, **_local(task.data)}
+        if task.data.is_dir() and not any(task.data.glob("train*")):
+            overrides["training_split"] = None  # examples for few-shot prompts, which these are not
+    lengths: Sequence[int] = ()
     if task.name in RULER:
         from lm_eval.tasks.ruler.common_utils import DEFAULT_SEQ_LENGTHS, aggregate_metrics
 
-        model.tokenizer.save_pretrained(folder)
-        lengths = list(contexts) or DEFAULT_SEQ_LENGTHS
-        metadata = {"tokenizer": str(folder), "max_seq_lengths": lengths}
+        lengths = contexts or DEFAULT_SEQ_LENGTHS
         overrides["metric_list"] = [
             {"metric": str(length), "aggregation": aggregate_metrics, "higher_is_better": True} for length in lengths
         ]
-    if task.data is not None:
-        overrides |= {"dataset_name": None, **_local(task.data)}
     known = any(task.name in group for group in GROUPS.values())
-    stock = Path(lm_eval.__file__).parent / "tasks"
-    paths: list[str | Path] = [stock / name for name in FOLDERS]
-    manager = TaskManager(include_path=paths if known else None, include_defaults=not known, metadata=metadata)
-    if task.name not in manager.task_index:
-        near = near_names(task.name, manager.all_tasks)
-        raise ConfigError(
-            f"lm-eval has no task {task.name!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
-        )
-    # Only the members of a group take other settings.
-    return {"group": "chosen", "task": [overrides]}, manager
+    paths: list[str | Path] = [Path(lm_eval.__file__).parent / "tasks" / name for name in FOLDERS]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        metadata = {"tokenizer": folder, "max_seq_lengths": list(lengths)} if lengths else None
+        manager = TaskManager(include_path=paths if known else None, include_defaults=not known, metadata=metadata)
+        if task.name not in manager.task_index:
+            near = near_names(task.name, manager.all_tasks)
+            meant = f": did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"lm-eval has no task {task.name!r}{meant}")
+        # Only the members of a group take other settings.
+        return dict(manager.load([{"group": "chosen", "task": [overrides]}])["tasks"])
 
 
 def _local(data: Path) -> dict[str, Any]:
@@ -223,7 +246,9 @@ def _local(data: Path) -> dict[str, Any]:
     return {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
 
 
-def _contains_task(task: Task, model: LanguageModel, cut: int | None, read_twice: bool) -> ConfigurableTask:
+def _contains_task(
+    task: Task, tokenizer: PreTrainedTokenizerFast, cut: int | None, read_twice: bool
+) -> ConfigurableTask:
     """swde and the others that are scored by `contains`: prompts of lm-eval, or changed as asked for."""
     cloze = task.name in CLOZE
     base: Any = SWDE if cloze else EXTRACTION_CLASSES[task.name]
@@ -246,7 +271,7 @@ def _contains_task(task: Task, model: LanguageModel, cut: int | None, read_twice
             if not (cloze or cut or read_twice):
                 return str(super().doc_to_text(doc))
             asked = _cloze(doc) if cloze else divided(doc["text"], doc["value"], doc.get("key") or "")
-            asked = asked if cut is None else window_around_answer(asked, cut, model.tokenizer)
+            asked = asked if cut is None else window_around_answer(asked, cut, tokenizer)
             return asked.read_twice() if read_twice else asked.text
 
         def doc_to_target(self, doc: Mapping[str, Any]) -> str:

@@ -4,19 +4,27 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from based_megatron import __version__
-from based_megatron.config import ParallelConfig
+from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.evaluation.cli import EvalConfig
 from based_megatron.evaluation.generated.rows import Row, digest, to_json_lines
 from based_megatron.evaluation.generated.tasks import cut_rows, generated_rows, rows_of_file, score_rows
-from based_megatron.evaluation.models import LanguageModel, language_model, read_source, tokenizer_of
+from based_megatron.evaluation.models import (
+    LanguageModel,
+    Source,
+    has_states,
+    language_model,
+    read_source,
+    tokenizer_of,
+)
 from based_megatron.evaluation.ranks import DataRanks, device_of, joined
 from based_megatron.evaluation.report import Report, TaskResult, summary, write
 from based_megatron.evaluation.scorer import StateScorer
@@ -27,98 +35,107 @@ from based_megatron.parallel.topology import build_topology
 Samples = Sequence[Mapping[str, Any]]
 Outcome = tuple[TaskResult, Samples]
 """A result, and the answers to its rows."""
+Ask = Callable[[LanguageModel], Outcome]
+"""A task with its rows, which can be asked of a model (collective over the ranks)."""
 
 
 def run(config: EvalConfig, contexts: Sequence[int], tasks: Sequence[Task], command: str) -> Report:
     """Evaluate (collective over the ranks of this job); rank 0 writes and prints. Returns the report.
 
-    command: what was typed, for the report.
+    All rows are read, made or downloaded before the model is on its device. command: what was typed, for the report.
     """
     _check_prompts(config, tasks)
     info = rank_from_environment()
     device = device_of(config.device, info.local_rank)
     source = read_source(config.model, config.mixers)
+    _check_lengths(source, contexts, config.read_twice)
     tokenizer = tokenizer_of(source, config.tokenizer, config.model)
     with joined(info, device) as ranks:
+        asks = prepared(config, contexts, tasks, source.model, tokenizer, ranks)
         topology = build_topology(ParallelConfig(), device)
         model = language_model(source, tokenizer, topology, config.precision, config.batch, ranks)
-        _check_lengths(model, contexts, config.read_twice)
-        return evaluate(config, contexts, tasks, model, ranks, _facts(config, model, ranks, device, command))
+        return evaluate(asks, model, config.output, _facts(config, model, device, command))
 
 
-def evaluate(
+def prepared(
     config: EvalConfig,
     contexts: Sequence[int],
     tasks: Sequence[Task],
-    model: LanguageModel,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
     ranks: DataRanks,
-    facts: Mapping[str, str],
-) -> Report:
-    """Ask all tasks. What has been measured is written after each, whatever ends the run."""
-    results: list[TaskResult] = []
-    report = Report(facts, results)
-    for ask in (ask for task in tasks for ask in _asks(config, contexts, task, model)):
-        result, samples = _with_costs(model, ranks, ask)
-        results.append(result)
-        if ranks.rank == 0:
-            print(summary(result), flush=True)
-            _write_samples(config.output / "answers", result, samples)
-            written = write(report, config.output)
-    if ranks.rank == 0:
-        print(*written, sep="\n", flush=True)
-    return report
+) -> list[Ask]:
+    """The tasks with their rows (collective over the ranks)."""
+    asks: list[Ask] = []
+    for task in tasks:
+        if task.kind == "stock":
+            from based_megatron.evaluation.harness import stock_tasks
+
+            found = stock_tasks(task, tokenizer, contexts=contexts, read_twice=config.read_twice)
+            asks += [functools.partial(stock.ask, limit=config.limit or None) for stock in found]
+        else:
+            asks.append(_asked_rows(config, contexts, task, model, tokenizer, ranks))
+    return asks
 
 
-def _asks(
-    config: EvalConfig, contexts: Sequence[int], task: Task, model: LanguageModel
-) -> Iterator[Callable[[], Outcome]]:
-    """Calls that each give one result."""
-    if task.kind != "stock":
-        yield lambda: _ask_rows(config, contexts, task, model)
-        return
-    from based_megatron.evaluation.harness import cuts, run_stock
-
-    options: dict[str, Any] = {"limit": config.limit or None, "contexts": contexts, "read_twice": config.read_twice}
-    for cut in cuts(task, contexts):
-        yield functools.partial(run_stock, task, model, cut=cut, **options)
-
-
-def _ask_rows(config: EvalConfig, contexts: Sequence[int], task: Task, model: LanguageModel) -> Outcome:
-    """The result of a task that is not lm-eval's; its rows are written before they are asked."""
-    rows, origin = _rows(config, contexts, task, model)
-    text = to_json_lines(rows)
-    if model.scorer.ranks.rank == 0:
-        file = config.output / "data" / task.name / "validation.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    window = model.model.window_left if "S" in model.model.layer_pattern else None
-    origins = {"data": origin, "data_hash": digest(text)}
-    return score_rows(task.name, rows, model, window=window, read_twice=config.read_twice, **origins)
-
-
-def _rows(config: EvalConfig, contexts: Sequence[int], task: Task, model: LanguageModel) -> tuple[list[Row], str]:
-    """Rows of a task that is not lm-eval's, and where they come from. All ranks take those of rank 0, whose files may differ."""
+def _asked_rows(
+    config: EvalConfig,
+    contexts: Sequence[int],
+    task: Task,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    ranks: DataRanks,
+) -> Ask:
+    """A task that is not lm-eval's. All ranks take the rows of rank 0, whose files may differ from theirs; it writes them."""
     limit = config.limit or None
 
     def make() -> list[Row]:
         if task.data is None:
-            return generated_rows(task.name, model.tokenizer, contexts, limit)
-        rows = rows_of_file(task.data, model.tokenizer, limit)
-        return cut_rows(rows, contexts, model.tokenizer) if contexts else rows
+            return generated_rows(task.name, tokenizer, contexts, limit)
+        rows = rows_of_file(task.data, tokenizer, limit)
+        return cut_rows(rows, contexts, tokenizer) if contexts else rows
 
-    ranks = model.scorer.ranks
     rows = ranks.gather(make() if ranks.rank == 0 else [])[0]
-    return rows, "generated here" if task.data is None else str(task.data)
+    text = to_json_lines(rows)
+    if ranks.rank == 0:
+        file = config.output / "data" / task.name / "validation.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return lambda language: score_rows(
+        task.name,
+        rows,
+        language,
+        window=model.window_left if "S" in model.layer_pattern else None,
+        read_twice=config.read_twice,
+        data="generated here" if task.data is None else str(task.data),
+        data_hash=digest(text),
+    )
 
 
-def _with_costs(model: LanguageModel, ranks: DataRanks, ask: Callable[[], Outcome]) -> Outcome:
+def evaluate(asks: Sequence[Ask], model: LanguageModel, output: Path, facts: Mapping[str, str]) -> Report:
+    """Ask all tasks. What has been measured is written after each, whatever ends the run."""
+    results: list[TaskResult] = []
+    report, is_writer = Report(facts, results), model.scorer.ranks.rank == 0
+    for ask in asks:
+        result, samples = _with_costs(model, ask)
+        results.append(result)
+        if is_writer:
+            print(summary(result), flush=True)
+            _write_samples(output / "answers", result, samples)
+            written = write(report, output)
+    if is_writer:
+        print(*written, sep="\n", flush=True)
+    return report
+
+
+def _with_costs(model: LanguageModel, ask: Ask) -> Outcome:
     """An outcome with the tokens that all ranks computed for it, and the seconds."""
     scorer = model.scorer
     computed, alone, seconds = scorer.computed_tokens, scorer.alone_tokens, scorer.seconds
-    result, samples = ask()
+    result, samples = ask(model)
     costs = dataclasses.replace(
         result,
-        computed_tokens=sum(ranks.gather(scorer.computed_tokens - computed)),
+        computed_tokens=sum(scorer.ranks.gather(scorer.computed_tokens - computed)),
         alone_tokens=scorer.alone_tokens - alone,
         seconds=scorer.seconds - seconds,
     )
@@ -133,8 +150,9 @@ def _check_prompts(config: EvalConfig, tasks: Sequence[Task]) -> None:
         )
 
 
-def _check_lengths(model: LanguageModel, contexts: Sequence[int], read_twice: bool) -> None:
-    longest, most = max(contexts, default=0) * (2 if read_twice else 1), model.scorer.longest_tokens
+def _check_lengths(source: Source, contexts: Sequence[int], read_twice: bool) -> None:
+    longest = max(contexts, default=0) * (2 if read_twice else 1)
+    most = None if has_states(source.model) else source.trained_tokens
     if most is not None and longest > most:
         raise ConfigError(
             f"--context {max(contexts)}{' with --read-twice' if read_twice else ''} is longer than the {most} positions that this model's "
@@ -149,9 +167,7 @@ def _write_samples(folder: Path, result: TaskResult, samples: Samples) -> None:
     (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-def _facts(
-    config: EvalConfig, model: LanguageModel, ranks: DataRanks, device: torch.device, command: str
-) -> dict[str, str]:
+def _facts(config: EvalConfig, model: LanguageModel, device: torch.device, command: str) -> dict[str, str]:
     facts = {
         "model": f"{config.model}: {model.model.layer_pattern}, hidden size {model.model.hidden_size}",
         "based": __version__,
@@ -159,7 +175,7 @@ def _facts(
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
-        "ranks": str(ranks.size),
+        "ranks": str(model.scorer.ranks.size),
         "precision": config.precision,
         "path": "decoding states, contexts read once"
         if isinstance(model.scorer, StateScorer)

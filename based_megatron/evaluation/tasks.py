@@ -1,6 +1,7 @@
 """The tasks of `based eval`: groups of them, where their data lies, and what is refused before anything is loaded."""
 
 import difflib
+import glob
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,9 +61,11 @@ def _task(name: str, data: Path | None, offline: bool) -> Task:
     known = any(name in group for group in GROUPS.values())
     if found is not None and not known:
         return Task(name, "local", found)
-    if not known and (near := near_names(name, _our_names())):
+    stock = lm_eval_folder()
+    near = [] if known or (stock and has_task_file(stock, name)) else near_names(name, _our_names())
+    if near:
         raise ConfigError(f"there is no task {name!r}: did you mean {' or '.join(near)}?")
-    if importlib.util.find_spec("lm_eval") is None:
+    if stock is None:
         raise ConfigError(
             f"the task {name} needs lm-eval, which is not installed: {EXTRA}; {', '.join(GENERATED)} need it not"
         )
@@ -72,9 +75,20 @@ def _task(name: str, data: Path | None, offline: bool) -> Task:
     return Task(name, "stock", found)
 
 
+def lm_eval_folder() -> Path | None:
+    """The folder of lm-eval, which is not imported for it: that takes seconds. None if it is not installed."""
+    spec = importlib.util.find_spec("lm_eval")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def has_task_file(folder: Path, name: str) -> bool:
+    """Whether lm-eval has a file of this name, as most of its tasks do; its list of all tasks takes ten seconds to read."""
+    return any((folder / "tasks").rglob(f"{glob.escape(name)}.y*ml"))
+
+
 def near_names(name: str, names: Sequence[str]) -> list[str]:
     """The names that somebody may have meant."""
-    return difflib.get_close_matches(name, names, n=3, cutoff=0.75)
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.8)
 
 
 def _our_names() -> list[str]:

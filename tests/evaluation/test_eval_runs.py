@@ -10,18 +10,21 @@ from tiny_model import loaded, ranks, write_tiny
 from based_megatron.errors import BasedError, CheckpointError, ConfigError
 from based_megatron.evaluation.cli import EvalConfig
 from based_megatron.evaluation.models import cut_before, read_source, tokenizer_of
-from based_megatron.evaluation.run import evaluate
+from based_megatron.evaluation.run import evaluate, prepared
 from based_megatron.evaluation.tasks import chosen_tasks
 from support.runs import start_command
 
 LIMIT = 6
+TASKS = "phonebook,metadata"
 
 
 def evaluated(model: Path, output: Path, tasks: str, **options: Any) -> list[dict[str, Any]]:
     """Results of the tasks on the ranks of a pool, as eval.json has them."""
     config = EvalConfig(model, tasks=tasks, limit=LIMIT, output=output, batch=4, **options)
     chosen = chosen_tasks(tasks.split(","), config.data, offline=True)
-    evaluate(config, config.contexts(), chosen, loaded(model, batch=4), ranks(), {"model": str(model)})
+    language = loaded(model, batch=4)
+    asks = prepared(config, config.contexts(), chosen, language.model, language.tokenizer, ranks())
+    evaluate(asks, language, output, {"model": str(model)})
     return json.loads((output / "eval.json").read_text())["results"] if ranks().rank == 0 else []
 
 
@@ -29,33 +32,45 @@ def without_time(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
 
 
-def test_run_export_and_two_ranks_give_the_same_results(worker_pool, tiny_root, tmp_path):
-    tasks = "phonebook,metadata"
-    (alone,) = worker_pool(1).run(evaluated, tiny_root / "run", tmp_path / "run", tasks, context="300")
-    (export,) = worker_pool(1).run(evaluated, tiny_root / "export", tmp_path / "export", tasks, context="300")
-    both, nothing = worker_pool(2).run(evaluated, tiny_root / "run", tmp_path / "two", tasks, context="300")
-    assert without_time(alone) == without_time(export) == without_time(both) and nothing == []
-    assert [result["task"] for result in alone] == ["phonebook", "metadata"]
-    for result in alone:
+def on_one_rank(root: Path, output: Path) -> dict[str, Any]:
+    """Results of the run, of its export, and of the rows that were written, asked again."""
+    runs = {"run": root / "run", "export": root / "export"}
+    found = {name: evaluated(model, output / name, TASKS, context="300") for name, model in runs.items()}
+    return found | {"again": evaluated(root / "run", output / "again", TASKS, data=output / "run" / "data")}
+
+
+@pytest.fixture(scope="module")
+def alone(worker_pool, tiny_root, tmp_path_factory):
+    """What one rank finds, and the folder with its files: a process for all."""
+    folder = tmp_path_factory.mktemp("alone")
+    return worker_pool(1).run(on_one_rank, tiny_root, folder)[0], folder
+
+
+def test_run_and_export_give_the_same_results(alone):
+    found, _ = alone
+    assert without_time(found["run"]) == without_time(found["export"])
+    assert [result["task"] for result in found["run"]] == ["phonebook", "metadata"]
+    for result in found["run"]:
         assert result["rows"] == LIMIT and result["data"] == "generated here"
         assert set(result["baselines"]) == {"no context", "majority"}
         assert result["computed_tokens"] < result["alone_tokens"]
-    for kind in ("answers/phonebook.jsonl", "data/phonebook/validation.jsonl", "data/metadata/validation.jsonl"):
-        assert (tmp_path / "run" / kind).read_text() == (tmp_path / "two" / kind).read_text()
-        assert len((tmp_path / "run" / kind).read_text().splitlines()) == LIMIT
-    assert "| phonebook |" in (tmp_path / "two" / "eval.md").read_text()
 
 
-def frozen(model: Path, folder: Path) -> list[list[dict[str, Any]]]:
-    first = evaluated(model, folder / "first", "phonebook", context="300")
-    again = evaluated(model, folder / "again", "phonebook", data=folder / "first" / "data")
-    return [without_time(first), without_time(again)]
+def test_two_ranks_give_the_same_results_and_files(worker_pool, alone, tiny_root, tmp_path):
+    found, folder = alone
+    both, nothing = worker_pool(2).run(evaluated, tiny_root / "run", tmp_path, TASKS, context="300")
+    assert without_time(both) == without_time(found["run"]) and nothing == []
+    for file in ("answers/phonebook.jsonl", "data/phonebook/validation.jsonl", "data/metadata/validation.jsonl"):
+        assert (tmp_path / file).read_text() == (folder / "run" / file).read_text()
+        assert len((tmp_path / file).read_text().splitlines()) == LIMIT
+    assert "| phonebook |" in (tmp_path / "eval.md").read_text()
 
 
-def test_rows_that_were_written_are_asked_again(worker_pool, tiny_root, tmp_path):
-    ((first, again),) = worker_pool(1).run(frozen, tiny_root / "run", tmp_path)
-    assert again[0].pop("data") == str(tmp_path / "first" / "data" / "phonebook") and first[0].pop("data")
-    assert again == first
+def test_rows_that_were_written_are_asked_again(alone):
+    found, folder = alone
+    again, first = without_time(found["again"]), without_time(found["run"])
+    assert again[0].pop("data") == str(folder / "run" / "data" / "phonebook") and first[0].pop("data")
+    assert again[0] == first[0]
 
 
 def test_the_command_runs_to_its_end(tiny_root, tmp_path):
@@ -97,7 +112,7 @@ def refused(root: Path, wide: Path) -> list[str]:
         models.language_model(source, tokenizer_of(source, wide, wide), None, "fp32", 4, ranks())  # type: ignore[arg-type]
     messages.append(str(caught.value))
     with pytest.raises(ConfigError) as caught:
-        _check_lengths(loaded(root / "full" / "run"), (1500,), read_twice=True)
+        _check_lengths(read_source(root / "full" / "run"), (1500,), read_twice=True)
     messages.append(str(caught.value))
     return messages
 

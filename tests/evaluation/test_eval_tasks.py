@@ -1,27 +1,29 @@
 """Names of tasks, what is refused before a model is loaded, and the report."""
 
-import importlib.util
 import json
 
 import pytest
 
 from based_megatron.cli import main
 from based_megatron.errors import ConfigError
+from based_megatron.evaluation import tasks as tasks_module
 from based_megatron.evaluation.cli import EvalConfig
 from based_megatron.evaluation.report import Report, Slice, TaskResult, to_markdown, write
 from based_megatron.evaluation.tasks import GENERATED, GROUPS, Task, chosen_tasks
 
 
 @pytest.fixture
-def harness(monkeypatch):
-    """Whether lm-eval is installed, as the command sees it."""
+def harness(monkeypatch, tmp_path_factory):
+    """Whether lm-eval is installed, as the command sees it; it is, and has a task niah_multiquery."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    (folder / "tasks" / "ruler").mkdir(parents=True)
+    (folder / "tasks" / "ruler" / "niah_multiquery.yaml").touch()
 
     def there(answer: bool) -> None:
-        real = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: answer if name == "lm_eval" else real(name))
+        monkeypatch.setattr(tasks_module, "lm_eval_folder", lambda: folder if answer else None)
 
     there(True)
-    return lambda answer: there(answer or None)
+    return there
 
 
 def test_groups_become_their_tasks_each_once(harness):
@@ -56,10 +58,22 @@ def test_offline_tasks_without_rows_name_the_paths_tried(harness, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("swdee", "swde"), ("phone-book", "phonebook"), ("common-sense", "commonsense")]
+    ("typed", "meant"), [("swdee", "swde"), ("phone-book", "phonebook"), ("super_glue", "super-glue")]
 )
 def test_unknown_tasks_name_those_that_are_near(harness, typed, meant):
     assert meant in refusal([typed])
+
+
+def test_a_task_of_lm_eval_is_no_typo_of_ours(harness):
+    assert chosen_tasks(["niah_multiquery"], None, offline=False) == [Task("niah_multiquery", "stock")]
+    assert "niah_multikey" in refusal(["niah_multikex_1"])
+
+
+def test_lm_eval_is_found_without_its_import():
+    pytest.importorskip("lm_eval")
+    folder = tasks_module.lm_eval_folder()
+    assert folder is not None and tasks_module.has_task_file(folder, "piqa")
+    assert not tasks_module.has_task_file(folder, "piqqa")
 
 
 def test_no_task_is_refused(harness):

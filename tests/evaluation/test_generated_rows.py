@@ -264,11 +264,19 @@ def test_rows_of_text_and_value_are_divided_and_measured(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("", "no JSON"), ("{x", "no JSON"), ('{"question": 1}', "it needs"), ('{"text": "t"}', "it needs")],
+    [
+        ("", "no rows"),
+        ("{x", "line 1 is no JSON"),
+        ("[1]", "line 1 has no text, value"),
+        ('{"text": "t", "value": "v"}\n{"text": "t"}', "line 2 has no value"),
+        ('{"text": "t", "value": " "}', "empty value"),
+        ('{"text": "t", "value": "v", "question": "q"}', "no key"),
+        ("\udcff", "cannot read"),
+    ],
 )
 def test_files_without_rows_are_refused(tokenizer, tmp_path, content, words):
     file = tmp_path / "rows.jsonl"
-    file.write_text(content)
+    file.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=words):
         rows_of_file(file, tokenizer, limit=None)
     with pytest.raises(DataError, match=r"validation\.jsonl"):

@@ -78,61 +78,69 @@ def local_data(folder: Path) -> Path:
 
 
 def stock_results(root: Path, data: Path) -> dict[str, Any]:
-    from based_megatron.evaluation.harness import cuts, run_stock
+    """By task and changes: the results, the samples of the last one, and the prompts."""
+    from based_megatron.evaluation.harness import stock_tasks
 
     model = loaded(root / "run")
     asked: list[str] = []
-    write = type(model).write
 
-    def watched(prompts: Any, *options: Any) -> list[str]:
+    def answer(prompts: Any, *options: Any) -> list[str]:
         asked.extend(prompts)
         return [" it is PERSON3X" for _ in prompts]
 
-    found: dict[str, Any] = {"cuts": (cuts(Task("swde", "stock"), (32,)), cuts(Task("piqa", "stock"), (32,)))}
-    for name, options in {
-        "piqa": {"cut": None, "read_twice": False},
-        "swde": {"cut": None, "read_twice": False},
-        "swde cut twice": {"cut": 40, "read_twice": True},
-        "based_drop": {"cut": None, "read_twice": False},
-    }.items():
-        task = Task(name.split()[0], "stock", data / name.split()[0])
+    found: dict[str, Any] = {}
+    for name, contexts, read_twice in (
+        ("piqa", (40,), True),
+        ("swde", (), False),
+        ("swde", (40, 50), True),
+        ("based_drop", (), False),
+    ):
+        tasks = stock_tasks(Task(name, "stock", data / name), model.tokenizer, contexts=contexts, read_twice=read_twice)
         asked.clear()
-        if task.name != "piqa":
-            object.__setattr__(model, "write", watched)
-        result, samples = run_stock(task, model, limit=2, contexts=(), **options)
-        found[name] = result, len(samples), list(asked)
-    assert write is type(model).write
+        if name != "piqa":
+            object.__setattr__(model, "write", answer)
+        outcomes = [task.ask(model, limit=2) for task in tasks]
+        changes = " changed" if contexts else ""
+        found[name + changes] = [result for result, _ in outcomes], len(outcomes[-1][1]), list(asked)
     return found
 
 
 def test_local_rows_are_asked_with_lm_evals_prompts(worker_pool, tiny_root, tmp_path):
     (found,) = worker_pool(1).run(stock_results, tiny_root, local_data(tmp_path))
-    assert found["cuts"] == ((32,), (None,))
-    piqa, samples, _ = found["piqa"]
-    assert set(piqa.metrics) == {"acc", "acc_norm"} and piqa.rows == samples == 2 and piqa.version == "1.0"
-    swde, _, prompts = found["swde"]
+    (piqa,), samples, _ = found["piqa changed"]
+    assert (
+        piqa.prompt == ""
+        and set(piqa.metrics) == {"acc", "acc_norm"}
+        and piqa.rows == samples == 2
+        and piqa.version == "1.0"
+    )
+    (swde,), _, prompts = found["swde"]
     assert swde.version == "1" and swde.metrics == {"contains": 1.0} and swde.data == str(tmp_path / "swde")
     assert prompts[0].endswith("is person11x.\n\nauthor of book 3:") and prompts[0].startswith("the author of book 0")
-    cut, _, (prompt, _) = found["swde cut twice"]
+    (cut, wider), _, (prompt, *_) = found["swde changed"]
     document, again, question = prompt.split("\n\n")
     assert document == again and "person3x" in document and "book 11" not in document
     assert question == "author of book 3:" and cut.prompt == "context 40, read twice"
+    assert wider.prompt == "context 50, read twice" and wider.prompt_hash != cut.prompt_hash
     assert cut.data_hash == swde.data_hash and cut.prompt_hash != swde.prompt_hash
-    drop, _, prompts = found["based_drop"]
+    (drop,), _, prompts = found["based_drop"]
     assert prompts[0].endswith("person11x. The author is") and prompts[0].count("The author is") == 1
     assert drop.metrics == {"contains": 1.0}
 
 
 def stock_refusals(root: Path, empty: Path) -> list[str]:
-    from based_megatron.evaluation.harness import HarnessModel, run_stock
+    from based_megatron.evaluation.harness import HarnessModel, stock_tasks
 
     model, messages = loaded(root / "run"), []
-    options: dict[str, Any] = {"limit": 2, "cut": None, "contexts": (), "read_twice": False}
+    options: dict[str, Any] = {"contexts": (), "read_twice": False}
+    wrong = empty / "wrong.jsonl"
+    wrong.write_text('{"txt": "a"}\n')
     sampled = requests()[2][:1]
     sampled[0].arguments = ("one", {"do_sample": True})
     for error, attempt in (
-        (DataError, lambda: run_stock(Task("piqa", "stock", empty), model, **options)),
-        (ConfigError, lambda: run_stock(Task("piqqa", "stock", empty), model, **options)),
+        (DataError, lambda: stock_tasks(Task("swde", "stock", wrong), model.tokenizer, **options)),
+        (DataError, lambda: stock_tasks(Task("piqa", "stock", empty), model.tokenizer, **options)),
+        (ConfigError, lambda: stock_tasks(Task("piqqa", "stock", empty), model.tokenizer, **options)),
         (ConfigError, lambda: HarnessModel(model).generate_until(sampled)),
     ):
         with pytest.raises(error) as caught:
@@ -143,7 +151,8 @@ def stock_refusals(root: Path, empty: Path) -> list[str]:
 
 @pytest.mark.slow  # lm-eval reads all its thirteen thousand tasks to know a name
 def test_what_lm_eval_cannot_do_is_one_line(worker_pool, tiny_root, tmp_path):
-    no_rows, no_task, sampling = worker_pool(1).run(stock_refusals, tiny_root, tmp_path)[0]
+    no_column, no_rows, no_task, sampling = worker_pool(1).run(stock_refusals, tiny_root, tmp_path)[0]
+    assert "--data FOLDER/swde" in no_column and "KeyError: 'text'" in no_column
     assert "--data FOLDER/piqa" in no_rows and "\n" not in no_rows
     assert "piqqa" in no_task and "piqa" in no_task
     assert "greedy" in sampling

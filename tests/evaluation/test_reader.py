@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,9 +58,9 @@ def some_rows() -> list[tuple[int, ...]]:
     return [tokens(11), start + tokens(9), start + tokens(2), tokens(1), tokens(11)]
 
 
-def readings() -> dict[str, Any]:
+def readings(pattern: str) -> dict[str, Any]:
     """Largest errors of last logits and of scores against the training forward, and the tokens computed."""
-    scorer = state_scorer()
+    scorer = state_scorer(pattern=pattern)
     model, rows = scorer.engine.model, some_rows()
 
     def forward(row: tuple[int, ...]) -> torch.Tensor:
@@ -93,8 +94,10 @@ def readings() -> dict[str, Any]:
     }
 
 
-def test_rows_are_read_and_scored_as_alone(worker_pool):
-    (found,) = worker_pool(1).run(readings)
+@pytest.mark.parametrize("pattern", ["cLSc", "RDE"])
+def test_rows_are_read_and_scored_as_alone(worker_pool, pattern):
+    """The mixers of Based, and of other architectures with states of constant size."""
+    (found,) = worker_pool(1).run(readings, pattern)
     lengths = [len(row) for row in some_rows()]
     assert found["read"] < EXACT and found["read_shared"] < EXACT and found["scores"] < EXACT
     assert found["read positions"] == found["read_shared positions"] == lengths

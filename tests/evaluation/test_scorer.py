@@ -61,8 +61,19 @@ def compared() -> dict[str, Any]:
     }
 
 
-def test_scores_and_continuations_are_those_of_whole_rows(worker_pool):
-    (found,) = worker_pool(1).run(compared)
+@pytest.fixture(scope="module")
+def alone(worker_pool):
+    """What one rank finds: a process for all."""
+    (found,) = worker_pool(1).run(on_one_rank)
+    return found
+
+
+def on_one_rank() -> dict[str, Any]:
+    return {"compared": compared(), "dealt": dealt(), "refusals": refusals()}
+
+
+def test_scores_and_continuations_are_those_of_whole_rows(alone):
+    found = alone["compared"]
     assert found["oracle"] < ROUNDING and found["alone"] < ROUNDING and found["greedy"]
     ours, expected, alone = found["rows"]
     assert ours == expected == alone and any(ours)
@@ -78,10 +89,10 @@ def dealt() -> Any:
     return answers(scorer), scorer.computed_tokens - before
 
 
-def test_ranks_share_the_work_and_all_get_the_same_results(worker_pool):
-    ((alone, all_tokens),) = worker_pool(1).run(dealt)
+def test_ranks_share_the_work_and_all_get_the_same_results(worker_pool, alone):
+    expected, all_tokens = alone["dealt"]
     first, second = worker_pool(2).run(dealt)
-    assert first[0] == second[0] == alone, "bit for bit"
+    assert first[0] == second[0] == expected, "bit for bit"
     assert first[1] + second[1] == all_tokens and min(first[1], second[1]) > 0.2 * all_tokens
 
 
@@ -100,8 +111,8 @@ def refusals() -> list[str]:
     return messages
 
 
-def test_full_attention_refuses_rows_beyond_its_positions(worker_pool):
-    first, second = worker_pool(1).run(refusals)[0]
+def test_full_attention_refuses_rows_beyond_its_positions(alone):
+    first, second = alone["refusals"]
     assert "129 tokens" in first and "130 tokens" in second
     assert all("128 positions" in message and "--context" in message for message in (first, second))
 

@@ -31,6 +31,7 @@ def tiny(pattern: str = "cLSc") -> ModelConfig:
         feature_dim=4,
         window_left=5,
         vocab_size=VOCABULARY,
+        mixers="based_megatron.baselines" if set(pattern) - set("cLSA") else "",
     )
 
 

@@ -10,7 +10,7 @@ from based_megatron.evaluation.generated.packages import Package
 from based_megatron.evaluation.generated.rows import Length, Row, guessable_values, row
 
 QUESTIONS_A_PAGE = 8
-LONGEST_DESCRIPTION = 300
+LONGEST_DESCRIPTION = 120
 """Characters."""
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from based_megatron.errors import DataError
 from based_megatron.evaluation.contexts import Asked
@@ -98,21 +99,32 @@ def to_json_lines(rows: Sequence[Row]) -> str:
     return "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rows)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of such a file. Raises DataError if it has other rows or none."""
-    names = {field.name for field in fields(Row)}
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+def read_objects(path: Path, names: Iterable[str], limit: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a file, one a line, that have all these names, and some text as value. Raises DataError."""
+    found = []
+    try:
+        lines = path.read_text().splitlines()[:limit]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, start=1):
         try:
-            found = json.loads(line)
-            rows.append(Row(**{name: found[name] for name in names}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} line {number} is no row of a generated task ({type(error).__name__}: {error}): it needs {', '.join(sorted(names))}"
-            ) from error
-    if not rows:
-        raise DataError(f"{path} has no rows: remove it, and the task is generated")
-    return rows
+            each = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path} line {number} is no JSON: {error}") from error
+        missing = [name for name in names if not isinstance(each, dict) or name not in each]
+        if missing or not str(each["value"]).strip():
+            what = f"no {', '.join(missing)}" if missing else "an empty value"
+            raise DataError(f"{path} line {number} has {what}: a row needs at least text and value")
+        found.append(each)
+    if not found:
+        raise DataError(f"{path} has no rows: one JSON object a line, with text and value")
+    return found
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """Rows that `to_json_lines` wrote. Raises DataError if the file has other rows or none."""
+    names = [field.name for field in fields(Row)]
+    return [Row(**{name: each[name] for name in names}) for each in read_objects(path, names, limit)]
 
 
 def digest(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -16,7 +15,7 @@ from based_megatron.evaluation.generated.metadata import metadata_rows
 from based_megatron.evaluation.generated.packages import debian_packages, python_packages
 from based_megatron.evaluation.generated.packages_html import packages_html_rows
 from based_megatron.evaluation.generated.phonebook import LINES, phonebook_rows
-from based_megatron.evaluation.generated.rows import Row, digest, majority_guesses, read_rows
+from based_megatron.evaluation.generated.rows import Row, digest, majority_guesses, read_objects, read_rows
 from based_megatron.evaluation.models import Writer
 from based_megatron.evaluation.report import Slice, TaskResult
 
@@ -71,14 +70,11 @@ def rows_of_file(path: Path, tokenizer: PreTrainedTokenizerFast, limit: int | No
     file = next((path / name for name in ("validation.jsonl", "test.jsonl") if (path / name).is_file()), path)
     if not file.is_file():
         raise DataError(f"{path} has no validation.jsonl: one row a line, with text and value")
-    try:
-        first = json.loads(file.read_text().partition("\n")[0])
-    except ValueError as error:
-        raise DataError(f"{file} line 1 is no JSON: {error}") from error
-    if isinstance(first, dict) and "question" not in first and {"text", "value"} <= first.keys():
-        return [_measured(divided(str(row["text"]), str(row["value"]), str(row.get("key", ""))), row, tokenizer)
-                for row in map(json.loads, file.read_text().splitlines()[:limit])]  # fmt: skip
-    return read_rows(file)[:limit]
+    objects = read_objects(file, ("text", "value"), limit)
+    if "question" in objects[0]:
+        return read_rows(file, limit)
+    asked = (divided(str(each["text"]), str(each["value"]), str(each.get("key", ""))) for each in objects)
+    return [_measured(*pair, tokenizer) for pair in zip(asked, objects, strict=True)]
 
 
 def _measured(asked: Asked, row: dict[str, object], tokenizer: PreTrainedTokenizerFast) -> Row:
