@@ -1,4 +1,4 @@
-"""Made text in which recall pays: facts about people with rare names, restated far later in the same document.
+"""Made text in which recall pays: facts about people with rare names, told again far later in the same document.
 
     python -m benchmarks.recall_corpus OUTPUT.jsonl --documents 42000
 

@@ -37,7 +37,10 @@ class ModelConfig:
     num_heads: Count = 16
     """Heads of every attention mixer. The value head dim is hidden_size / num_heads."""
     feature_dim: Annotated[int, Range(at_least=1, at_most=1024)] = 16
-    """Query and key dim of a linear attention head, before the Taylor feature map."""
+    """Query and key dim of a linear attention head, before the feature map."""
+    feature_map: Literal["taylor", "rebased"] = "taylor"
+    """Weights of linear attention, with s = q.k / sqrt(feature_dim): taylor 1 + s + s^2 / 2, as in Based; rebased s^2 of queries and
+    keys that are normed and scaled and shifted by learned numbers (arXiv 2402.10644)."""
     window_left: int = 128
     """Previous keys that a sliding window query sees besides itself (half of the released `window_size`)."""
     conv_kernel: Count = 3

@@ -90,6 +90,11 @@ def _check_optimizer(config: Config) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     parse_layer_pattern(model.layer_pattern)
+    if model.feature_map == "rebased" and model.feature_dim < 2:
+        raise ConfigError(
+            f"model.feature_dim {model.feature_dim} with model.feature_map rebased: the norm of a single number is 0; raise "
+            f"model.feature_dim"
+        )
     if model.hidden_size % model.num_heads:
         raise ConfigError(
             f"model.hidden_size {model.hidden_size} is not a multiple of model.num_heads {model.num_heads}; change either"

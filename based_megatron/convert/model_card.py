@@ -30,6 +30,7 @@ It decodes with a state of constant size: {state_bytes:,} bytes for a sequence i
 | MLP width | {ffn_hidden_size} |
 | heads | {num_heads} |
 | feature dim of linear attention | {feature_dim} |
+| weights of linear attention | {weights} |
 | previous keys in a window | {window_left} |
 | vocabulary | {vocab_size} tokens in {rows} embedding rows; the rows above are never generated |
 
@@ -65,6 +66,12 @@ two random sequences of {prompt_tokens} tokens. Differences are the largest over
 Versions: torch {torch_version}, transformers {transformers_version}.
 """
 
+WEIGHTS = {
+    "taylor": "1 + s + s²/2",
+    "rebased": "s², queries and keys normed, scaled and shifted ([ReBased](https://arxiv.org/abs/2402.10644))",
+}
+"""Weights of a key whose product with the query is s, by model.feature_map."""
+
 
 def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
     """The text of README.md."""
@@ -84,6 +91,7 @@ def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
         ffn_hidden_size=config.ffn_hidden_size,
         num_heads=config.num_heads,
         feature_dim=config.feature_dim,
+        weights=WEIGHTS[config.feature_map],
         window_left=config.window_left,
         vocab_size=config.vocab_size,
         rows=-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple,

@@ -1,10 +1,15 @@
-"""RMSNorm of the fp32 residual stream."""
+"""RMSNorm of the fp32 residual stream, and layer norm of heads.
+
+Legend: D hidden size, H heads of this tensor parallel rank, F feature dim.
+"""
 
 import torch
 from torch import Tensor, nn
 
+from based_megatron.kernels.head_norm import head_norm
 from based_megatron.kernels.rms_norm import add_rms_norm
 from based_megatron.model.config import BasedConfig
+from based_megatron.parallel.linear import shard_parameter
 
 
 class RMSNorm(nn.Module):
@@ -20,3 +25,24 @@ class RMSNorm(nn.Module):
     def forward(self, residual: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add the update to the residual, [..., D] each, and normalise: (sum in the residual's dtype, its norm in the weight's)."""
         return add_rms_norm(residual, update, self.weight, self.config.model.norm_eps, backend=self.config.backend)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of the vector of each head, with a scale and a shift of its own; heads are cut over tensor parallel ranks."""
+
+    EPS = 1e-5
+
+    def __init__(self, config: BasedConfig, heads: int, size: int) -> None:
+        """heads: those of this tensor parallel rank; size: numbers of a head's vector."""
+        super().__init__()
+        self.heads, self.backend = heads, config.backend
+        scale, shift = (
+            torch.ones(heads * size, dtype=config.params_dtype),
+            torch.zeros(heads * size, dtype=config.params_dtype),
+        )
+        self.weight, self.bias = (shard_parameter(nn.Parameter(x), dim=0) for x in (scale, shift))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H, F] -> its norm, alike."""
+        weight_HF, bias_HF = (parameter.view(self.heads, -1) for parameter in (self.weight, self.bias))
+        return head_norm(x, weight_HF, bias_HF, self.EPS, backend=self.backend)

@@ -34,7 +34,8 @@ def taylor_step(
 ) -> Tensor:
     """Output of `taylor_attention` at the next position, whose (k, v) the state takes in first.
 
-    Returns: o_BHV in the dtype of v. The kernel reads the moments once, and writes them in one of 16 steps.
+    Returns: o_BHV in the dtype of v; of a state of squares, as with `square` there. The kernel reads the moments once, and writes
+    them in one of 16 steps.
 
     >>> state = TaylorState.zeros(2, 3, 4, 8, dtype=torch.float32, device=torch.device("cpu"))
     >>> q_BHF, k_BHF, v_BHV = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 8)

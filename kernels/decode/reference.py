@@ -11,20 +11,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from based_megatron.kernels.decode.states import ConvState, TaylorState, WindowState
-from based_megatron.kernels.packing import PackedLayout
+from based_megatron.kernels.packing import SQUARE_EPSILON, PackedLayout
 from based_megatron.kernels.rotary import apply_rotary
 
 
 def taylor_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState) -> Tensor:
     """o of the next token; see the package's function of this name. No keys are left in the buffer."""
     dtype = state.moments_BHRV.dtype
-    layout = PackedLayout.build(q_BHF.shape[-1], q_BHF.device, dtype)
+    layout = PackedLayout.build(q_BHF.shape[-1], q_BHF.device, dtype, state.square)
     k_BHR, q_BHR = layout.features(k_BHF.to(dtype)), layout.features(q_BHF.to(dtype)) * layout.weights
     v_BHE = functional.pad(v_BHV.to(dtype), (0, 1), value=1.0)
     state_BHRE = state.joined() + k_BHR.unsqueeze(-1) * v_BHE.unsqueeze(-2)
     state.set_joined(state_BHRE)
     sums_BHE = (q_BHR.unsqueeze(-2) @ state_BHRE).squeeze(-2)
-    return (sums_BHE[..., :-1] / sums_BHE[..., -1:]).to(v_BHV.dtype)
+    z_BH1 = sums_BHE[..., -1:] + (SQUARE_EPSILON if state.square else 0)
+    return (sums_BHE[..., :-1] / z_BH1).to(v_BHV.dtype)
 
 
 def window_step(

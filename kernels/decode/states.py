@@ -20,18 +20,21 @@ BUFFERED_KEYS = 15
 """Keys that the buffer of a Taylor state holds between steps: with the one that finds it full, 16 are absorbed at a time."""
 
 
-def rows_by_shift(feature_dim: int, device: torch.device) -> Tensor:
+def rows_by_shift(feature_dim: int, device: torch.device, square: bool = False) -> Tensor:
     """[R] int64, the packed row (see `PackedLayout`) that each row of a decoding state is.
 
     First come x_a, then x_a x_(a + shift mod F) for shift = 0, 1, .., F / 2, every pair once, then the 1: both factors of a row
-    are whole numbers away, where the packed order takes a square root to find them.
+    are whole numbers away, where the packed order takes a square root to find them. Squares alone have the pairs only.
     """
-    F, R = feature_dim, packed_rows(feature_dim)
+    F, R = feature_dim, packed_rows(feature_dim, square)
     row = torch.arange(R, device=device)
     first = row % F
-    second = (first + row // F - 1) % F
+    second = (first + row // F - (0 if square else 1)) % F
     low, high = torch.minimum(first, second), torch.maximum(first, second)
-    pair = 1 + F + low * F - low * (low - 1) // 2 + high - low
+    pair = low * F - low * (low - 1) // 2 + high - low
+    if square:
+        return pair
+    pair += 1 + F
     return torch.where(row < F, 1 + row, pair).masked_fill(row == R - 1, 0)
 
 
@@ -56,10 +59,14 @@ class TaylorState:
 
     @classmethod
     def zeros(
-        cls, batch: int, heads: int, feature_dim: int, value_dim: int, *, dtype: torch.dtype, device: torch.device
-    ) -> TaylorState:
-        """The state of an empty sequence, for keys and values of `dtype`; moments are fp32 or wider."""
-        rows, wide = packed_rows(feature_dim), torch.promote_types(dtype, torch.float32)
+        cls, batch: int, heads: int, feature_dim: int, value_dim: int, *, dtype: torch.dtype, device: torch.device,
+        square: bool = False,
+    ) -> TaylorState:  # fmt: skip
+        """The state of an empty sequence, for keys and values of `dtype`; moments are fp32 or wider.
+
+        square: the state is one of squares alone, in all that is done with it.
+        """
+        rows, wide = packed_rows(feature_dim, square), torch.promote_types(dtype, torch.float32)
         return cls(
             torch.zeros(batch, heads, rows, value_dim, dtype=wide, device=device),
             torch.zeros(batch, heads, rows, dtype=wide, device=device),
@@ -68,21 +75,27 @@ class TaylorState:
             torch.zeros(batch, heads, dtype=torch.int32, device=device),
         )
 
+    @property
+    def square(self) -> bool:
+        """Whether weights are s^2 alone, as the number of rows says."""
+        return self.moments_BHRV.shape[2] == packed_rows(self.k_BHSF.shape[-1], square=True)
+
     def joined(self) -> Tensor:
         """A copy in the form [B, H, R, V + 1] that `taylor_attention` takes as its initial state, the buffered keys added."""
         F, device = self.k_BHSF.shape[-1], self.k_BHSF.device
-        layout = PackedLayout.build(F, device, self.moments_BHRV.dtype)
+        layout = PackedLayout.build(F, device, self.moments_BHRV.dtype, self.square)
         free_BHS1 = (torch.arange(self.k_BHSF.shape[2], device=device) >= self.buffered_BH[..., None])[..., None]
         # Free places may hold anything, even NaN.
         k_BHSR = layout.features(self.k_BHSF.to(layout.weights.dtype)).masked_fill(free_BHS1, 0)
         v_BHSE = functional.pad(self.v_BHSV.to(layout.weights.dtype), (0, 1), value=1.0).masked_fill(free_BHS1, 0)
         absorbed_BHRE = torch.cat([self.moments_BHRV, self.normaliser_BHR.unsqueeze(-1)], dim=-1)
-        absorbed_BHRE = absorbed_BHRE.index_select(2, rows_by_shift(F, device).argsort())
+        absorbed_BHRE = absorbed_BHRE.index_select(2, rows_by_shift(F, device, self.square).argsort())
         return absorbed_BHRE + k_BHSR.transpose(-1, -2) @ v_BHSE
 
     def set_joined(self, state_BHRE: Tensor) -> None:
         """Take over a final state [B, H, R, V + 1] of `taylor_attention`."""
-        state_BHRE = state_BHRE.index_select(2, rows_by_shift(self.k_BHSF.shape[-1], state_BHRE.device))
+        order_R = rows_by_shift(self.k_BHSF.shape[-1], state_BHRE.device, self.square)
+        state_BHRE = state_BHRE.index_select(2, order_R)
         self.moments_BHRV.copy_(state_BHRE[..., :-1])
         self.normaliser_BHR.copy_(state_BHRE[..., -1])
         self.buffered_BH.zero_()

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from based_megatron.kernels.decode.states import TaylorState
-from based_megatron.kernels.packing import packed_rows
+from based_megatron.kernels.packing import SQUARE_EPSILON, packed_rows
 from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
 TILE_ROWS, ABSORBED_TILE_ROWS, WARPS = 32, 16, 2
@@ -25,11 +25,21 @@ TILE_ROWS, ABSORBED_TILE_ROWS, WARPS = 32, 16, 2
 
 
 @triton.jit
-def _factors(row, F: tl.constexpr, R: tl.constexpr):
+def _weights(scores, SQUARE: tl.constexpr):
+    """w from s."""
+    if SQUARE:
+        return scores * scores
+    return 1.0 + scores + 0.5 * scores * scores
+
+
+@triton.jit
+def _factors(row, F: tl.constexpr, R: tl.constexpr, SQUARE: tl.constexpr):
     """Indices of the two features whose product is row `row` of a decoding state; F stands for the constant 1.
 
     Rows: x_a, then x_a x_(a + shift mod F) for shift = 0, 1, .. as far as pairs are new, then the 1; see `rows_by_shift`.
     """
+    if SQUARE:
+        return row % F, (row % F + row // F) % F
     constant = row == R - 1
     first = row % F
     second = (first + row // F - 1) % F
@@ -37,11 +47,13 @@ def _factors(row, F: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _packed_query(q_ptr, row, F: tl.constexpr, R: tl.constexpr):
-    """Rows of packed(q), with the weights that turn packed(q).packed(k) into 1 + s + s^2/2; zeros from R on."""
-    first, second = _factors(row, F, R)
+def _packed_query(q_ptr, row, F: tl.constexpr, R: tl.constexpr, SQUARE: tl.constexpr):
+    """Rows of packed(q), with the weights that turn packed(q).packed(k) into w; zeros from R on."""
+    first, second = _factors(row, F, R, SQUARE)
     q_first = tl.load(q_ptr + first, mask=(first < F) & (row < R), other=1.0).to(tl.float32)
     q_second = tl.load(q_ptr + second, mask=(second < F) & (row < R), other=1.0).to(tl.float32)
+    if SQUARE:
+        return tl.where(row < R, q_first * q_second * tl.where(row < F, 1.0 / F, 2.0 / F), 0.0)
     weight = tl.where(row < F, F**-0.5, tl.where(row < 2 * F, 0.5 / F, 1.0 / F))
     return tl.where(row < R, q_first * q_second * tl.where(row == R - 1, 1.0, weight), 0.0)
 
@@ -49,7 +61,8 @@ def _packed_query(q_ptr, row, F: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def _attend_to_buffered(
     q_ptr, moments_ptr, normaliser_ptr, k_buffer_ptr, v_buffer_ptr, buffered, k_own, v_own, f, v,
-    F: tl.constexpr, R: tl.constexpr, V: tl.constexpr, S: tl.constexpr, TILE_ROWS: tl.constexpr, LAST_TILE_ROWS: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, SQUARE: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
+    TILE_ROWS: tl.constexpr, LAST_TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Numerators and normaliser of q over the moments, the buffered keys and the own one. The last tile has LAST_TILE_ROWS rows."""
     inside_V, inside_F = v < V, f < F
@@ -60,9 +73,9 @@ def _attend_to_buffered(
     keys = tl.load(k_buffer_ptr + s[:, None] * F + f[None, :], mask=keys_mask, other=0.0).to(tl.float32)
     values = tl.load(v_buffer_ptr + s[:, None] * V + v[None, :], mask=values_mask, other=0.0).to(tl.float32)
     scores = tl.sum(keys * q[None, :], axis=1)
-    weights = tl.where(is_buffered, 1.0 + scores + 0.5 * scores * scores, 0.0)
+    weights = tl.where(is_buffered, _weights(scores, SQUARE), 0.0)
     score = tl.sum(q * k_own.to(tl.float32), axis=0)
-    weight_own = 1.0 + score + 0.5 * score * score
+    weight_own = _weights(score, SQUARE)
     denominator = weight_own + tl.sum(weights, axis=0)
     numerator = weight_own * v_own.to(tl.float32) + tl.sum(weights[:, None] * values, axis=0)
     for start in tl.static_range(0, R, TILE_ROWS):
@@ -70,7 +83,7 @@ def _attend_to_buffered(
         place, mask = row[:, None] * V + v[None, :], (row < R)[:, None] & inside_V[None, :]
         moments = tl.load(moments_ptr + place, mask=mask, other=0.0)
         z = tl.load(normaliser_ptr + row, mask=row < R, other=0.0)
-        q_packed = _packed_query(q_ptr, row, F, R)
+        q_packed = _packed_query(q_ptr, row, F, R, SQUARE)
         denominator += tl.sum(q_packed * z, axis=0)
         numerator += tl.sum(q_packed[:, None] * moments, axis=0)
     return numerator, denominator
@@ -79,7 +92,7 @@ def _attend_to_buffered(
 @triton.jit
 def _absorb_and_attend(
     q_ptr, moments_ptr, normaliser_ptr, k_buffer_ptr, v_buffer_ptr, v,
-    F: tl.constexpr, R: tl.constexpr, V: tl.constexpr, S: tl.constexpr, TILE_ROWS: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, SQUARE: tl.constexpr, V: tl.constexpr, S: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Numerators and normaliser of q over the moments, to which the full buffer is added; tiles of TILE_ROWS rows."""
     inside_V, s = v < V, tl.arange(0, S)
@@ -91,7 +104,7 @@ def _absorb_and_attend(
         place, mask = row[:, None] * V + v[None, :], (row < R)[:, None] & inside_V[None, :]
         moments = tl.load(moments_ptr + place, mask=mask, other=0.0)
         z = tl.load(normaliser_ptr + row, mask=row < R, other=0.0)
-        first, second = _factors(row, F, R)
+        first, second = _factors(row, F, R, SQUARE)
         keys = k_buffer_ptr + s[None, :] * F
         k_first = tl.load(keys + first[:, None], mask=(first < F)[:, None], other=1.0).to(tl.float32)
         k_second = tl.load(keys + second[:, None], mask=(second < F)[:, None], other=1.0).to(tl.float32)
@@ -101,7 +114,7 @@ def _absorb_and_attend(
         z += tl.sum(k_packed, axis=1)
         tl.store(moments_ptr + place, moments, mask=mask)
         tl.store(normaliser_ptr + row, z, mask=row < R)
-        q_packed = _packed_query(q_ptr, row, F, R)
+        q_packed = _packed_query(q_ptr, row, F, R, SQUARE)
         denominator += tl.sum(q_packed * z, axis=0)
         numerator += tl.sum(q_packed[:, None] * moments, axis=0)
     return numerator, denominator
@@ -111,8 +124,8 @@ def _absorb_and_attend(
 def _taylor_step_kernel(
     q_ptr, k_ptr, v_ptr, moments_ptr, normaliser_ptr, k_buffer_ptr, v_buffer_ptr, buffered_ptr, o_ptr,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, H,
-    F: tl.constexpr, R: tl.constexpr, V: tl.constexpr, S: tl.constexpr, PADDED_F: tl.constexpr, PADDED_V: tl.constexpr,
-    TILE_ROWS: tl.constexpr, LAST_TILE_ROWS: tl.constexpr, ABSORBED_TILE_ROWS: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, SQUARE: tl.constexpr, EPSILON: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
+    PADDED_F: tl.constexpr, PADDED_V: tl.constexpr, TILE_ROWS: tl.constexpr, LAST_TILE_ROWS: tl.constexpr, ABSORBED_TILE_ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one sequence."""
@@ -136,20 +149,23 @@ def _taylor_step_kernel(
     tl.store(buffered_ptr + program, (buffered + 1) % S)
     if buffered == S - 1:
         numerator, denominator = _absorb_and_attend(
-            q_ptr, moments_ptr, normaliser_ptr, k_buffer_ptr, v_buffer_ptr, v, F, R, V, S, ABSORBED_TILE_ROWS
+            q_ptr, moments_ptr, normaliser_ptr, k_buffer_ptr, v_buffer_ptr, v, F, R, SQUARE, V, S, ABSORBED_TILE_ROWS
         )
     else:
         numerator, denominator = _attend_to_buffered(
             q_ptr, moments_ptr, normaliser_ptr, k_buffer_ptr, v_buffer_ptr, buffered, k_own, v_own, f, v,
-            F, R, V, S, TILE_ROWS, LAST_TILE_ROWS,
+            F, R, SQUARE, V, S, TILE_ROWS, LAST_TILE_ROWS,
         )  # fmt: skip
+    if SQUARE:
+        denominator += EPSILON
     tl.store(o_ptr + program * V + v, (numerator / denominator).to(o_ptr.dtype.element_ty), mask=v < V)
 
 
 def taylor_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState) -> Tensor:
     """o of the next token, whose (k, v) the state takes in; see the package's function of this name."""
     B, H, F = q_BHF.shape
-    V, R = v_BHV.shape[-1], packed_rows(F)
+    V, square = v_BHV.shape[-1], state.square
+    R = packed_rows(F, square)
     o_BHV = torch.empty(B, H, V, dtype=v_BHV.dtype, device=v_BHV.device)
     assert q_BHF.stride(-1) == k_BHF.stride(-1) == v_BHV.stride(-1) == 1, "features must be dense"
     _taylor_step_kernel[(B * H,)](
@@ -168,6 +184,8 @@ def taylor_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state: TaylorState)
         H,
         F=F,
         R=R,
+        SQUARE=square,
+        EPSILON=SQUARE_EPSILON,
         V=V,
         S=state.k_BHSF.shape[2],
         PADDED_F=triton.next_power_of_2(F),

@@ -1,10 +1,11 @@
-"""Causal normalised Taylor linear attention with a packed state.
+"""Causal normalised linear attention of second order with a packed state: that of Taylor (Based), or squares alone (ReBased).
 
-Legend: B batch, T tokens, L tokens of a slice, H heads, F feature dim, V value head dim, R = 1 + F + F(F+1)/2 rows of a packed state.
+Legend: B batch, T tokens, L tokens of a slice, H heads, F feature dim, V value head dim, R rows of a packed state:
+1 + F + F(F+1)/2, or F(F+1)/2 of squares alone.
 
 A state is [B, H, R, V + 1]: the moments sum_j packed(k_j) [v_j; 1]^T without weights. Row 0 sums [v; 1], rows 1..F sum
-k_a [v; 1], then k_a k_b [v; 1] for a <= b in row-major order. It is fp32, or fp64 for fp64 inputs. States of
-consecutive pieces of one document add up.
+k_a [v; 1], then k_a k_b [v; 1] for a <= b in row-major order; a state of squares has these last rows only. It is fp32, or
+fp64 for fp64 inputs. States of consecutive pieces of one document add up.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def taylor_attention(
     document_ids_BT: Tensor | None = None,
     return_final_state: bool = False,
     watch: Watch | None = None,
+    square: bool = False,
     chunk_tokens: int | None = None,
     backend: str = "reference",
 ) -> tuple[Tensor, Tensor | None]:
@@ -49,6 +51,7 @@ def taylor_attention(
         return_final_state: also return the moments of the last token's document, with the initial state if that
             document is the first token's too.
         watch: called with that state, without gradients, and the smallest normaliser of any token, a scalar.
+        square: w = s^2 instead, and 1e-5 more in the denominator: the form of ReBased, for queries and keys that are normed.
         chunk_tokens: tokens computed at a time; changes speed and memory, not the result. None picks what suits the
             device: a GPU wants fewer, larger steps.
         backend: a name from `resolve_backend`.
@@ -56,7 +59,8 @@ def taylor_attention(
     Returns: o_BTHV in the dtype of v, and the final state [B, H, R, V + 1] or None. Gradients flow to q, k, v and the
     initial state, from both outputs.
 
-    Source: Arora et al. 2024 (arXiv 2402.18668), without its epsilon: w >= 1/2, so the normaliser is never small.
+    Source: Arora et al. 2024 (arXiv 2402.18668), without its epsilon: w >= 1/2, so the normaliser is never small. Squares:
+    Aksenov et al. 2024 (arXiv 2402.10644).
 
     >>> q_BTHF, k_BTHF, v_BTHV = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 8)
     >>> o_BTHV, _ = taylor_attention(q_BTHF, k_BTHF, v_BTHV)
@@ -67,13 +71,13 @@ def taylor_attention(
     (torch.Size([2, 3, 15, 9]), True)
     """
     B, T, H, F = q_BTHF.shape
-    state_shape = (B, H, packed_rows(F), v_BTHV.shape[-1] + 1)
+    state_shape = (B, H, packed_rows(F, square), v_BTHV.shape[-1] + 1)
     assert initial_state_BHRV is None or initial_state_BHRV.shape == state_shape, (
         initial_state_BHRV.shape,
         state_shape,
     )
     assert document_ids_BT is None or document_ids_BT.shape[1] == T, (document_ids_BT.shape, T)
-    steps = _steps(backend, chunk_tokens, q_BTHF, k_BTHF, v_BTHV)
+    steps = _steps(backend, chunk_tokens, square, q_BTHF, k_BTHF, v_BTHV)
     if initial_state_BHRV is not None:
         initial_state_BHRV = initial_state_BHRV.to(reference.accumulation_dtype(q_BTHF.dtype)).contiguous()
     # Autocast would round the sums over thousands of tokens to bf16.
@@ -89,6 +93,7 @@ def start_sliced_attention(
     exchange: StateExchange,
     *,
     document_ids_BL: Tensor | None = None,
+    square: bool = False,
     chunk_tokens: int | None = None,
     backend: str = "reference",
 ) -> attention.Started:
@@ -106,7 +111,7 @@ def start_sliced_attention(
     >>> started.state_before.wait() is None  # what `finish_sliced_attention` waits for
     True
     """
-    steps = _steps(backend, chunk_tokens, k_BLHF, v_BLHV)
+    steps = _steps(backend, chunk_tokens, square, k_BLHF, v_BLHV)
     with torch.autocast(k_BLHF.device.type, enabled=False):
         return attention.start(k_BLHF, v_BLHV, document_ids_BL, steps, exchange)
 
@@ -132,10 +137,10 @@ def finish_sliced_attention(
         return attention.SlicedTaylorAttention.apply(q_BLHF, k_BLHF, v_BLHV, started, watch)
 
 
-def _steps(backend: str, chunk_tokens: int | None, *inputs: Tensor) -> attention.Steps:
+def _steps(backend: str, chunk_tokens: int | None, square: bool, *inputs: Tensor) -> attention.Steps:
     load = implementation("taylor_attention", backend, {"reference": lambda: reference, "triton": _triton})
     module = load()
-    return attention.Steps(module, module.schedule(chunk_tokens, *inputs))
+    return attention.Steps(module, module.schedule(chunk_tokens, *inputs, square=square))
 
 
 def _triton() -> ModuleType:

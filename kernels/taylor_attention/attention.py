@@ -36,7 +36,7 @@ class Steps:
     backend: ModuleType
     """`reference` or `triton_attention`: both have the functions named above."""
     schedule: Any
-    """Sizes of chunks and tiles, from the backend's `schedule`."""
+    """Sizes of chunks and tiles, and whether weights are squares alone, from the backend's `schedule`."""
 
 
 class TaylorAttention(Function):

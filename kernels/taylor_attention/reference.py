@@ -1,4 +1,4 @@
-"""Causal normalised Taylor linear attention in plain PyTorch: chunked, O(T) memory, any device, exact in fp64.
+"""Causal normalised linear attention of second order in plain PyTorch: chunked, O(T) memory, any device, exact in fp64.
 
 Legend: B batch, T tokens, C tokens of a chunk, H heads, F feature dim, V value head dim, E = V + 1 (values and a column of ones),
 R rows of a packed state (see packing.py), X any last dimension.
@@ -6,6 +6,8 @@ R rows of a packed state (see packing.py), X any last dimension.
     w_ij = 1 + s_ij + s_ij^2 / 2,  s_ij = q_i.k_j / sqrt(F)        o_i = sum_j w_ij v_j / sum_j w_ij,  j <= i
 
 w = ((1 + s)^2 + 1) / 2 >= 1/2, so the normaliser Z_i is at least half the number of visible keys and needs no epsilon.
+With squares alone, w = s^2, and 1e-5 is added to Z_i.
+
 Inside a chunk w is formed directly; all earlier chunks enter through the state S = sum_j packed(k_j) [v_j; 1]^T. The
 backward pass recomputes everything from q, k, v, o and Z: a scan forward rebuilds S and yields dq, a scan in reverse
 has the adjoint of S, sum_i weighted packed(q_i) g_i^T, and yields dk and dv. States, sums and Z are fp32 (fp64 for
@@ -24,12 +26,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from based_megatron.kernels.packing import PackedLayout, packed_rows
+from based_megatron.kernels.packing import SQUARE_EPSILON, PackedLayout, packed_rows
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of states, sums and normalisers for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Schedule(NamedTuple):
+    """What all steps of a call have in common."""
+
+    chunk_tokens: int
+    square: bool
+    """Whether weights are s^2 alone."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +118,13 @@ class ChunkScan:
         return States(self.zeros if initial_BHRE is None else initial_BHRE)
 
 
-def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: int) -> ChunkScan:
+def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: Schedule) -> ChunkScan:
     """The scan over the keys, from left to right: sum_j packed(k_j) [v_j; 1] over the last token's document."""
-    zeros = _zero_state(k_BTHF, v_BTHV)
+    zeros = _zero_state(k_BTHF, v_BTHV, schedule)
 
     def moments() -> Tensor:
-        layout, state_BHRE = _layout(k_BTHF), zeros
-        for chunk in _chunks(_ids(k_BTHF, ids_BT), schedule, zeros.dtype):
+        layout, state_BHRE = _layout(k_BTHF, schedule), zeros
+        for chunk in _chunks(_ids(k_BTHF, ids_BT), schedule.chunk_tokens, zeros.dtype):
             k, v = (chunk.heads_first(x, zeros.dtype) for x in (k_BTHF, v_BTHV))
             state_BHRE = _absorb(state_BHRE, chunk, layout, k, _with_ones(v))
         return state_BHRE
@@ -122,13 +132,15 @@ def scan_keys(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, schedule: i
     return ChunkScan(moments, zeros)
 
 
-def scan_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: int) -> ChunkScan:
+def scan_queries(
+    q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None, schedule: Schedule
+) -> ChunkScan:
     """The scan over the queries, from right to left: sum_i weighted packed(q_i) [g_i; gz_i] over the first token's document."""
-    zeros = _zero_state(q_BTHF, g_BTHV)
+    zeros = _zero_state(q_BTHF, g_BTHV, schedule)
 
     def moments() -> Tensor:
-        layout, adjoint_BHRE = _layout(q_BTHF), zeros
-        for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, zeros.dtype, reverse=True):
+        layout, adjoint_BHRE = _layout(q_BTHF, schedule), zeros
+        for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule.chunk_tokens, zeros.dtype, reverse=True):
             q, g, gz = (chunk.heads_first(x, zeros.dtype) for x in (q_BTHF, g_BTHV, gz_BTH1))
             adjoint_BHRE = _read_back(adjoint_BHRE, chunk, layout, q, torch.cat([g, gz], dim=-1))
         return adjoint_BHRE
@@ -137,21 +149,20 @@ def scan_queries(q_BTHF: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor
 
 
 def attend(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: States, schedule: int
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, states: States, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
     """Outputs o_BTHV and normalisers z_BTH1, given the state before the sequence."""
     (state_BHRE,) = states
-    dtype, layout = state_BHRE.dtype, _layout(q_BTHF)
+    dtype, layout = state_BHRE.dtype, _layout(q_BTHF, schedule)
     o_BTHV = torch.empty_like(v_BTHV)
     z_BTH1 = torch.empty(*q_BTHF.shape[:3], 1, dtype=dtype, device=q_BTHF.device)
-    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, dtype):
+    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule.chunk_tokens, dtype):
         q, k, v = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV))
         v_BHCE = _with_ones(v)
-        s_BHCC = _scores(q, k)
-        w_BHCC = (1 + s_BHCC + s_BHCC.square() / 2) * chunk.visible
+        w_BHCC = _weights(_scores(q, k), schedule) * chunk.visible
         inter_BHCE = (layout.features(q) * layout.weights) @ state_BHRE
         total_BHCE = w_BHCC @ v_BHCE + inter_BHCE * chunk.reads
-        z = total_BHCE[..., -1:]
+        z = total_BHCE[..., -1:] + (SQUARE_EPSILON if schedule.square else 0)
         o_BTHV[:, chunk.tokens] = (total_BHCE[..., :-1] / z).transpose(1, 2)
         z_BTH1[:, chunk.tokens] = z.transpose(1, 2)
         state_BHRE = _absorb(state_BHRE, chunk, layout, k, v_BHCE)
@@ -171,17 +182,17 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, z_BTH1: Tensor) -> tuple[T
 
 def query_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
-    states: States, schedule: int,
+    states: States, schedule: Schedule,
 ) -> Tensor:  # fmt: skip
     """dq, given the state before the sequence."""
     (state_BHRE,) = states
-    dtype, layout = state_BHRE.dtype, _layout(q_BTHF)
+    dtype, layout = state_BHRE.dtype, _layout(q_BTHF, schedule)
     dq_BTHF = torch.empty_like(q_BTHF)
-    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, dtype):
+    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule.chunk_tokens, dtype):
         q, k, v, g, gz = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV, g_BTHV, gz_BTH1))
         v_BHCE, g_BHCE = _with_ones(v), torch.cat([g, gz], dim=-1)
         dphi_BHCR = (g_BHCE * chunk.reads) @ state_BHRE.transpose(-1, -2)
-        dq = _score_gradients(g_BHCE, v_BHCE, _scores(q, k), chunk, q.shape[-1]) @ k
+        dq = _score_gradients(g_BHCE, v_BHCE, _scores(q, k), chunk, q.shape[-1], schedule) @ k
         dq_BTHF[:, chunk.tokens] = (dq + layout.features_vjp(q, dphi_BHCR * layout.weights)).transpose(1, 2)
         state_BHRE = _absorb(state_BHRE, chunk, layout, k, v_BHCE)
     return dq_BTHF
@@ -189,17 +200,17 @@ def query_gradients(
 
 def key_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
-    adjoints: States, schedule: int,
+    adjoints: States, schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv, given the adjoint state after the sequence."""
     (adjoint_BHRE,) = adjoints
-    dtype, layout = adjoint_BHRE.dtype, _layout(q_BTHF)
+    dtype, layout = adjoint_BHRE.dtype, _layout(q_BTHF, schedule)
     dk_BTHF, dv_BTHV = torch.empty_like(k_BTHF), torch.empty_like(v_BTHV)
-    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule, dtype, reverse=True):
+    for chunk in _chunks(_ids(q_BTHF, ids_BT), schedule.chunk_tokens, dtype, reverse=True):
         q, k, v, g, gz = (chunk.heads_first(x, dtype) for x in (q_BTHF, k_BTHF, v_BTHV, g_BTHV, gz_BTH1))
         v_BHCE, g_BHCE, s_BHCC = _with_ones(v), torch.cat([g, gz], dim=-1), _scores(q, k)
-        ds_BHCC = _score_gradients(g_BHCE, v_BHCE, s_BHCC, chunk, q.shape[-1])
-        w_BHCC = (1 + s_BHCC + s_BHCC.square() / 2) * chunk.visible
+        ds_BHCC = _score_gradients(g_BHCE, v_BHCE, s_BHCC, chunk, q.shape[-1], schedule)
+        w_BHCC = _weights(s_BHCC, schedule) * chunk.visible
         dk, dv = _key_gradients(adjoint_BHRE, layout, k, v_BHCE, chunk.writes)
         dk_BTHF[:, chunk.tokens] = (dk + ds_BHCC.transpose(-1, -2) @ q).transpose(1, 2)
         dv_BTHV[:, chunk.tokens] = (dv + w_BHCC.transpose(-1, -2) @ g).transpose(1, 2)
@@ -211,10 +222,17 @@ def _scores(q_BHCF: Tensor, k_BHCF: Tensor) -> Tensor:
     return q_BHCF @ k_BHCF.transpose(-1, -2) * q_BHCF.shape[-1] ** -0.5
 
 
-def _score_gradients(g_BHCE: Tensor, v_BHCE: Tensor, s_BHCC: Tensor, chunk: _Chunk, feature_dim: int) -> Tensor:
+def _weights(s_BHCC: Tensor, schedule: Schedule) -> Tensor:
+    return s_BHCC.square() if schedule.square else 1 + s_BHCC + s_BHCC.square() / 2
+
+
+def _score_gradients(
+    g_BHCE: Tensor, v_BHCE: Tensor, s_BHCC: Tensor, chunk: _Chunk, feature_dim: int, schedule: Schedule
+) -> Tensor:
     """Gradients to q.k of the pairs inside a chunk."""
     dw_BHCC = g_BHCE @ v_BHCE.transpose(-1, -2)
-    return dw_BHCC * (1 + s_BHCC) * chunk.visible * feature_dim**-0.5
+    slope_BHCC = 2 * s_BHCC if schedule.square else 1 + s_BHCC
+    return dw_BHCC * slope_BHCC * chunk.visible * feature_dim**-0.5
 
 
 def _read_back(adjoint_BHRE: Tensor, chunk: _Chunk, layout: PackedLayout, q_BHCF: Tensor, g_BHCE: Tensor) -> Tensor:
@@ -223,20 +241,20 @@ def _read_back(adjoint_BHRE: Tensor, chunk: _Chunk, layout: PackedLayout, q_BHCF
     return adjoint_BHRE * chunk.keeps + phi_BHCR.transpose(-1, -2) @ (g_BHCE * chunk.reads)
 
 
-def schedule(chunk_tokens: int | None, *inputs: Tensor) -> int:
-    """Tokens of a chunk. A GPU wants fewer, larger steps."""
-    return chunk_tokens or (256 if inputs[0].is_cuda else 128)
+def schedule(chunk_tokens: int | None, *inputs: Tensor, square: bool = False) -> Schedule:
+    """A schedule with chunks of so many tokens. A GPU wants fewer, larger steps."""
+    return Schedule(chunk_tokens or (256 if inputs[0].is_cuda else 128), square)
 
 
 def _ids(x_BTHX: Tensor, ids_BT: Tensor | None) -> Tensor:
     return torch.zeros(1, x_BTHX.shape[1], dtype=torch.int32, device=x_BTHX.device) if ids_BT is None else ids_BT
 
 
-def _layout(x_BTHF: Tensor) -> PackedLayout:
-    return PackedLayout.build(x_BTHF.shape[-1], x_BTHF.device, accumulation_dtype(x_BTHF.dtype))
+def _layout(x_BTHF: Tensor, schedule: Schedule) -> PackedLayout:
+    return PackedLayout.build(x_BTHF.shape[-1], x_BTHF.device, accumulation_dtype(x_BTHF.dtype), square=schedule.square)
 
 
-def _zero_state(x_BTHF: Tensor, y_BTHV: Tensor) -> Tensor:
+def _zero_state(x_BTHF: Tensor, y_BTHV: Tensor, schedule: Schedule) -> Tensor:
     B, _, H, F = x_BTHF.shape
-    shape = (B, H, packed_rows(F), y_BTHV.shape[-1] + 1)
+    shape = (B, H, packed_rows(F, schedule.square), y_BTHV.shape[-1] + 1)
     return torch.zeros(shape, dtype=accumulation_dtype(x_BTHF.dtype), device=x_BTHF.device)

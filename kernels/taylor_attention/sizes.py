@@ -12,13 +12,13 @@ CHUNKS_OF_A_SEGMENT = 4
 """At least so many: the start of a segment costs its tiles a second state."""
 
 
-def saved_state_numbers(heads: int, tokens: int, feature_dim: int, head_dim: int) -> int:
+def saved_state_numbers(heads: int, tokens: int, feature_dim: int, head_dim: int, square: bool = False) -> int:
     """Numbers, of the inputs' dtype, in the states of all chunks and segments.
 
     heads: those of all sequences together.
     """
     period = max(MINIMUM_PERIOD, 1 << (feature_dim - 1).bit_length())
-    rows = -(-packed_rows(period) // TILE_ROWS) * TILE_ROWS
+    rows = -(-packed_rows(period, square) // TILE_ROWS) * TILE_ROWS
     chunks = -(-tokens // CHUNK_TOKENS)
     wanted = PROGRAMS_WANTED // (heads * -(-rows // SCAN_ROWS))
     segment_chunks = -(-chunks // max(1, min(wanted, chunks // CHUNKS_OF_A_SEGMENT)))

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from based_megatron.kernels.layout import Operand, ids_operand, laid_out_like, operand
-from based_megatron.kernels.packing import packed_rows
+from based_megatron.kernels.packing import SQUARE_EPSILON, packed_rows
 from based_megatron.kernels.taylor_attention import triton_gradients, triton_outputs, triton_scan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,8 +30,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tile sizes in tokens or rows, all powers of two. A chunk is a multiple of its tiles."""
+    """What all steps of a call have in common. Tile sizes are in tokens or rows, all powers of two. A chunk is a multiple of its tiles."""
 
+    square: bool = False
+    """Whether weights are s^2 alone."""
     chunk_tokens: int = 128
     scan_tokens: int = 64
     output_tokens: int = 64
@@ -76,9 +78,9 @@ def _period(feature_dim: int) -> int:
     return max(8, triton.next_power_of_2(feature_dim))
 
 
-def _stored_rows(feature_dim: int, tile_rows: int) -> int:
+def _stored_rows(feature_dim: int, schedule: Schedule) -> int:
     """Rows of a chunk's state: whole tiles."""
-    return triton.cdiv(packed_rows(_period(feature_dim)), tile_rows) * tile_rows
+    return triton.cdiv(packed_rows(_period(feature_dim), schedule.square), schedule.tile_rows) * schedule.tile_rows
 
 
 class _Launch:
@@ -89,7 +91,7 @@ class _Launch:
         V = y_BTHV.shape[-1]
         self.schedule, self.device, self.dtype = schedule, x_BTHF.device, x_BTHF.dtype
         self.chunks = triton.cdiv(self.T, schedule.chunk_tokens)
-        self.stored_rows = _stored_rows(F, schedule.tile_rows)
+        self.stored_rows = _stored_rows(F, schedule)
         self.ids = ids_operand(None if ids_BT is None else ids_BT.to(torch.int32), x_BTHF)
         self.constants = {
             "F": F,
@@ -98,13 +100,14 @@ class _Launch:
             "V": V,
             "PADDED_V": max(16, triton.next_power_of_2(V)),
             "STORED_ROWS": self.stored_rows,
+            "SQUARE": schedule.square,
             "CHUNK_TOKENS": schedule.chunk_tokens,
             "HAS_IDS": ids_BT is not None,
             "EVEN": self.T % schedule.chunk_tokens == 0,
             # Three products of tf32 parts: fp32 accuracy from the tensor cores.
             "PRECISION": "tf32x3" if x_BTHF.dtype == torch.float32 else "tf32",
         }
-        self.state_shape = (self.B, self.H, packed_rows(F), V + 1)
+        self.state_shape = (self.B, self.H, packed_rows(F, schedule.square), V + 1)
 
     @property
     def row_tiles(self) -> int:
@@ -199,7 +202,7 @@ def _combine(
 ) -> None:  # fmt: skip
     """Writes the states before the segments to `starts`, or the one after them all to `end`."""
     stand_in = moments[0]
-    names = ("F", "PERIOD", "V", "PADDED_V", "STORED_ROWS", "HAS_IDS")
+    names = ("F", "PERIOD", "V", "PADDED_V", "STORED_ROWS", "SQUARE", "HAS_IDS")
     tile_rows = 8
     triton_scan.combine_kernel[launch.stored_rows // tile_rows, launch.B * launch.H](
         *moments, stand_in if initial_BHRE is None else initial_BHRE.contiguous(),
@@ -231,7 +234,7 @@ def attend(
     inverse_z_BHT = torch.empty(launch.B, launch.H, launch.T, dtype=torch.float32, device=launch.device)
     triton_outputs.outputs_kernel[launch.tiles(schedule.output_tokens)](
         *_operands(q_BTHF, k_BTHF, v_BTHV), launch.ids, *launch.pointers(states), operand(o_BTHV), inverse_z_BHT,
-        *launch.counts(states), **launch.tile_options(schedule.output_tokens, states),
+        *launch.counts(states), EPSILON=SQUARE_EPSILON, **launch.tile_options(schedule.output_tokens, states),
     )  # fmt: skip
     return o_BTHV, inverse_z_BHT
 
@@ -282,15 +285,17 @@ def key_gradients(
     return dk_BTHF, dv_BTHV
 
 
-def schedule(chunk_tokens: int | None, *inputs: Tensor) -> Schedule:
+def schedule(chunk_tokens: int | None, *inputs: Tensor, square: bool = False) -> Schedule:
     """Tiles for chunks of so many tokens. Raises TypeError for inputs that the kernels do not take."""
     _check_dtypes(*inputs)
     if chunk_tokens is None:
-        return Schedule()
+        return Schedule(square=square)
     if chunk_tokens < 16 or chunk_tokens & (chunk_tokens - 1):
         raise ValueError(f"chunk_tokens is {chunk_tokens}: the Triton kernels take powers of two from 16 on")
     tile = min(chunk_tokens, 64)
-    return Schedule(chunk_tokens=chunk_tokens, scan_tokens=tile, output_tokens=tile, gradient_tokens=tile)
+    return Schedule(
+        square=square, chunk_tokens=chunk_tokens, scan_tokens=tile, output_tokens=tile, gradient_tokens=tile
+    )
 
 
 def _check_dtypes(*tensors: Tensor) -> None:

@@ -21,6 +21,8 @@ from based_megatron.kernels.taylor_attention.triton_rows import (
     load_tile,
     load_vector,
     one_hot,
+    score_slopes,
+    score_weights,
     second_factor,
     second_factors,
     start_limit,
@@ -54,9 +56,9 @@ def output_gradients_kernel(
 
 
 @triton.jit
-def to_second_factors(rows_X, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, DTYPE: tl.constexpr):
+def to_second_factors(rows_X, PERIOD: tl.constexpr, SQUARE: tl.constexpr, PADDED_F: tl.constexpr, DTYPE: tl.constexpr):
     """[X, F] rows that add what flows to second factors up in their entries of x."""
-    return tl.trans(one_hot(second_factor(rows_X, PERIOD), PADDED_F, DTYPE))
+    return tl.trans(one_hot(second_factor(rows_X, PERIOD, SQUARE), PADDED_F, DTYPE))
 
 
 @triton.jit
@@ -67,14 +69,13 @@ def to_first_factors(TILE_ROWS: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl
 
 @triton.jit
 def query_pairs(
-    dq_IF, q_IF, g_IV, gz_I, k_JF, v_JV, queries, keys, ids_ptr, T, F: tl.constexpr, HAS_IDS: tl.constexpr,
-    DIAGONAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    dq_IF, q_IF, g_IV, gz_I, k_JF, v_JV, queries, keys, ids_ptr, T, F: tl.constexpr, SQUARE: tl.constexpr,
+    HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the pairs of a tile of queries and a tile of keys to dq."""
-    scale: tl.constexpr = 1.0 / F**0.5
     s = tl.dot(q_IF, tl.trans(k_JF), input_precision=PRECISION)
     ds = tl.dot(g_IV, tl.trans(v_JV), input_precision=PRECISION) + gz_I[:, None]
-    ds *= s * (scale * scale) + scale
+    ds *= score_slopes(s, F, SQUARE)
     if DIAGONAL:
         ds = tl.where(queries[:, None] >= keys[None, :], ds, 0.0)
     if HAS_IDS:
@@ -88,7 +89,7 @@ def query_gradients_kernel(
     q, k, v, g_ptr, gz_ptr, ids, states_ptr, normalisers_ptr, starts_ptr, start_normalisers_ptr, dq,
     T, H, chunks, segments, segment_chunks,
     F: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, STATE_STAGES: tl.constexpr,
+    SQUARE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, STATE_STAGES: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of a tile of queries of one head, from the states before the chunks."""
@@ -136,10 +137,10 @@ def query_gradients_kernel(
             )
             dphi_IX = tl.dot(gz_factors_I16, tl.trans(start_normaliser), dphi_IX, input_precision=PRECISION)
             dphi_IX = tl.dot(g_IV, tl.trans(start), dphi_IX, input_precision=PRECISION)
-        da_IX += dphi_IX * second_factors(q_IF, rows, PERIOD, PADDED_F, PRECISION)
+        da_IX += dphi_IX * second_factors(q_IF, rows, PERIOD, PADDED_F, SQUARE, PRECISION)
         dq_IF = tl.dot(
             (dphi_IX * a_IX).to(dtype),
-            to_second_factors(rows, PERIOD, PADDED_F, dtype),
+            to_second_factors(rows, PERIOD, SQUARE, PADDED_F, dtype),
             dq_IF,
             input_precision=PRECISION,
         )
@@ -155,12 +156,27 @@ def query_gradients_kernel(
         k_JF = load_tile(k_ptr, keys, k.stride_t, T, vector, F, PADDED_F, EVEN)
         v_JV = load_tile(v_ptr, keys, v.stride_t, T, columns, V, PADDED_V, EVEN)
         dq_IF = query_pairs(
-            dq_IF, q_IF, g_IV, gz_I, k_JF, v_JV, queries, keys, ids_ptr, T, F, HAS_IDS, False, EVEN, PRECISION
+            dq_IF, q_IF, g_IV, gz_I, k_JF, v_JV, queries, keys, ids_ptr, T, F, SQUARE, HAS_IDS, False, EVEN, PRECISION
         )
     own_k_JF = load_tile(k_ptr, queries, k.stride_t, T, vector, F, PADDED_F, EVEN)
     own_v_JV = load_tile(v_ptr, queries, v.stride_t, T, columns, V, PADDED_V, EVEN)
     dq_IF = query_pairs(
-        dq_IF, q_IF, g_IV, gz_I, own_k_JF, own_v_JV, queries, queries, ids_ptr, T, F, HAS_IDS, True, EVEN, PRECISION
+        dq_IF,
+        q_IF,
+        g_IV,
+        gz_I,
+        own_k_JF,
+        own_v_JV,
+        queries,
+        queries,
+        ids_ptr,
+        T,
+        F,
+        SQUARE,
+        HAS_IDS,
+        True,
+        EVEN,
+        PRECISION,
     )
     store_tile(dq_ptr, queries, dq.stride_t, T, vector, F, dq_IF)
 
@@ -168,15 +184,14 @@ def query_gradients_kernel(
 @triton.jit
 def key_pairs(
     dk_JF, dv_JV, k_JF, v_JV, ones_J16, q_IF, g_IV, gz_I16, queries, keys, ids_ptr, T, F: tl.constexpr,
-    HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARE: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the pairs of a tile of queries and a tile of keys to dk and dv."""
-    scale: tl.constexpr = 1.0 / F**0.5
     s = tl.dot(k_JF, tl.trans(q_IF), input_precision=PRECISION)
     ds = tl.dot(ones_J16, tl.trans(gz_I16), input_precision=PRECISION)
     ds = tl.dot(v_JV, tl.trans(g_IV), ds, input_precision=PRECISION)
-    ds *= s * (scale * scale) + scale
-    w = s * (s * (0.5 * scale * scale) + scale) + 1.0
+    ds *= score_slopes(s, F, SQUARE)
+    w = score_weights(s, F, SQUARE)
     if DIAGONAL:
         visible = queries[None, :] >= keys[:, None]
         ds = tl.where(visible, ds, 0.0)
@@ -196,7 +211,7 @@ def key_gradients_kernel(
     q, k, v, g_ptr, gz_ptr, ids, states_ptr, normalisers_ptr, starts_ptr, start_normalisers_ptr, dk, dv,
     T, H, chunks, segments, segment_chunks,
     F: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, STATE_STAGES: tl.constexpr,
+    SQUARE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, STATE_STAGES: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of a tile of keys of one head, from the adjoint states after the chunks."""
@@ -240,8 +255,8 @@ def key_gradients_kernel(
     a_JX = first_factors(k_JF, TILE_ROWS, PERIOD, PADDED_F, PRECISION)
     for row0 in tl.range(0, STORED_ROWS, TILE_ROWS, num_stages=STATE_STAGES):
         rows = row0 + tl.arange(0, TILE_ROWS)
-        b_plus_JX = second_factors(k_JF, rows, PERIOD, PADDED_F, PRECISION)
-        phi_JX = features(a_JX, b_plus_JX, rows, PERIOD).to(dtype)
+        b_plus_JX = second_factors(k_JF, rows, PERIOD, PADDED_F, SQUARE, PRECISION)
+        phi_JX = features(a_JX, b_plus_JX, rows, PERIOD, SQUARE).to(dtype)
         dphi_JX = tl.zeros([TILE_TOKENS, TILE_ROWS], tl.float32)
         state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
         dv_JV = tl.dot(phi_JX, state, dv_JV, input_precision=PRECISION)
@@ -257,7 +272,7 @@ def key_gradients_kernel(
         da_JX += dphi_JX * b_plus_JX
         dk_JF = tl.dot(
             (dphi_JX * a_JX).to(dtype),
-            to_second_factors(rows, PERIOD, PADDED_F, dtype),
+            to_second_factors(rows, PERIOD, SQUARE, PADDED_F, dtype),
             dk_JF,
             input_precision=PRECISION,
         )
@@ -272,7 +287,7 @@ def key_gradients_kernel(
 
     dk_JF, dv_JV = key_pairs(
         dk_JF, dv_JV, k_JF, v_JV, ones_J16, own_q_IF, own_g_IV, own_gz_I16, keys, keys, ids_ptr, T,
-        F, HAS_IDS, True, EVEN, PRECISION,
+        F, SQUARE, HAS_IDS, True, EVEN, PRECISION,
     )  # fmt: skip
     for query_begin in tl.range(begin + TILE_TOKENS, chunk_end, TILE_TOKENS):
         queries = query_begin + tl.arange(0, TILE_TOKENS)
@@ -293,6 +308,7 @@ def key_gradients_kernel(
             ids_ptr,
             T,
             F,
+            SQUARE,
             HAS_IDS,
             False,
             EVEN,

@@ -19,6 +19,7 @@ from based_megatron.kernels.taylor_attention.triton_rows import (
     load_rows,
     load_tile,
     load_vector,
+    score_weights,
     second_factors,
     start_limit,
     store_tile,
@@ -29,13 +30,12 @@ from based_megatron.kernels.triton_operand import head_ptr
 
 @triton.jit
 def output_pairs(
-    total_IV, z_I16, q_IF, k_JF, v_JV, ones_J16, queries, keys, ids_ptr, T, F: tl.constexpr, HAS_IDS: tl.constexpr,
-    DIAGONAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    total_IV, z_I16, q_IF, k_JF, v_JV, ones_J16, queries, keys, ids_ptr, T, F: tl.constexpr, SQUARE: tl.constexpr,
+    HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the pairs of a tile of queries and a tile of keys to the numerators and the normaliser."""
-    scale: tl.constexpr = 1.0 / F**0.5
     s = tl.dot(q_IF, tl.trans(k_JF), input_precision=PRECISION)
-    w = s * (s * (0.5 * scale * scale) + scale) + 1.0
+    w = score_weights(s, F, SQUARE)
     if DIAGONAL:
         w = tl.where(queries[:, None] >= keys[None, :], w, 0.0)
     if HAS_IDS:
@@ -51,7 +51,8 @@ def outputs_kernel(
     q, k, v, ids, states_ptr, normalisers_ptr, starts_ptr, start_normalisers_ptr, o, inverse_z_ptr,
     T, H, chunks, segments, segment_chunks,
     F: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, STATE_STAGES: tl.constexpr,
+    SQUARE: tl.constexpr, EPSILON: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    STATE_STAGES: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: o and 1/Z of a tile of queries of one head."""
@@ -95,14 +96,18 @@ def outputs_kernel(
             parts += (load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True),)
         for part in tl.static_range(STORED_ROWS // TILE_ROWS):
             rows = part * TILE_ROWS + tl.arange(0, TILE_ROWS)
-            phi_IX = features(a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, PRECISION), rows, PERIOD).to(dtype)
+            phi_IX = features(
+                a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, SQUARE, PRECISION), rows, PERIOD, SQUARE
+            ).to(dtype)
             z_I16 = tl.dot(phi_IX, parts[part][1], z_I16, input_precision=PRECISION)
             total_IV = tl.dot(phi_IX, parts[part][0], total_IV, input_precision=PRECISION)
     else:
         for row0 in tl.range(0, STORED_ROWS, TILE_ROWS, num_stages=STATE_STAGES):
             rows = row0 + tl.arange(0, TILE_ROWS)
             state, normaliser = load_rows(states_ptr, normalisers_ptr, rows, STORED_ROWS, columns, V, PADDED_V, True)
-            phi_IX = features(a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, PRECISION), rows, PERIOD).to(dtype)
+            phi_IX = features(
+                a_IX, second_factors(q_IF, rows, PERIOD, PADDED_F, SQUARE, PRECISION), rows, PERIOD, SQUARE
+            ).to(dtype)
             z_I16 = tl.dot(phi_IX, normaliser, z_I16, input_precision=PRECISION)
             total_IV = tl.dot(phi_IX, state, total_IV, input_precision=PRECISION)
             if HAS_STARTS:
@@ -123,7 +128,22 @@ def outputs_kernel(
         k_JF = load_tile(k_ptr, keys, k.stride_t, T, vector, F, PADDED_F, EVEN)
         v_JV = load_tile(v_ptr, keys, v.stride_t, T, columns, V, PADDED_V, EVEN)
         total_IV, z_I16 = output_pairs(
-            total_IV, z_I16, q_IF, k_JF, v_JV, ones_J16, queries, keys, ids_ptr, T, F, HAS_IDS, False, EVEN, PRECISION
+            total_IV,
+            z_I16,
+            q_IF,
+            k_JF,
+            v_JV,
+            ones_J16,
+            queries,
+            keys,
+            ids_ptr,
+            T,
+            F,
+            SQUARE,
+            HAS_IDS,
+            False,
+            EVEN,
+            PRECISION,
         )
     total_IV, z_I16 = output_pairs(
         total_IV,
@@ -137,12 +157,16 @@ def outputs_kernel(
         ids_ptr,
         T,
         F,
+        SQUARE,
         HAS_IDS,
         True,
         EVEN,
         PRECISION,
     )
 
-    inverse_z_I = 1.0 / sum_columns(z_I16)
+    z_I = sum_columns(z_I16)
+    if SQUARE:
+        z_I += EPSILON
+    inverse_z_I = 1.0 / z_I
     store_tile(o_ptr, queries, o.stride_t, T, columns, V, total_IV * inverse_z_I[:, None])
     tl.store(inverse_z_ptr + bh64 * T + queries, inverse_z_I, mask=queries < T)

@@ -10,9 +10,11 @@ power of two (`PERIOD`), differ from the public packed order:
     P + s P + a               x_a x_{(a+s) mod P}, for s = 0 .. P/2 (the last with a < P/2): every pair once
     the next row              1, then rows of zeros
 
-so that the first factor of row r is x_{r mod P} in every tile, and neither factor needs a table. States of chunks
-carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1. What belongs to the normaliser is a
-vector in fp32; `as_columns` splits it into two rounded parts, so that matrix products can take it.
+so that the first factor of row r is x_{r mod P} in every tile, and neither factor needs a table. Squares alone (`SQUARE`) have
+the pairs only, from row 0 on.
+
+States of chunks carry the weights of the rows: 1/sqrt(F), 1/(2F) for squares, 1/F for other pairs, 1; of squares alone 1/F and
+2/F. What belongs to the normaliser is a vector in fp32; `as_columns` splits it into two rounded parts, so that matrix products can take it.
 """
 
 from __future__ import annotations
@@ -28,31 +30,55 @@ def one_hot(index_X, PADDED_F: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def second_factor(rows_X, PERIOD: tl.constexpr):
+def score_weights(s, F: tl.constexpr, SQUARE: tl.constexpr):
+    """w from q.k."""
+    scale: tl.constexpr = 1.0 / F**0.5
+    if SQUARE:
+        return s * s * (scale * scale)
+    return s * (s * (0.5 * scale * scale) + scale) + 1.0
+
+
+@triton.jit
+def score_slopes(s, F: tl.constexpr, SQUARE: tl.constexpr):
+    """dw / d(q.k) from q.k."""
+    scale: tl.constexpr = 1.0 / F**0.5
+    if SQUARE:
+        return s * (2.0 * scale * scale)
+    return s * (scale * scale) + scale
+
+
+@triton.jit
+def second_factor(rows_X, PERIOD: tl.constexpr, SQUARE: tl.constexpr):
     """Index of the second factor of each row; -1 where the row is no pair."""
     pairs: tl.constexpr = PERIOD * (PERIOD + 1) // 2
+    if SQUARE:
+        return tl.where(rows_X < pairs, (rows_X + rows_X // PERIOD) % PERIOD, -1)
     shift = rows_X // PERIOD - 1
     is_pair = (rows_X >= PERIOD) & (rows_X < PERIOD + pairs)
     return tl.where(is_pair, (rows_X + shift) % PERIOD, -1)
 
 
 @triton.jit
-def row_weights(rows_X, PERIOD: tl.constexpr, F: tl.constexpr):
-    """Factors that turn packed(q).packed(k) into 1 + s + s^2/2."""
+def row_weights(rows_X, PERIOD: tl.constexpr, F: tl.constexpr, SQUARE: tl.constexpr):
+    """Factors that turn packed(q).packed(k) into w."""
     scale: tl.constexpr = 1.0 / F**0.5
+    if SQUARE:
+        return tl.where(rows_X < PERIOD, scale * scale, 2.0 * scale * scale)
     pairs: tl.constexpr = PERIOD * (PERIOD + 1) // 2
     pair_weights = tl.where(rows_X < 2 * PERIOD, 0.5 * scale * scale, scale * scale)
     return tl.where(rows_X < PERIOD, scale, tl.where(rows_X < PERIOD + pairs, pair_weights, 1.0))
 
 
 @triton.jit
-def public_rows(rows_X, PERIOD: tl.constexpr, F: tl.constexpr):
+def public_rows(rows_X, PERIOD: tl.constexpr, F: tl.constexpr, SQUARE: tl.constexpr):
     """Place of a row in the public packed order [1 | x_a | x_a x_b, a <= b]; -1 for rows of zeros."""
     pairs: tl.constexpr = PERIOD * (PERIOD + 1) // 2
     first = rows_X % PERIOD
-    second = second_factor(rows_X, PERIOD)
+    second = second_factor(rows_X, PERIOD, SQUARE)
     low = tl.minimum(first, second)
     high = tl.maximum(first, second)
+    if SQUARE:
+        return tl.where((rows_X >= pairs) | (high >= F), -1, low * F - low * (low - 1) // 2 + high - low)
     pair = 1 + F + low * F - low * (low - 1) // 2 + high - low
     row = tl.where(rows_X < PERIOD, 1 + first, tl.where(rows_X < PERIOD + pairs, pair, 0))
     return tl.where((rows_X > PERIOD + pairs) | ((rows_X < PERIOD + pairs) & (tl.maximum(first, high) >= F)), -1, row)
@@ -66,16 +92,22 @@ def first_factors(x_MF, TILE_ROWS: tl.constexpr, PERIOD: tl.constexpr, PADDED_F:
 
 
 @triton.jit
-def second_factors(x_MF, rows_X, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, PRECISION: tl.constexpr):
+def second_factors(
+    x_MF, rows_X, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, SQUARE: tl.constexpr, PRECISION: tl.constexpr
+):
     """Second factors [M, X] fp32 of a tile of rows; zero in the constant row."""
-    picks = one_hot(second_factor(rows_X, PERIOD), PADDED_F, x_MF.dtype)
+    picks = one_hot(second_factor(rows_X, PERIOD, SQUARE), PADDED_F, x_MF.dtype)
+    if SQUARE:
+        return tl.dot(x_MF, picks, input_precision=PRECISION)
     linear = tl.where(rows_X < PERIOD, 1.0, 0.0)
     return tl.dot(x_MF, picks, input_precision=PRECISION) + linear[None, :]
 
 
 @triton.jit
-def features(a_MX, b_MX, rows_X, PERIOD: tl.constexpr):
+def features(a_MX, b_MX, rows_X, PERIOD: tl.constexpr, SQUARE: tl.constexpr):
     """packed(x) of a tile of rows from its factors."""
+    if SQUARE:
+        return a_MX * b_MX
     constant: tl.constexpr = PERIOD + PERIOD * (PERIOD + 1) // 2
     return a_MX * b_MX + tl.where(rows_X == constant, 1.0, 0.0)[None, :]
 

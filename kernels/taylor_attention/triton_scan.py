@@ -32,8 +32,8 @@ from based_megatron.kernels.triton_operand import head_ptr
 def scan_kernel(
     x, y, yz_ptr, ids, states_ptr, normalisers_ptr, moments_ptr, totals_ptr, T, H, chunks, segments, segment_chunks,
     F: tl.constexpr, PERIOD: tl.constexpr, PADDED_F: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, ADJOINT: tl.constexpr, HAS_IDS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, ADJOINT: tl.constexpr,
+    HAS_IDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of rows of the states before the chunks of one segment, and of the moments of that segment.
 
@@ -46,17 +46,18 @@ def scan_kernel(
     x_ptr, y_ptr = head_ptr(x, b, h), head_ptr(y, b, h)
     yz_ptr += bh64 * T * 4
     ids_ptr = ids.ptr + b * ids.stride_b
-    constant: tl.constexpr = PERIOD + PERIOD * (PERIOD + 1) // 2
+    linear_rows: tl.constexpr = 0 if SQUARE else PERIOD
+    constant: tl.constexpr = -1 if SQUARE else PERIOD + PERIOD * (PERIOD + 1) // 2
     dtype = x_ptr.dtype.element_ty
 
     rows = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     columns = tl.arange(0, PADDED_V)
     vector = tl.arange(0, PADDED_F)
     pick_first = tl.trans(one_hot(rows % PERIOD, PADDED_F, dtype))
-    pick_second = tl.trans(one_hot(second_factor(rows, PERIOD), PADDED_F, dtype))
-    is_linear = tl.where(rows < PERIOD, 1.0, 0.0)[:, None]
+    pick_second = tl.trans(one_hot(second_factor(rows, PERIOD, SQUARE), PADDED_F, dtype))
+    is_linear = tl.where(rows < linear_rows, 1.0, 0.0)[:, None]
     is_constant = tl.where(rows == constant, 1.0, 0.0)[:, None]
-    weights = row_weights(rows, PERIOD, F)
+    weights = row_weights(rows, PERIOD, F, SQUARE)
     state = tl.zeros([TILE_ROWS, PADDED_V], tl.float32)
     normaliser = tl.zeros([TILE_ROWS, 16], tl.float32)
 
@@ -115,8 +116,8 @@ def scan_kernel(
 @triton.jit
 def combine_kernel(
     moments_ptr, totals_ptr, initial_ptr, starts_ptr, normalisers_ptr, end_ptr, ids, T, H, segments, segment_tokens,
-    F: tl.constexpr, PERIOD: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr, TILE_ROWS: tl.constexpr,
-    ADJOINT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr, ONLY_END: tl.constexpr,
+    F: tl.constexpr, PERIOD: tl.constexpr, V: tl.constexpr, PADDED_V: tl.constexpr, STORED_ROWS: tl.constexpr, SQUARE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, ADJOINT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr, ONLY_END: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of rows of the state before each segment, from all segments' moments: a gated sum, in a fixed order.
 
@@ -127,11 +128,11 @@ def combine_kernel(
     ids_ptr = ids.ptr + (bh // H) * ids.stride_b
     rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     columns = tl.arange(0, PADDED_V)
-    packed = public_rows(rows, PERIOD, F)
-    elements: tl.constexpr = (1 + F + F * (F + 1) // 2) * (V + 1)
+    packed = public_rows(rows, PERIOD, F, SQUARE)
+    elements: tl.constexpr = ((0 if SQUARE else 1 + F) + F * (F + 1) // 2) * (V + 1)
     dtype = starts_ptr.dtype.element_ty
     # Adjoint moments have the weights already.
-    weights = tl.full([TILE_ROWS], 1.0, tl.float32) if ADJOINT else row_weights(rows, PERIOD, F)
+    weights = tl.full([TILE_ROWS], 1.0, tl.float32) if ADJOINT else row_weights(rows, PERIOD, F, SQUARE)
     if HAS_INITIAL:
         state, total = load_state(initial_ptr + bh * elements, packed, columns, V)
     else:

@@ -70,6 +70,11 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "clip below zero": ({"optimizer.clip_grad_norm": -0.5}, 1, ["optimizer.clip_grad_norm is -0.5"]),
     "pattern letter": ({"model.layer_pattern": "cX*4"}, 1, ["'X'", "'cX*4'", "model.layer_pattern"]),
     "pattern empty": ({"model.layer_pattern": " "}, 1, ["empty", "model.layer_pattern"]),
+    "rebased": (
+        {"model.feature_map": "rebased", "model.feature_dim": 1},
+        1,
+        ["model.feature_dim 1", "model.feature_map rebased"],
+    ),
     "heads": ({"model.hidden_size": 130}, 1, ["model.hidden_size 130", "model.num_heads 4"]),
     "expand odd": ({"model.conv_expand": 3}, 1, ["model.conv_expand is 3"]),
     "window below zero": ({"model.window_left": -1}, 1, ["model.window_left is -1"]),

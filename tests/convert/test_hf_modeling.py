@@ -14,9 +14,9 @@ from based_megatron.convert.hf_files.mixers_based import (
     BasedGatedConv,
     BasedLinearAttention,
     causal_attention,
+    packed_features,
     rotate,
     taylor_attention,
-    taylor_features,
 )
 from based_megatron.convert.hf_files.modeling_based import BasedCache, BasedForCausalLM
 from based_megatron.convert.huggingface import hf_config
@@ -36,12 +36,13 @@ def test_taylor_attention_equals_its_quadratic_definition(length):
     assert_close(state[..., 0, -1], torch.full((2, 3), float(length), dtype=torch.float64))
 
 
-def test_taylor_features_are_packed_and_multiply_to_the_kernel():
+def test_features_are_packed_and_multiply_to_the_kernel():
     torch.manual_seed(0)
     q, k = torch.randn(2, 50, 16, dtype=torch.float64)
-    assert taylor_features(q).shape == (50, 153)
     s = (q * k).sum(-1)
-    assert_close((taylor_features(q) * taylor_features(k)).sum(-1), 1 + s + s**2 / 2)
+    for square, rows, kernel in ((False, 153, 1 + s + s**2 / 2), (True, 136, s**2)):
+        assert packed_features(q, square).shape == (50, rows)
+        assert_close((packed_features(q, square) * packed_features(k, square)).sum(-1), kernel)
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, ATTENTION_BLOCK_TOKENS + 3])

@@ -34,6 +34,7 @@ def trained_model(config: Config) -> tuple[dict[str, torch.Tensor], torch.Tensor
         # The rotary tables of the training model are float32.
         ({}, 1e-6),
         ({"tie_embeddings": False, "rotary_fraction": 0.5, "rotary_base": 300.0}, 1e-6),
+        ({"layer_pattern": "cLcL", "feature_map": "rebased"}, 1e-10),
         ({"layer_pattern": "cLcL", "conv_kernel": 5, "conv_expand": 2, "norm_eps": 1e-2, "feature_dim": 6}, 1e-10),
     ],
 )

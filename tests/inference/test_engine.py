@@ -81,7 +81,13 @@ def split_errors(
 
 
 @pytest.mark.parametrize(
-    "model", [{}, {"conv_kernel": 4, "window_left": 1, "tie_embeddings": False}, {"conv_kernel": 1, "window_left": 0}]
+    "model",
+    [
+        {},
+        {"conv_kernel": 4, "window_left": 1, "tie_embeddings": False},
+        {"conv_kernel": 1, "window_left": 0},
+        {"feature_map": "rebased"},
+    ],
 )
 def test_every_split_equals_the_full_forward(worker_pool, model):
     """Prompts come in pieces, shorter and longer than the window and the convolution."""
@@ -101,6 +107,12 @@ def test_splits_with_the_kernels(worker_pool):
         run = functools.partial(split_errors, torch.float32, "triton", batch=2, layer_pattern="cLS")
         (errors,) = worker_pool(1).run(run, prompts, pieces)
         assert len(errors) == len(pieces) and all(error < 1e-5 for error in errors.values())
+
+
+def test_splits_of_squares_with_the_kernels(worker_pool):
+    run = functools.partial(split_errors, torch.float32, "triton", batch=2, layer_pattern="L", feature_map="rebased")
+    (errors,) = worker_pool(1).run(run, [9], [4])
+    assert errors[9, 4] < 1e-4  # a normaliser of squares may be small
 
 
 def batch_changes() -> dict[str, float]:

@@ -18,35 +18,43 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def taylor_oracle(
-    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, state_BHRV: Tensor | None = None, ids_BT: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, state_BHRV: Tensor | None = None, ids_BT: Tensor | None = None,
+    square: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and final state in O(T^2)."""
     B, T, H, F = q_BTHF.shape
     ids_BT = torch.zeros(B, T, dtype=torch.int64) if ids_BT is None else ids_BT
     v_BTHE = torch.cat([v_BTHV, torch.ones_like(v_BTHV[..., :1])], dim=-1)
     s_BHTT = torch.einsum("bihf,bjhf->bhij", q_BTHF, k_BTHF) / F**0.5
     visible_BTT = (ids_BT[:, :, None] == ids_BT[:, None]) & torch.ones(T, T, dtype=torch.bool).tril()
-    w_BHTT = (1 + s_BHTT + s_BHTT**2 / 2).masked_fill(~visible_BTT[:, None], 0)
+    w_BHTT = (s_BHTT**2 if square else 1 + s_BHTT + s_BHTT**2 / 2).masked_fill(~visible_BTT[:, None], 0)
     total_BTHE = torch.einsum("bhij,bjhe->bihe", w_BHTT, v_BTHE)
     in_last_BT = (ids_BT == ids_BT[:, -1:]).to(v_BTHE.dtype)
-    final_BHRE = torch.einsum("bth,bthr,bthe->bhre", in_last_BT[..., None].expand(B, T, H), moments(k_BTHF), v_BTHE)
+    final_BHRE = torch.einsum(
+        "bth,bthr,bthe->bhre", in_last_BT[..., None].expand(B, T, H), moments(k_BTHF, square), v_BTHE
+    )
     if state_BHRV is not None:
         in_first_BT = (ids_BT == ids_BT[:, :1]).to(v_BTHE.dtype)
-        read_BTHE = torch.einsum("bthr,bhre->bthe", moments(q_BTHF) * taylor_weights(F).to(q_BTHF.dtype), state_BHRV)
+        weighted_BTHR = moments(q_BTHF, square) * taylor_weights(F, square).to(q_BTHF.dtype)
+        read_BTHE = torch.einsum("bthr,bhre->bthe", weighted_BTHR, state_BHRV)
         total_BTHE = total_BTHE + read_BTHE * in_first_BT[..., None, None]
         final_BHRE = final_BHRE + state_BHRV * (ids_BT[:, 0] == ids_BT[:, -1])[:, None, None, None]
-    return total_BTHE[..., :-1] / total_BTHE[..., -1:], final_BHRE
+    return total_BTHE[..., :-1] / (total_BTHE[..., -1:] + (1e-5 if square else 0)), final_BHRE
 
 
-def moments(x: Tensor) -> Tensor:
-    """[1 | x_a | x_a x_b for a <= b], entry by entry."""
+def moments(x: Tensor, square: bool = False) -> Tensor:
+    """[1 | x_a | x_a x_b for a <= b], or the last of these alone, entry by entry."""
     pairs = [x[..., a] * x[..., b] for a, b in combinations_with_replacement(range(x.shape[-1]), 2)]
-    return torch.stack([torch.ones_like(x[..., 0]), *x.unbind(-1), *pairs], dim=-1)
+    return torch.stack(pairs if square else [torch.ones_like(x[..., 0]), *x.unbind(-1), *pairs], dim=-1)
 
 
-def taylor_weights(feature_dim: int) -> Tensor:
-    """Coefficients of 1 + s + s^2/2 in the moments of q and k, with s = q.k / sqrt(F)."""
+def taylor_weights(feature_dim: int, square: bool = False) -> Tensor:
+    """Coefficients of 1 + s + s^2/2, or of s^2, in the moments of q and k, with s = q.k / sqrt(F)."""
     F = feature_dim
+    if square:
+        return torch.tensor(
+            [1 / F if a == b else 2 / F for a, b in combinations_with_replacement(range(F), 2)]
+        ).double()
     pairs = [1 / (2 * F) if a == b else 1 / F for a, b in combinations_with_replacement(range(F), 2)]
     return torch.tensor([1.0] + [F**-0.5] * F + pairs, dtype=torch.float64)
 
@@ -58,13 +66,15 @@ def segment_state(k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None = None, 
     return state
 
 
-def recurrent_step(q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRV: Tensor) -> tuple[Tensor, Tensor]:
+def recurrent_step(
+    q_BHF: Tensor, k_BHF: Tensor, v_BHV: Tensor, state_BHRV: Tensor, square: bool = False
+) -> tuple[Tensor, Tensor]:
     """Output and state of one more token: (k, v) is added to the state, which q then reads."""
     v_BHE = torch.cat([v_BHV, torch.ones_like(v_BHV[..., :1])], dim=-1)
-    state_BHRV = state_BHRV + moments(k_BHF).unsqueeze(-1) * v_BHE.unsqueeze(-2)
-    read_BHR = moments(q_BHF) * taylor_weights(q_BHF.shape[-1]).to(q_BHF.dtype)
+    state_BHRV = state_BHRV + moments(k_BHF, square).unsqueeze(-1) * v_BHE.unsqueeze(-2)
+    read_BHR = moments(q_BHF, square) * taylor_weights(q_BHF.shape[-1], square).to(q_BHF.dtype)
     total_BHE = torch.einsum("bhr,bhre->bhe", read_BHR, state_BHRV)
-    return total_BHE[..., :-1] / total_BHE[..., -1:], state_BHRV
+    return total_BHE[..., :-1] / (total_BHE[..., -1:] + (1e-5 if square else 0)), state_BHRV
 
 
 def attention_oracle(

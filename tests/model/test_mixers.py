@@ -93,11 +93,23 @@ def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
         scores = q @ k.transpose(1, 2) / 8**0.5
         weight = (1 + scores + scores**2 / 2) * (distance >= 0)
         mixed = (weight / weight.sum(-1, keepdim=True)) @ v
+        if "q_norm.weight" in weights:
+            q, k = (
+                by_hand_norm(x) * weights[f"{name}.weight"].view(4, 1, 8) + weights[f"{name}.bias"].view(4, 1, 8)
+                for x, name in ((q, "q_norm"), (k, "k_norm"))
+            )
+            weight = (q @ k.transpose(1, 2)) ** 2 / 8 * (distance >= 0)
+            mixed = (weight / (weight.sum(-1, keepdim=True) + 1e-5)) @ v
     else:
         q, k = rotated(q), rotated(k)
         seen = (distance >= 0) & (distance <= (11 if letter == "S" else LENGTH))
         mixed = (q @ k.transpose(1, 2) / 8**0.5).masked_fill(~seen, float("-inf")).softmax(-1) @ v
     return mixed.transpose(0, 1).flatten(1) @ weights["out_proj.weight"].T
+
+
+def by_hand_norm(x_HTF: Tensor) -> Tensor:
+    centred = x_HTF - x_HTF.mean(-1, keepdim=True)
+    return centred / ((centred**2).mean(-1, keepdim=True) + 1e-5) ** 0.5
 
 
 def rotated(x_HTV: Tensor) -> Tensor:
@@ -107,8 +119,8 @@ def rotated(x_HTV: Tensor) -> Tensor:
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
-def formula_error(letter: str) -> float:
-    mixer, topology = mixer_of(letter)
+def formula_error(letter: str, feature_map: str = "taylor") -> float:
+    mixer, topology = mixer_of(letter, feature_map=feature_map)
     with torch.no_grad():
         found = mixer(some_x(), inputs=inputs_at(topology))[0]
         return float((found - by_hand(letter, mixer, some_x()[:, 0])[:, None]).abs().max())
@@ -118,6 +130,12 @@ def test_a_mixer_is_its_formula(worker_pool):
     """This fixes the order of the fused parts: [u | gate], [q | k | v]."""
     (errors,) = worker_pool(1).run(each, formula_error, list(MIXERS))
     assert {letter: error for letter, error in errors.items() if not error < 1e-10} == {}
+
+
+def test_rebased_linear_attention_is_its_formula(worker_pool):
+    """Normed, scaled and shifted queries and keys, each by numbers of its own."""
+    (error,) = worker_pool(1).run(formula_error, "L", "rebased")
+    assert error < 1e-10
 
 
 def shifted_change(letter: str) -> float:

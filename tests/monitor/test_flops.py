@@ -71,6 +71,13 @@ def test_linear_attention_writes_and_reads_its_state():
     assert mixing_flops(tiny(layer_pattern="L"), 2 * 8 * 6 + 2 * 8 * 8) == pytest.approx(4 * 2 * 13 * 5)
 
 
+def test_rebased_attention_has_squares_alone():
+    rebased = tiny(layer_pattern="L", feature_map="rebased")
+    assert mixing_flops(rebased, 2 * 8 * 6 + 2 * 8 * 8) == pytest.approx(4 * 2 * 9 * 5)
+    # A scale and a shift for each of 2 x 6 features of queries and keys.
+    assert parameter_count(rebased) - parameter_count(tiny(layer_pattern="L")) == 2 * 2 * 6
+
+
 def test_linear_attention_does_not_depend_on_the_length():
     model = tiny(layer_pattern="L")
     assert training_flops_per_token(model, 16) == training_flops_per_token(model, 1 << 20)

@@ -1,4 +1,4 @@
-"""Every parallel layout does what the single process does: loss, its parts by slice, every gradient, gradient norm, and 20 steps."""
+"""Every parallel layout does what the single process does: loss, its parts by slice, every gradient, gradient norm, and 10 steps."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from based_megatron.config import ParallelConfig
 from support.layouts import GLOBAL_BATCH, Run, build_run, small_config
 from support.oracle import load_oracle, write_oracle
 
-STEPS, CLIP, LR = 20, 0.5, 3e-3
+STEPS, CLIP, LR = 10, 0.5, 3e-3
 
 LAYOUTS = {
     "single": (1, ParallelConfig()),
@@ -31,6 +31,7 @@ LAYOUTS = {
     "tp2-dp2-zero3": (4, ParallelConfig(tensor=2, zero_stage=3)),
     "cp2-dp2-zero2": (4, ParallelConfig(context=2, zero_stage=2)),
     "pp2-dp2-zero1": (4, ParallelConfig(pipeline=2)),
+    "cp4-zero3": (4, ParallelConfig(context=4, zero_stage=3)),
 }
 
 SLICES = {
@@ -44,12 +45,8 @@ EXCHANGES = {
     "cp4-two-level": (4, ParallelConfig(context=4, state_exchange="two_level")),
     "cp4-chain": (4, ParallelConfig(context=4, state_exchange="chain")),
 }
-LONG = {
-    "tp2-cp2": LAYOUTS["tp2-cp2"],
-    "pp2-cp2": LAYOUTS["pp2-cp2"],
-    "cp4-zero1": LAYOUTS["cp4"],
-    "cp4-zero3": (4, ParallelConfig(context=4, zero_stage=3)),
-}
+REBASED = {"feature_map": "rebased"}
+LONG = ("tp2-cp2", "pp2-cp2", "cp4", "cp4-zero3")
 LONG_STEPS, LONG_LR = 200, 1e-3
 """At the learning rate of the short runs, fp32 rounding alone grows to 1.2e-4 nats in 200 steps."""
 
@@ -62,6 +59,14 @@ def oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
     for packed, path in paths.items():
         worker_pool(1).run(write_oracle, path, packed, STEPS, CLIP, LR)
     return paths
+
+
+@pytest.fixture(scope="module")
+def rebased_oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
+    """Files of the single process's results for a model with ReBased's features, packed."""
+    path = tmp_path_factory.mktemp("oracle") / "rebased.pt"
+    worker_pool(1).run(write_oracle, path, True, 3, CLIP, LONG_LR, REBASED)
+    return {True: path}
 
 
 @pytest.fixture(scope="module")
@@ -156,23 +161,37 @@ def test_slices_may_be_uneven(worker_pool, oracles, layout):
     check(worker_pool, oracles, *LAYOUTS[layout], steps=3, bounds=SLICES[layout])
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2", "dp2-zero3"])
+def test_rebased_features_in_other_layouts(worker_pool, rebased_oracles, layout):
+    """Norms are cut by heads; over slices, uneven where they are, states have fewer rows."""
+    check(
+        worker_pool,
+        rebased_oracles,
+        *LAYOUTS[layout],
+        steps=3,
+        bounds=SLICES.get(layout, ()),
+        lr=LONG_LR,
+        model=REBASED,
+    )
+
+
 @pytest.mark.parametrize("layout", EXCHANGES)
 def test_states_may_take_other_ways(worker_pool, oracles, layout):
     check(worker_pool, oracles, *EXCHANGES[layout], steps=3)
 
 
-@pytest.mark.parametrize("steps", [STEPS, pytest.param(LONG_STEPS, marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LONG)
-def test_curves_stay_together_over_slices(worker_pool, long_oracles, layout, steps):
+def test_curves_stay_together_over_slices(worker_pool, long_oracles, layout):
     """Uneven masks, documents and clipping; norms of the first step to 1e-6."""
-    world_size, parallel = LONG[layout]
+    world_size, parallel = LAYOUTS[layout]
     micro_batch_sequences = GLOBAL_BATCH // parallel.pipeline
     check(
         worker_pool,
         long_oracles,
         world_size,
         parallel,
-        steps=steps,
+        steps=LONG_STEPS,
         norm_error=1e-6,
         lr=LONG_LR,
         micro_batch_sequences=micro_batch_sequences,

@@ -23,8 +23,13 @@ from support.pool import rank_device
 SEQUENCE_TOKENS, GLOBAL_BATCH, VOCAB = 32, 8, 91
 
 
-def small_config(parallel: ParallelConfig | None = None, **train: Any) -> Config:
-    """Every mixer, an odd vocabulary (padded under tensor parallelism) and a window longer than a context slice."""
+def small_config(
+    parallel: ParallelConfig | None = None, *, model: dict[str, Any] | None = None, **train: Any
+) -> Config:
+    """Every mixer, an odd vocabulary (padded under tensor parallelism) and a window longer than a context slice.
+
+    model: other settings of the model, beside its size.
+    """
     return Config(
         model=ModelConfig(
             layer_pattern="cLSA",
@@ -36,6 +41,7 @@ def small_config(parallel: ParallelConfig | None = None, **train: Any) -> Config
             vocab_size=VOCAB,
             vocab_multiple=1,
             init_std=0.2,
+            **(model or {}),
         ),
         data=DataConfig(path="unused", sequence_length_tokens=SEQUENCE_TOKENS),
         parallel=dataclasses.replace(parallel or ParallelConfig(), zero_bucket_elements=10_000),

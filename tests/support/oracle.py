@@ -17,9 +17,11 @@ from support.layouts import global_batch, slice_numbers, small_config
 from support.pool import rank_device
 
 
-def write_oracle(path: Path, packed: bool, steps: int, clip: float, lr: float) -> None:
+def write_oracle(
+    path: Path, packed: bool, steps: int, clip: float, lr: float, model_settings: dict[str, Any] | None = None
+) -> None:
     """Losses, gradient norms, the first step's clipped gradients by name, and its losses by slice. Runs on a pool of one rank."""
-    config = small_config()
+    config = small_config(model=model_settings)
     topology = build_topology(config.parallel, rank_device(0))
     model = build_model(config, topology)[0]
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), lr=lr, betas=(0.9, 0.95))

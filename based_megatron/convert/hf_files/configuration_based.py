@@ -42,7 +42,9 @@ class BasedConfig(PreTrainedConfig):
     layer_types: list[str] = field(default_factory=list)
     """Layers of the cache, which follow from `mixers`. Read only where `mixers` is empty: older exports named mixers here."""
     feature_dim: int = 16
-    """Query and key dim of a linear attention head, before the Taylor feature map."""
+    """Query and key dim of a linear attention head, before the feature map."""
+    feature_map: str = "taylor"
+    """Weights of linear attention: taylor 1 + s + s^2 / 2, or rebased, s^2 of normed queries and keys."""
     sliding_window: int = 129
     """Keys that a window query sees, itself included."""
     conv_kernel: int = 3
@@ -74,6 +76,8 @@ class BasedConfig(PreTrainedConfig):
                 f"got {len(self.mixers)}{', with unknown ' + ', '.join(unknown) if unknown else ''}"
             )
         self.layer_types = [cache_layers[mixer] for mixer in self.mixers]
+        if self.feature_map not in ("taylor", "rebased"):
+            raise ValueError(f"feature_map must be taylor or rebased, not {self.feature_map!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

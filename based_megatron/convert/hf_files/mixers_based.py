@@ -1,8 +1,8 @@
 """Layers of Based: norm, gated MLP and the four mixers. A mixer continues from its state in the cache and updates it.
 
 Legend: B batch, T tokens of this call, S tokens with those of the cache, H heads, D hidden size, F feature dim: of queries and
-keys of linear attention, V value head dim (in windows that of queries and keys too), R = 1 + F + F (F + 1) / 2 packed Taylor
-features (rotary: rotated pairs), C channels and K - 1 past inputs of a convolution.
+keys of linear attention, V value head dim (in windows that of queries and keys too), R packed features: 1 + F + F (F + 1) / 2 of
+the Taylor map, F (F + 1) / 2 of squares alone (rotary: rotated pairs), C channels and K - 1 past inputs of a convolution.
 """
 
 import math
@@ -101,18 +101,39 @@ class BasedGatedConv(nn.Module):
         return self.out_proj(F.silu(c_BCT).transpose(1, 2) * u2_BTC)
 
 
-def taylor_features(x: Tensor) -> Tensor:
-    """Packed second order Taylor map [..., F] -> [..., R]: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k."""
+class BasedHeadNorm(nn.Module):
+    """Layer norm of each head's vector, with a scale and a shift of its own."""
+
+    def __init__(self, heads: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads * size))
+        self.bias = nn.Parameter(torch.zeros(heads * size))
+
+    def forward(self, x_BHTF: Tensor) -> Tensor:
+        weight_H1F, bias_H1F = (x.view(x_BHTF.shape[1], 1, -1) for x in (self.weight, self.bias))
+        normed = F.layer_norm(x_BHTF.to(wide_dtype(x_BHTF.dtype)), x_BHTF.shape[-1:], eps=1e-5)
+        return (normed * weight_H1F + bias_H1F).to(x_BHTF.dtype)
+
+
+def packed_features(x: Tensor, square: bool) -> Tensor:
+    """Packed second order map [..., F] -> [..., R]: with s = q . k, phi(q) . phi(k) = 1 + s + s^2 / 2, or s^2."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     half = torch.ones(len(i), dtype=x.dtype, device=x.device)  # an off-diagonal pair stands for both of its orders
     half = half.masked_fill(i == j, math.sqrt(0.5))
+    if square:
+        return x[..., i] * x[..., j] * half * math.sqrt(2)
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * half], dim=-1)
 
 
 def taylor_attention(
-    q_BHTF: Tensor, k_BHTF: Tensor, v_BHTV: Tensor, valid_BT: Tensor | None, state_BHRV: Tensor | None
+    q_BHTF: Tensor,
+    k_BHTF: Tensor,
+    v_BHTV: Tensor,
+    valid_BT: Tensor | None,
+    state_BHRV: Tensor | None,
+    square: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention with weights 1 + s + s^2 / 2, s = q . k / sqrt(F), by chunks: memory is linear in T.
+    """Causal attention with weights 1 + s + s^2 / 2, or s^2, s = q . k / sqrt(F), by chunks: memory is linear in T.
 
     The state is the sum of phi(k) [v, 1]: [B, H, R, V + 1], with the normaliser as the last column. Inputs and state
     are float32 or float64. Returns the output [B, H, T, V] and the state after the last token.
@@ -125,23 +146,27 @@ def taylor_attention(
     outputs = []
     for q, k, v in zip(*(x.split(LINEAR_CHUNK_TOKENS, dim=2) for x in (q_BHTF, k_BHTF, v_BHTV)), strict=True):
         s = q @ k.transpose(-1, -2)
-        out = torch.tril(1 + s + 0.5 * s.square()) @ v
+        out = torch.tril(s.square() if square else 1 + s + 0.5 * s.square()) @ v
         if state_BHRV is not None:
-            out = out + taylor_features(q) @ state_BHRV
+            out = out + packed_features(q, square) @ state_BHRV
         outputs.append(out)
-        update = taylor_features(k).transpose(-1, -2) @ v
+        update = packed_features(k, square).transpose(-1, -2) @ v
         state_BHRV = update if state_BHRV is None else state_BHRV + update
     y_BHTV = torch.cat(outputs, dim=2)
-    return y_BHTV[..., :-1] / (y_BHTV[..., -1:] + 1e-12), state_BHRV
+    return y_BHTV[..., :-1] / (y_BHTV[..., -1:] + (1e-5 if square else 1e-12)), state_BHRV
 
 
 class BasedLinearAttention(nn.Module):
-    """Linear attention with the second order Taylor map of exp. No positions, no norm, no gate."""
+    """Linear attention with the second order Taylor map of exp, or squares of normed queries and keys. No positions, no gate."""
 
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.heads = config.num_attention_heads
+        self.square = config.feature_map == "rebased"
+        self.q_norm, self.k_norm = (
+            BasedHeadNorm(self.heads, config.feature_dim) if self.square else nn.Identity() for _ in range(2)
+        )
         self.q_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -153,7 +178,8 @@ class BasedLinearAttention(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             wide = wide_dtype(x_BTD.dtype)
             valid_BT = None if mask_BS is None else mask_BS[:, -x_BTD.shape[1] :]
-            y_BHTV, state_BHRV = taylor_attention(q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHRV)
+            q, k = self.q_norm(q), self.k_norm(k)
+            y_BHTV, state_BHRV = taylor_attention(q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHRV, self.square)
         if cache is not None and state_BHRV is not None:
             cache.update_recurrent_state(state_BHRV, self.layer_idx)
         return self.o_proj(_merge_heads(y_BHTV).to(x_BTD.dtype))

@@ -1,4 +1,4 @@
-"""Based: gated short convolutions, Taylor linear attention and sliding window attention (arXiv 2402.18668).
+"""Based: gated short convolutions, linear attention of second order and sliding window attention (arXiv 2402.18668).
 
 Decoding needs a state of constant size: the last inputs of each convolution, the packed moments of each linear
 attention layer and the last keys and values of each window. Linear attention, its states and the residual stream are
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .configuration_based import BasedConfig
-from .mixers_based import MIXERS, BasedGatedConv, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
+from .mixers_based import MIXERS, BasedGatedConv, BasedHeadNorm, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
 
 CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 """Name of the cache in arguments and outputs of the installed transformers, renamed in 5.24. We take both names."""
@@ -99,6 +99,9 @@ class BasedPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, BasedRMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, BasedHeadNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, BasedGatedConv):
             bound = module.conv_weight.shape[1] ** -0.5
             init.uniform_(module.conv_weight, -bound, bound)

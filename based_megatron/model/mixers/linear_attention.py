@@ -1,4 +1,4 @@
-"""Linear attention with the second order Taylor feature map: weights 1 + s + s^2 / 2, s = q.k / sqrt(F), normalised.
+"""Linear attention of second order, s = q.k / sqrt(F): Based's weights 1 + s + s^2 / 2, or ReBased's s^2; normalised.
 
 Legend: B sequences, L tokens of this rank's slice, H heads of this tensor parallel rank, F feature dim, V value head dim,
 R rows of a packed state, E = V + 1.
@@ -29,6 +29,7 @@ from based_megatron.model.mixers.base import (
     split_heads,
 )
 from based_megatron.model.mixers.facts import SavedPiece, Shape, qkv_parts
+from based_megatron.model.norm import HeadNorm
 from based_megatron.parallel.linear import Projection
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -39,6 +40,9 @@ RELEASED_FEATURES = "based.models.mixers.linear_attention.TaylorExp"
 
 class TaylorLinearAttention(Mixer):
     """Fused q | k | v projection and Taylor attention, without positions and biases.
+
+    ReBased (arXiv 2402.10644) takes squares of queries and keys that are normed, scaled and shifted first. Its scales and shifts
+    are those of a layer norm, one of each for every feature of every head.
 
     Heads are independent: tensor parallel ranks exchange nothing between the projections.
     """
@@ -54,13 +58,21 @@ class TaylorLinearAttention(Mixer):
         self.local_parts = [size // self.group.size() for size in rows]
         self.qkv = self.column(rows)
         self.out_proj = self.row(model.hidden_size)
+        self.square = _is_square(model)
+        if self.square:
+            self.q_norm, self.k_norm = (HeadNorm(self.config, self.heads, model.feature_dim) for _ in range(2))
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         if inputs.plan.is_whole:
             q, k, v = (heads_first_batch(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
-            ids = inputs.plan.document_ids()
             mixed, _state = taylor_attention(
-                q, k, v, document_ids_BT=ids, watch=self._watch(inputs), backend=self.config.backend
+                self._queries(q),
+                self._keys(k),
+                v,
+                document_ids_BT=inputs.plan.document_ids(),
+                watch=self._watch(inputs),
+                square=self.square,
+                backend=self.config.backend,
             )
         else:
             mixed = self.qkv(x, body=lambda project: self._mix_slice(project, inputs.plan, self._watch(inputs)))[0]
@@ -84,27 +96,32 @@ class TaylorLinearAttention(Mixer):
         """Mix a slice that reads the state before it: the moments of keys and values travel while the queries are projected."""
         of_q, of_kv = project.parts(self.local_parts[0], sum(self.local_parts[1:]))
         k, v = (heads_first_batch(part, self.heads) for part in of_kv().split(self.local_parts[1:], dim=-1))
+        k = self._keys(k)
         exchange = StateExchange(plan, self.layer_number, keep=self.keeps_received)
         started = start_sliced_attention(
-            k, v, exchange, document_ids_BL=plan.document_ids(), backend=self.config.backend
+            k, v, exchange, document_ids_BL=plan.document_ids(), square=self.square, backend=self.config.backend
         )
-        return finish_sliced_attention(heads_first_batch(of_q(), self.heads), k, v, started, watch=watch)
+        q = self._queries(heads_first_batch(of_q(), self.heads))
+        return finish_sliced_attention(q, k, v, started, watch=watch)
 
     @staticmethod
     def carried_forms(model: ModelConfig, dtype: torch.dtype) -> dict[str, CarriedForm]:
-        shape = (model.num_heads, packed_rows(model.feature_dim), model.hidden_size // model.num_heads + 1)
+        rows = packed_rows(model.feature_dim, _is_square(model))
+        shape = (model.num_heads, rows, model.hidden_size // model.num_heads + 1)
         return {STATE: CarriedForm(shape, cut_dim=0, dtype=torch.promote_types(dtype, torch.float32))}
 
     @classmethod
     def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> TaylorState:
         heads, head_dim = model.num_heads, model.hidden_size // model.num_heads
-        return TaylorState.zeros(batch, heads, model.feature_dim, head_dim, dtype=dtype, device=device)
+        square = _is_square(model)
+        return TaylorState.zeros(batch, heads, model.feature_dim, head_dim, dtype=dtype, device=device, square=square)
 
     def prefill(self, x: Tensor, state: TaylorState, where: Continuation) -> Tensor:
         mixed, final = taylor_attention(
             *self._qkv(x),
             initial_state_BHRV=None if where.is_start else state.joined(),
             return_final_state=True,
+            square=self.square,
             backend=self.config.backend,
         )
         assert final is not None
@@ -117,38 +134,51 @@ class TaylorLinearAttention(Mixer):
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
-        return q, k, v
+        return self._queries(q), self._keys(k), v
+
+    def _queries(self, q: Tensor) -> Tensor:
+        """Projected queries [..., H, F] in the form that the attention takes."""
+        return self.q_norm(q) if self.square else q
+
+    def _keys(self, k: Tensor) -> Tensor:
+        return self.k_norm(k) if self.square else k
 
     @staticmethod
     def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
         D = model.hidden_size
-        return {"qkv.weight": (sum(_qkv_rows(model)), D), "out_proj.weight": (D, D)}
+        shapes: dict[str, Shape] = {"qkv.weight": (sum(_qkv_rows(model)), D), "out_proj.weight": (D, D)}
+        if _is_square(model):
+            features = (model.num_heads * model.feature_dim,)
+            shapes |= {f"{norm}.{part}": features for norm in ("q_norm", "k_norm") for part in ("weight", "bias")}
+        return shapes
 
     @classmethod
     def saved_bytes(cls, model: ModelConfig, piece: SavedPiece) -> int:
-        """q, k, v, the outputs, their normalisers in fp32, and the states of chunks."""
+        """q, k, v, the outputs, their normalisers in fp32, and the states of chunks; before the norms of ReBased, q and k in fp32."""
         heads, head_dim = model.num_heads // piece.tensor, model.hidden_size // model.num_heads
-        states = saved_state_numbers(piece.sequences * heads, piece.tokens, model.feature_dim, head_dim)
-        normalisers_bytes = piece.sequences * piece.tokens * heads * 4
-        return (
-            piece.numbers(sum(_qkv_rows(model)) + model.hidden_size) + normalisers_bytes + states * piece.number_bytes
-        )
+        square = _is_square(model)
+        states = saved_state_numbers(piece.sequences * heads, piece.tokens, model.feature_dim, head_dim, square)
+        vectors_bytes = piece.numbers(sum(_qkv_rows(model)) + model.hidden_size)
+        # Of each norm: its input, mean and deviation, and its output before it is scaled.
+        norms = 2 * (2 * model.feature_dim + 2) if square else 0
+        fp32_bytes = piece.sequences * piece.tokens * heads * (1 + norms) * 4
+        return vectors_bytes + fp32_bytes + states * piece.number_bytes
 
     @staticmethod
     def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
-        """Forward operations of a token in the recurrent form, with the 1 + F + F^2 unpacked features of Based a head.
+        """Forward operations of a token in the recurrent form, with the 1 + F + F^2 unpacked features of Based, or F^2 of ReBased, a head.
 
         Adding phi(k) v to the state and reading phi(q) from it cost 2 each for every state element, the normaliser being one
         more column (a kernel that packs the symmetric features, or works in chunks, does less or more than this).
         """
-        features = 1 + model.feature_dim + model.feature_dim**2
+        features = (0 if _is_square(model) else 1 + model.feature_dim) + model.feature_dim**2
         return 4.0 * features * (model.hidden_size + model.num_heads)
 
     @classmethod
     def hf_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
         if name == "qkv.weight":
             return qkv_parts("{}_proj.weight", _qkv_rows(model), model.hidden_size)
-        return {"o_proj.weight": cls.parameter_shapes(model)[name]}
+        return {"o_proj.weight" if name == "out_proj.weight" else name: cls.parameter_shapes(model)[name]}
 
     @classmethod
     def released_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
@@ -158,6 +188,10 @@ class TaylorLinearAttention(Mixer):
 
     @staticmethod
     def released_settings(model: ModelConfig) -> dict[str, Any]:
+        if _is_square(model):
+            raise CheckpointError(
+                f"the released layout has no such features as model.feature_map {model.feature_map!r}; use --format hf"
+            )
         feature_map = {"_target_": RELEASED_FEATURES, "input_dim": model.feature_dim}
         return {
             "l_max": 2048,
@@ -174,6 +208,11 @@ class TaylorLinearAttention(Mixer):
                 f"config.json has alt_mixer.feature_map._target_ {target!r}, but only {RELEASED_FEATURES} is known here"
             )
         return {"feature_dim": section["feature_dim"]}
+
+
+def _is_square(model: ModelConfig) -> bool:
+    """Whether features are squares alone."""
+    return model.feature_map == "rebased"
 
 
 def _qkv_rows(model: ModelConfig) -> tuple[int, int, int]:
