@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from based_megatron.config import parse_config
 from based_megatron.data.slices import MOST_SLICES, Slices
 from based_megatron.data.sources import Sources
 from based_megatron.train.callbacks.recall_probe import Recall
+from benchmarks import recall_curves
 from support.runs import command, events, losses, train_in_pool
 
 SLICES = Slices(rare_count=9.0, distance_ends=(16, 64), probes=("induction/64", "mqar/8"))
@@ -82,11 +84,16 @@ JOB = (
 @pytest.fixture(scope="module")
 def jobs(worker_pool, corpus, tmp_path_factory):
     """Run folders of a job with recall, on one rank and on two stages, and of one without."""
-    layouts = {"one": (1, ()), "stages": (2, ("--parallel.pipeline", "2")), "off": (1, ("--validation.no-recall",))}
-    folders = {name: tmp_path_factory.mktemp(name) for name in layouts}
-    for name, (size, overrides) in layouts.items():
-        worker_pool(size).run(train_in_pool, folders[name], corpus, *JOB, *overrides)
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "stages", "off")}
+    one, off = (folders["one"], ()), (folders["off"], ("--validation.no-recall",))
+    worker_pool(1).run(train_each, corpus, [one, off])
+    worker_pool(2).run(train_each, corpus, [(folders["stages"], ("--parallel.pipeline", "2"))])
     return folders
+
+
+def train_each(corpus: Path, given: list[tuple[Path, tuple[str, ...]]]) -> None:
+    for folder, overrides in given:
+        train_in_pool(folder, corpus, *JOB, *overrides)
 
 
 def test_a_job_measures_recall_at_each_validation(jobs, corpus):
@@ -142,3 +149,13 @@ def test_tensorboard_has_the_numbers_and_a_picture(jobs):
     (image, _) = found.Images("recall/losses")
     assert (image.width, image.height) == (960, 360) and image.step == 1
     assert np.frombuffer(image.encoded_image_string[:4], np.uint8).tolist() == [0x89, *b"PNG"]
+
+
+def test_the_curves_of_a_run_are_collected_and_drawn(jobs, tmp_path):
+    pytest.importorskip("matplotlib")
+    recall_curves.main("collect", jobs["one"], tmp_path / "curves.json")
+    found = json.loads((tmp_path / "curves.json").read_text())
+    assert [validation["tokens"] for validation in found["validations"]] == [8 * 64, 2 * 8 * 64]
+    assert found["validations"][0]["ar_ppl"] == pytest.approx(events(jobs["one"], "recall")[0]["ar_ppl"], abs=1e-5)
+    recall_curves.main("draw", tmp_path / "curves.json", tmp_path / "curves.svg")
+    assert "AR hits by distance" in (tmp_path / "curves.svg").read_text()
