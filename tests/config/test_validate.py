@@ -86,7 +86,12 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["monitor.sample_interval_steps 5", "monitor.sample_interval_steps=0"],
     ),
     "prefix without a mask": (
-        {"model.prefix_tokens": 8, "model.vocab_size": 64, "model.vocab_multiple": 8},
+        {
+            "model.prefix_tokens": 8,
+            "model.vocab_size": 64,
+            "model.vocab_multiple": 8,
+            "monitor.sample_interval_steps": 0,
+        },
         1,
         ["train.prefix_mask_token 0", "64 rows"],
     ),
