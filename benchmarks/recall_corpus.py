@@ -1,11 +1,11 @@
-"""Made text in which recall pays: facts about people with rare names, restated far later in the same document.
+"""Made text in which recall pays: facts about people with rare names, told again far later in the same document.
 
     python -m benchmarks.recall_corpus OUTPUT.jsonl --documents 42000
 
 A document has paragraphs of a language whose next word follows from the two before it, which takes a model many tokens to learn by
-heart, and between them facts (`Takevo Lurimi keeps zapune dorike .`): each is told and then restated, at distances that are spread evenly
-on a logarithmic scale. Nobody has the same name in two documents but by chance, so only the document can tell a fact. Every document
-follows from the seed and its number.
+heart, and between them facts (`Takevo Lurimi keeps zapune dorike .`): each is stated, and later restated, at distances that are spread
+evenly on a logarithmic scale. Nobody has the same name in two documents but by chance, so only the document can tell a fact. Every
+document follows from the seed and its number.
 """
 
 import argparse

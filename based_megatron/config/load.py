@@ -1,6 +1,7 @@
 """Reads a Config from a preset or a YAML file, and writes it back."""
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -121,13 +122,19 @@ def _check_sections(cls: type, values: dict[str, Any], where: str, prefix: str =
 
 
 def _merge(cls: type[T], values: dict[str, Any], where: str) -> T:
-    schema = OmegaConf.structured(cls)
-    _unlock(schema)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(schema, values))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(_defaults(cls), values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}: {str(error).splitlines()[0]:.300} (key {key!r:.100})") from error
+
+
+@functools.cache
+def _defaults(cls: type) -> DictConfig:
+    """The settings of a class; a merge copies them."""
+    schema = OmegaConf.structured(cls)
+    _unlock(schema)
+    return schema
 
 
 def _unlock(node: DictConfig) -> None:

@@ -100,7 +100,9 @@ def repeat_distances(bigrams_S: np.ndarray, document_starts: np.ndarray) -> np.n
     """
     S = len(bigrams_S)
     documents_S = np.searchsorted(document_starts, np.arange(S), side="right")
-    order = np.lexsort((bigrams_S, documents_S))  # stable: equal ones stay in the order of their positions
+    order = np.argsort(
+        bigrams_S, kind="stable"
+    )  # equal ones stay in the order of their positions, and so of their documents
     same = (np.diff(bigrams_S[order]) == 0) & (np.diff(documents_S[order]) == 0)
     distances_S = np.zeros(S, np.int64)
     distances_S[order[1:]] = np.where(same, np.diff(order), 0)

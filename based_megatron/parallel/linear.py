@@ -20,6 +20,7 @@ from based_megatron.parallel.megatron import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     mark_tensor_parallel,
+    reduce_from_tensor_model_parallel_region,
     tensor_parallel_dim,
 )
 from based_megatron.parallel.sharding import ShardSpec
@@ -161,6 +162,13 @@ def sum_over_tensor_ranks(parameter: Any, config: TransformerConfig) -> nn.Param
     """Mark a parameter that every tensor parallel rank holds whole and uses for its own heads: gradients of all ranks are added."""
     parameter.sequence_parallel = config.tensor_model_parallel_size > 1
     return parameter
+
+
+def tensor_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of x over the tensor parallel ranks, each of which goes on with it in its own way: gradients are summed too."""
+    if dist.get_world_size(group) == 1:
+        return x
+    return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(x, group=group), group=group)
 
 
 def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:

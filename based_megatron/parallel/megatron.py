@@ -30,6 +30,7 @@ with warnings.catch_warnings():
         VocabParallelEmbedding,
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
+        reduce_from_tensor_model_parallel_region,
         vocab_parallel_cross_entropy,
     )
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather_columns
@@ -54,6 +55,7 @@ __all__ = [
     "megatron_settings",
     "parallel_state",
     "pipeline_schedule",
+    "reduce_from_tensor_model_parallel_region",
     "tensor_parallel_dim",
     "vocab_parallel_cross_entropy",
 ]

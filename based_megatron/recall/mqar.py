@@ -181,7 +181,8 @@ class Data:
         """
         order = torch.Generator().manual_seed(zlib.crc32(f"{seed} order {epoch}".encode()))
         sizes = [segment.examples for segment in self.task.train]
-        rows = [torch.arange(n) if ordered else torch.randperm(n, generator=order) for n in sizes]
+        # On the device as a whole: a copy for each batch would wait for the step before it.
+        rows = [(torch.arange(n) if ordered else torch.randperm(n, generator=order)).to(self.device) for n in sizes]
         cuts = [(i, part) for i, all_rows in enumerate(rows) for part in all_rows.split(batch_examples)]
         places = range(len(cuts)) if ordered else torch.randperm(len(cuts), generator=order).tolist()
         for place in places:
@@ -190,7 +191,7 @@ class Data:
                 generator = self._generator("train", index, seed, epoch, place)
                 yield draw(self.task, self.task.train[index], len(part), generator)
             else:
-                yield self._train[index].rows(part.to(self.device))
+                yield self._train[index].rows(part)
 
     def batches_per_epoch(self, batch_examples: int) -> int:
         """Number of batches of an epoch."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from based_megatron.errors import ConfigError
+from based_megatron.model.mixers import layer_mixers
 from based_megatron.recall.mqar import Task
 from based_megatron.recall.presets import Preset
 from based_megatron.recall.systems import Point, state_bytes
@@ -201,4 +202,6 @@ def check(points: Sequence[Point], task: Task) -> None:
     """Raise ConfigError for a task without examples, and for models that cannot be built, before anything is trained."""
     task.check()
     for point in points:
+        for mixer in layer_mixers(point.model):
+            mixer.check(point.model, tensor=1)
         state_bytes(point.model, task.longest_tokens)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from based_megatron.config import ModelConfig
 from based_megatron.config.pattern import parse_layer_pattern
@@ -84,16 +83,23 @@ def _layer_bytes(mixer: type[Mixer], model: ModelConfig, longest_tokens: int) ->
     if isinstance(state, WindowState):  # a slot more than keys before the query: that of its own
         W = state.window_left
         return product * W // (W + 1), 0, product
-    return sum(_of(state, name).nbytes for name in RECURRENT.get(mixer.name, tuple(vars(state)))), 0, product
+    if mixer.name == "h3":  # every key of a head has a state for every value, of which published sizes count one
+        moments = state.moments_BHJVM2
+        return moments.nbytes // moments.shape[2], 0, product
+    return sum(getattr(state, name).nbytes for name in RECURRENT.get(mixer.name, tuple(vars(state)))), 0, product
 
 
-def _of(state: Any, name: str) -> Tensor:
-    return getattr(state, name)
-
-
-GROWING = {"full_attention": 2}
+GROWING = {"full_attention": 2, "hyena": 1}
 """Numbers a token and channel of mixers whose state grows with the sequence."""
-RECURRENT = {"linear_attention": ("moments_BHRV", "normaliser_BHR")}
+RECURRENT = {
+    "linear_attention": ("moments_BHRV", "normaliser_BHR"),
+    "mamba": ("state",),
+    "mamba2": ("state",),
+    "deltanet": ("state_BHKV",),
+    "gated_deltanet": ("state_BHKV",),
+    "rwkv7": ("state_BHKV",),
+    "rwkv4": ("sums_BDX", "exponent_BD"),
+}
 """Tensors that published sizes count, of mixers that keep more; of other mixers all of them count."""
 
 
@@ -133,6 +139,19 @@ def _heads(system: str, letters: str, width: int, *options: str, heads: int = 2)
     )
 
 
+def _ranks(low: int, gate: int) -> tuple[str, ...]:
+    return f"rwkv7.decay_rank={low}", f"rwkv7.rate_rank={low}", f"rwkv7.gate_rank={gate}"
+
+
+def _state_space(system: str, letters: str, width: int, states: int, *options: str) -> Callable[[int], Point]:
+    """A system of two equal layers with convolutions of their own, and so many states a channel."""
+    words = (f"{system}.state_dim={states}", *options)
+    return lambda vocab: Point(
+        system, f"{system}-d{width}-n{states}", _model(letters, width, vocab, mixer_options=words)
+    )
+
+
+GATED_DELTANET = ("gated_deltanet.expand_k=1", "gated_deltanet.expand_v=2", "gated_deltanet.gate=false")
 SYSTEMS = {
     system.name: system
     for system in (
@@ -148,9 +167,53 @@ SYSTEMS = {
             (_window(32, 4), _window(32, 8), _window(32, 16)),
         ),
         System(
+            "mamba2", "Mamba-2", "#1f77b4",
+            tuple(_state_space("mamba2", "NN", *sizes) for sizes in ((128, 16), (64, 16), (128, 24), (64, 8), (256, 24))),
+            tuple(_state_space("mamba2", "NN", *sizes) for sizes in ((32, 8), (32, 4))),
+        ),
+        System(
+            "gated_deltanet", "Gated DeltaNet", "#9467bd",
+            tuple(_heads("gated_deltanet", "bE", width, *GATED_DELTANET) for width in (128, 64)),
+            tuple(_heads("gated_deltanet", "bE", width, *GATED_DELTANET) for width in (32,)),
+        ),
+        System(
+            "deltanet", "DeltaNet", "#ff7f0e",
+            tuple(_heads("deltanet", "bD", width) for width in (64, 128, 256)),
+            tuple(_heads("deltanet", "bD", width) for width in (32, 16)),
+        ),
+        System(
+            "gla", "GLA", "#2ca02c",
+            tuple(_heads("gla", "bG", width) for width in (128, 64, 256)),
+            tuple(_heads("gla", "bG", width) for width in (32, 16)),
+        ),
+        System(
             "retnet", "RetNet", "#8c564b",
             tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (128, 64, 256)),
             tuple(_heads("retnet", "bR", width, "retnet.expand_v=1") for width in (32, 16)),
+        ),
+        System(
+            "rwkv7", "RWKV-7", "#e377c2",
+            tuple(_heads("rwkv7", "bW", width, *_ranks(16, 64), heads=width // 64) for width in (128, 64, 256)),
+            tuple(_heads("rwkv7", "bW", width, *_ranks(8, 16), heads=1) for width in (32,)),
+        ),
+        System(
+            "hyena", "Hyena", "#bcbd22",
+            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=1024", heads=1) for width in (64, 128)),
+            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=32", heads=1) for width in (32,)),
+        ),
+        System(
+            "h3", "H3", "#aec7e8",
+            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1) for width in (128, 64)),
+            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1) for width in (32,)),
+        ),
+        System(
+            "rwkv4", "RWKV-4", "#f7b6d2",
+            tuple(_heads("rwkv4", "bV", width, heads=1) for width in (256, 128)),
+            tuple(_heads("rwkv4", "bV", width, heads=1) for width in (32,)),
+        ),
+        System(
+            "mamba", "Mamba", "#17becf",
+            tuple(_state_space("mamba", "MM", *sizes) for sizes in ((128, 16), (64, 16), (128, 24))),
         ),
     )
 }  # fmt: skip

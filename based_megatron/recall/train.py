@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,8 @@ def race(
     build: a new model, always with the same weights. check_time: called before every step, raises OutOfTime when there is no more.
     """
     total = recipe.epochs * data.batches_per_epoch(recipe.batch_examples)
-    running = [Run(build(), rate, recipe, total, seed) for rate in recipe.rates]
+    graph_pool = torch.cuda.graph_pool_handle() if data.device.type == "cuda" else None
+    running = [Run(build(), rate, recipe, total, seed, graph_pool) for rate in recipe.rates]
     results: dict[float, RateResult] = {}
     last = Stage(recipe.epochs, len(running))
     begin = 0
@@ -110,7 +112,10 @@ def race(
 class Run:
     """A model in training at one rate: AdamW with weight decay on everything, a few steps of warm-up, a cosine to 0."""
 
-    def __init__(self, model: nn.Module, rate: float, recipe: Recipe, total_steps: int, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, rate: float, recipe: Recipe, total_steps: int, seed: int, graph_pool: Any = None
+    ) -> None:
+        """graph_pool: where CUDA graphs of steps have their memory; None: no graphs."""
         self.model, self.rate, self.recipe, self.total_steps, self.seed = model, rate, recipe, total_steps, seed
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
@@ -122,7 +127,7 @@ class Run:
         self.steps = 0
         self.losses: list[Tensor] = []
         """Losses of the last epoch's steps, on the device: nobody waits for them before a stage ends."""
-        self._step = GraphedSteps(self._update) if on_gpu else self._update
+        self._step = self._update if graph_pool is None else GraphedSteps(self._update, graph_pool)
 
     def train(self, batches: Iterable[Examples], epoch: int, check_time: Callable[[], None] = lambda: None) -> None:
         """One epoch."""

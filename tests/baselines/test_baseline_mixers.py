@@ -1,11 +1,12 @@
 """Every baseline is what its class says, decodes what it trains, keeps documents apart, and trains alike in every layout it offers."""
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from baseline_cases import SYSTEMS, TENSOR, config_of
+from baseline_cases import MIXES_DOCUMENTS, SYSTEMS, TENSOR, WITHOUT_STATE, config_of
 
 from based_megatron.baselines import __all__ as names
 from based_megatron.config import ModelConfig, ParallelConfig
@@ -59,21 +60,34 @@ def facts(name: str) -> dict[str, Any]:
         alone = [
             model(tokens[b : b + 1, i:j], whole_sequence(None, j - i, topology.device))[:, 0] for b, i, j in pieces
         ]
-        first, states = Engine(model).prefill(tokens[:, :5])
-        first, states = Engine(model).prefill(tokens[:, 5:66], states)
-        decoded = [first, *(Engine(model).decode_step(tokens[:, t], states) for t in range(66, TOKENS))]
-    state = model.layers["0"].mixer.zero_state(3, topology.device)  # type: ignore[operator, union-attr]
+        other = tokens.clone()
+        other[:, 40] += 1
+        changed = model(other, whole_sequence(None, TOKENS, topology.device)).transpose(0, 1) - logits
     return {
         "shapes": {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)},
         "stated shapes": mixer.parameter_shapes(config.model),
         "parameters": sum(p.numel() for p in model.parameters() if not is_tied_copy(p)),
-        "state bytes": sum(x.nbytes for x in vars(state).values()) // 3,
-        "stated bytes": mixer.state_bytes(config.model, torch.float64),
         "documents": max(
             float((packed[b, i:j] - found).abs().max()) for (b, i, j), found in zip(pieces, alone, strict=True)
         ),
-        "decoding": float((torch.stack(decoded, dim=1) - logits[:, 65:]).abs().max()),
         "moved by the past": float((packed - logits)[0, 10:].abs().max()),
+        "moved by later tokens": float(changed[:, :40].abs().max()),
+        "moved by an earlier token": float(changed[:, 45:].abs().max()),
+        **({} if name in WITHOUT_STATE else decoded_facts(model, config.model, tokens, logits)),
+    }
+
+
+def decoded_facts(model: Any, config: ModelConfig, tokens: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+    """The error of decoding, after two pieces of a prompt, and bytes of a state."""
+    with torch.no_grad():
+        first, states = Engine(model).prefill(tokens[:, :5])
+        first, states = Engine(model).prefill(tokens[:, 5:66], states)
+        decoded = [first, *(Engine(model).decode_step(tokens[:, t], states) for t in range(66, TOKENS))]
+    state = model.layers["0"].mixer.zero_state(3, tokens.device)
+    return {
+        "decoding": float((torch.stack(decoded, dim=1) - logits[:, 65:]).abs().max()),
+        "state bytes": sum(x.nbytes for x in vars(state).values()) // 3,
+        "stated bytes": layer_mixers(config)[0].state_bytes(config, torch.float64),
     }
 
 
@@ -87,7 +101,7 @@ def all_facts(worker_pool) -> dict[str, dict[str, Any]]:
 def test_a_built_mixer_is_what_its_class_says(all_facts, name):
     found, model = all_facts[name], config_of(name).model
     assert found["shapes"] == found["stated shapes"]
-    assert found["state bytes"] == found["stated bytes"]
+    assert name in WITHOUT_STATE or found["state bytes"] == found["stated bytes"]
     assert found["parameters"] == parameter_count(model)
     mixer = layer_mixers(model)[0]
     layers = layer_mixers(model).count(mixer)
@@ -95,12 +109,19 @@ def test_a_built_mixer_is_what_its_class_says(all_facts, name):
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
+def test_a_token_moves_the_later_ones_alone(all_facts, name):
+    """Fourier transforms round earlier outputs by a little of each token."""
+    assert all_facts[name]["moved by later tokens"] < 1e-12
+    assert all_facts[name]["moved by an earlier token"] > 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in WITHOUT_STATE])
 def test_decoding_equals_the_forward(all_facts, name):
     """Two pieces of a prompt, then single tokens: steps are the recurrence that the chunks are compared with."""
     assert all_facts[name]["decoding"] < 1e-10
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in MIXES_DOCUMENTS])
 def test_documents_do_not_see_each_other(all_facts, name):
     """Rotary tables are fp32: a document that begins at another position differs by their rounding."""
     assert all_facts[name]["documents"] < 1e-5
@@ -168,6 +189,22 @@ def test_tensor_ranks_that_a_mixer_cannot_use_are_refused(name):
     with pytest.raises(ConfigError, match=r"parallel\.tensor 2.*cannot do; set parallel\.tensor=1") as error:
         check_mixers(config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", MIXES_DOCUMENTS)
+def test_documents_that_cannot_be_kept_apart_are_refused(name):
+    config = config_of(name)
+    check_mixers(config)
+    with pytest.raises(ConfigError, match=rf"data\.isolate_documents keeps documents.*which {name}, letter") as error:
+        check_mixers(dataclasses.replace(config, data=dataclasses.replace(config.data, isolate_documents=True)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", WITHOUT_STATE)
+def test_decoding_without_a_state_is_refused(name):
+    model = config_of(name).model
+    with pytest.raises(ConfigError, match="no state of constant size to decode with"):
+        layer_mixers(model)[0].state_bytes(model, torch.float32)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -80,6 +80,22 @@ def test_baselines_are_as_published(name, hidden, heads, layers, mlp):
     assert (model.rotary_fraction, model.vocab_multiple) == (0.5, 16)
 
 
+MATCHED = {
+    # letter and number of layers
+    "mamba-360m": ("M", 46),
+    "retnet-360m": ("R", 24),
+}
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_baselines_have_as_many_parameters_as_based(name):
+    config, based = load_config(name), load_config("based-360m")
+    letter, layers = MATCHED[name]
+    assert parse_layer_pattern(config.model.layer_pattern) == letter * layers
+    assert parameter_count(config.model) == pytest.approx(PARAMETERS["based-360m"], rel=0.02)
+    assert (config.optimizer, config.schedule, config.data) == (based.optimizer, based.schedule, based.data)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_presets_have_the_published_numbers_of_parameters(name):
     assert parameter_count(load_config(name).model) == PARAMETERS[name]

@@ -16,6 +16,7 @@ from based_megatron.data.manifest import Manifest
 from based_megatron.data.recall import slices_in_turns
 from based_megatron.data.slices import Slices
 from based_megatron.data.sources import Sources
+from based_megatron.errors import DataError
 
 WORDS, BLOCK = 12, 64
 
@@ -101,6 +102,17 @@ def test_a_file_that_is_not_as_it_was_written_is_counted_anew(corpus, tmp_path, 
     counts, turns = run(manifest, manifest.folder)
     assert turns > 0 and counts == expected(counted(texts))
     assert run(manifest, manifest.folder) == (counts, 0), "it was written again"
+
+
+def test_a_damaged_shard_is_named_and_nothing_is_kept(corpus):
+    manifest, _ = corpus
+    member = manifest.splits["train"].members[7]
+    with (manifest.folder / member.file).open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"\xff" * 4)
+    with pytest.raises(DataError, match="sample 00000007 does not match its hash"):
+        run(manifest, manifest.folder)
+    assert not (manifest.folder / "recall").exists()
 
 
 def test_other_bigrams_and_other_samples_have_files_of_their_own(corpus):

@@ -60,6 +60,12 @@ def test_every_position_is_in_the_slice_that_a_double_loop_finds(case, ends, rar
         assert (None if number == NO_SLICE else slices.keys[number]) == key, f"position {t}"
 
 
+def test_a_repeat_is_a_hit_up_to_the_rare_count():
+    slices = Slices(9.0, (16,))
+    ids = slices.of_tokens(np.full(3, 5), np.array([8.9, 9.0, 9.1]))
+    assert [slices.keys[number] for number in ids] == [("1-9", "1-16"), ("1-9", "1-16"), ("1-9", "common")]
+
+
 def test_a_scaled_count_between_0_and_1_was_seen():
     slices = Slices(1.0, (16,))
     ids = slices.of_tokens(np.zeros(3, np.int64), np.array([0.0, 0.3, 9.7]))

@@ -140,12 +140,11 @@ def test_recall_is_one_line_with_what_chance_would_give(make_run):
         "ar_ppl": 551.3,
         "other_ppl": 72.2,
         "ar_share": 0.0091,
-        "probes": {"induction/64": 9.871, "mqar/8": None},
-        "chance": {"induction/64": 7.62, "mqar/8": 6.93},
+        "probes": {"induction/64": 9.871, "induction/256": 8.0, "mqar/8": None},
+        "chance": {"induction/64": 7.62, "induction/256": 7.62, "mqar/8": 6.93},
     }
     sink.event(4, "recall", fields)
     (line,) = (line for line in text_of(console).splitlines() if " recall " in line)
-    assert line.endswith(
-        "step 4 recall ppl 551.30 on AR hits (0.9% of tokens), 72.20 on others; induction/64 9.87 (chance 7.62)"
-    )
+    words = "ppl 551.30 on AR hits (0.9% of tokens), 72.20 on others; induction (chance 7.62) 9.87 8.00"
+    assert line.endswith(f"step 4 recall {words}")
     assert recall_line({**fields, "ar_ppl": None, "probes": {}}) == "no AR hits"

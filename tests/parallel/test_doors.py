@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "based_megatron"
-THIRD_PARTIES = (
-    "import deepspeed, deepspeed.ops, megatron.core, transformers, torch.utils.tensorboard, rich, omegaconf, tyro"
-)
+THIRD_PARTIES = "import deepspeed, deepspeed.ops, megatron.core, transformers.modeling_utils, torch.utils.tensorboard, rich, omegaconf, tyro"
 
 PRELUDE = f"""
 import copy, importlib, logging, os, pkgutil, sys, warnings
@@ -64,10 +62,10 @@ assert changes(before) == [], changes(before)
 """
 
 
-@pytest.mark.parametrize("what", [IMPORTS, STEP], ids=["imports", "a training step"])
-def test_nothing_of_the_host_is_changed(what):
+def test_nothing_of_the_host_is_changed():
+    """Not by importing every module, and not by training steps after it."""
     finished = subprocess.run(
-        [sys.executable, "-c", PRELUDE + what], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PRELUDE + IMPORTS + STEP], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
 

@@ -15,8 +15,8 @@ from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import Topology
 from based_megatron.recall.model import ProductModel, RecallModel
 from based_megatron.recall.mqar import NO_LABEL, TINY, Data, Segment, Task, draw
-from based_megatron.recall.systems import BASE_CONV
-from based_megatron.recall.train import Recipe, Stage, query_loss, race
+from based_megatron.recall.systems import BASE_CONV, BASELINES
+from based_megatron.recall.train import Recipe, Run, Stage, query_loss, race
 from support.layouts import topology_of
 
 MODEL = ModelConfig(
@@ -166,3 +166,32 @@ def test_attention_learns_the_tiny_task(worker_pool):
     """A few CPU seconds. What it reaches is the ceiling: some queries follow a filler that names their key."""
     ((result,),) = worker_pool(1).run(tiny_race, "attention")
     assert result.mean_accuracy > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["bL", "bA", "bS", "GE"])
+def test_replayed_steps_are_those_that_are_launched(pattern):
+    """Losses of 20 steps at two shapes, without dropout, whose random numbers a graph draws in another order."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    from based_megatron.parallel.topology import join_alone
+
+    topology = join_alone(torch.device("cuda"))
+    data = Data(SHORT, topology.device)
+    found = []
+    for pool in (None, torch.cuda.graph_pool_handle()):
+        model = RecallModel(
+            dataclasses.replace(with_pattern(pattern), mixers=f"{BASE_CONV},{BASELINES}"),
+            topology,
+            backend="auto",
+            seed=0,
+        )
+        run = Run(model, 1e-2, Recipe(rates=(1e-2,), epochs=2), 20, 0, pool)
+        model.eval()
+        model.train = lambda mode=True, model=model: model  # type: ignore[method-assign]
+        losses = []
+        for epoch in range(2):
+            run.train(data.batches(epoch, 100, 0), epoch)
+            losses += [float(loss) for loss in run.losses]
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0][-1] < found[0][0]

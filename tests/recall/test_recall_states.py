@@ -17,7 +17,18 @@ def numbers(point: Point, longest_tokens: int) -> int:
     """Elements of the recurrent states, by the formulas of the papers: d width, f features, e = 1 + f + f (f + 1) / 2."""
     d, heads = point.model.hidden_size, point.model.num_heads
     f, W = point.model.feature_dim, point.model.window_left
+    options = dict(word.partition(".")[2].split("=") for word in point.model.mixer_options)
+    N = int(options.get("state_dim", 0))
     return {
+        "mamba": 2 * 2 * d * N,
+        "mamba2": 2 * 2 * d * N,
+        "rwkv7": d * d // heads,
+        "rwkv4": 3 * d,
+        "hyena": 2 * d * longest_tokens,
+        "h3": 2 * d * N,
+        "deltanet": d * d // heads,
+        "gated_deltanet": d * 2 * d // heads,
+        "gla": d // 2 * d // heads,
         "attention": 2 * d * longest_tokens,
         "based": (d + heads) * (1 + f + f * (f + 1) // 2),
         "window": 2 * d * W,
@@ -42,6 +53,21 @@ BYTES = {
     "based-d256-f16": 160_356,
     "window-d128-w8": 9728,
     "window-d128-w64": 67_072,
+    "deltanet-d64": 8960,
+    "deltanet-d128": 34_304,
+    "gated_deltanet-d64": 17_152,
+    "gated_deltanet-d128": 67_072,
+    "rwkv7-d64": 17_152,
+    "rwkv7-d128": 34_304,
+    "hyena-d64": 1 << 19,
+    "h3-d64": 8192,
+    "h3-d128": 1 << 15,
+    "gla-d64": 4864,
+    "gla-d128": 17_920,
+    "mamba2-d64-n8": 8192,
+    "mamba2-d128-n16": 32_768,
+    "mamba2-d256-n24": 98_304,
+    "mamba-d64-n16": 16_384,
     "attention-d64": 4 * (2 * 64 * 1024 + 3 * 64),
 }
 

@@ -23,7 +23,7 @@ from based_megatron.monitor.events import read_events
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.stop import StopVote
 from based_megatron.train.train import train_in_folder
-from support.pool import fork_context, rank_device
+from support.pool import fork_context, keep_what_is_shared, rank_device
 
 TINY = [
     "--config", "tiny", "--model.layer-pattern", "cLSA", "--model.hidden-size", "32", "--model.ffn-hidden-size", "48",
@@ -106,6 +106,7 @@ def _based(arguments: list[str], errors: Path, before: Callable[[], None] | None
     for stream, path in ((sys.stdout, errors.with_name("stdout")), (sys.stderr, errors)):
         with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
+    keep_what_is_shared()
     torch.set_num_threads(1)
     if before:
         before()

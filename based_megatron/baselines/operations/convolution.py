@@ -1,34 +1,33 @@
-"""Causal depthwise convolutions: of a few taps, and as long as the sequence.
+"""Causal depthwise convolutions of sequences [B, C, T]: of a few taps, and as long as the sequence.
 
-Legend: B batch, T tokens, C channels, K taps, h = K - 1 inputs in front of a convolution.
+Legend: B sequences, C channels, T tokens, K taps, X any dimensions before the last.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-def short_convolution(u_BTC: Tensor, taps_CK: Tensor, *, document_ids_BT: Tensor | None = None) -> Tensor:
-    """sum_k taps[:, k] u_{t-(K-1)+k} over the inputs of t's document, in the dtype of u; sums are in fp32 or wider."""
-    (T, K), dtype = (u_BTC.shape[1], taps_CK.shape[1]), torch.promote_types(u_BTC.dtype, torch.float32)
-    u, taps_CK = u_BTC.to(dtype), taps_CK.to(dtype)
-    y = u * taps_CK[:, K - 1]
-    for back in range(1, min(K, T)):
-        seen = u[:, :-back]
-        if document_ids_BT is not None:
-            seen = seen * (document_ids_BT[:, back:] == document_ids_BT[:, :-back])[..., None]
-        y = y + functional.pad(seen * taps_CK[:, K - 1 - back], (0, 0, back, 0))
-    return y.to(u_BTC.dtype)
+def few_taps(u_BCT: Tensor, taps_CK: Tensor, bias_C: Tensor) -> Tensor:
+    """bias + sum_k taps[:, k] u_(t - (K-1) + k), where inputs before the first token are 0, in fp32 or wider."""
+    (T, K), dtype = (u_BCT.shape[-1], taps_CK.shape[1]), torch.promote_types(u_BCT.dtype, torch.float32)
+    inputs, taps_CK = functional.pad(u_BCT, (K - 1, 0)).to(dtype), taps_CK.to(dtype)
+    total = bias_C.to(dtype)[:, None]
+    for tap in range(K):
+        total = torch.addcmul(total, inputs[..., tap : tap + T], taps_CK[:, tap, None])
+    return total
 
 
-def long_convolution(u_BCT: Tensor, filter_CT: Tensor) -> Tensor:
-    """sum_{j<=t} filter_j u_{t-j}, by Fourier transforms of twice the length, in fp32 or wider and the dtype of u.
+def long_convolution(u_XT: Tensor, filter_XT: Tensor) -> Tensor:
+    """sum_(j <= t) filter_j u_(t - j) by Fourier transforms, in fp32 or wider; dimensions before the last broadcast.
 
-    Filters may have more dimensions than channels: [.., T], broadcast against u.
+    Transforms are twice as long as the sequence, so that its end does not reach its beginning.
+
+    >>> u, impulse = torch.randn(2, 3, 7), torch.eye(7)[2]
+    >>> torch.allclose(long_convolution(u, impulse)[..., 2:], u[..., :-2], atol=1e-5)  # two tokens later
+    True
     """
-    T, dtype = u_BCT.shape[-1], torch.promote_types(u_BCT.dtype, torch.float32)
-    length = 2 ** (2 * T - 1).bit_length() if T > 1 else 2
-    spectrum = torch.fft.rfft(u_BCT.to(dtype), n=length) * torch.fft.rfft(filter_CT.to(dtype), n=length)
-    return torch.fft.irfft(spectrum, n=length)[..., :T].to(u_BCT.dtype)
+    T, dtype = u_XT.shape[-1], torch.promote_types(u_XT.dtype, torch.float32)
+    length = 1 << (2 * T - 1).bit_length()
+    spectrum = torch.fft.rfft(u_XT.to(dtype), length) * torch.fft.rfft(filter_XT.to(dtype), length)
+    return torch.fft.irfft(spectrum, length)[..., :T]

@@ -129,16 +129,20 @@ def status_line(step: int, total_steps: int, values: Mapping[str, float], width:
 
 
 def recall_line(fields: Mapping[str, Any]) -> str:
-    """What a validation says of recall, in a line: a loss of probes at chance is no recall."""
+    """What a validation says of recall, in a line: losses of probes follow what a guess of their ids would have."""
     if fields["ar_ppl"] is None:
         parts = ["no AR hits"]
     else:
         parts = [
             f"ppl {fields['ar_ppl']:.2f} on AR hits ({fields['ar_share']:.1%} of tokens), {fields['other_ppl']:.2f} on others"
         ]
+    of_task: dict[str, list[str]] = {}
     for name, loss in fields["probes"].items():
         if loss is not None:
-            parts.append(f"{name} {loss:.2f} (chance {fields['chance'][name]:.2f})")
+            of_task.setdefault(f"{name.partition('/')[0]} (chance {fields['chance'][name]:.2f})", []).append(
+                f"{loss:.2f}"
+            )
+    parts += [f"{task} {' '.join(losses)}" for task, losses in of_task.items()]
     return "; ".join(parts)
 
 

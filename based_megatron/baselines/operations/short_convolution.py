@@ -1,0 +1,41 @@
+"""A causal depthwise convolution of a few taps with a bias, and silu of it: what the Mamba mixers do to their inputs.
+
+Legend: B sequences, T tokens, C channels, K taps, h = K - 1 inputs in front.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def short_convolution(
+    u_BTC: Tensor,
+    taps_CK: Tensor,
+    bias_C: Tensor,
+    *,
+    halo_BhC: Tensor | None = None,
+    document_ids_BT: Tensor | None = None,
+) -> Tensor:
+    """silu(bias + sum_k taps[:, k] u_(t - (K-1) + k)) over inputs of the document of t, computed in fp32 or wider, in the dtype of u.
+
+    halo_BhC: the inputs in front of the first, which belong to its document; none if it is None.
+
+    >>> short_convolution(torch.ones(1, 3, 1), torch.ones(1, 2), torch.zeros(1)).squeeze().tolist() == [
+    ...     functional.silu(torch.tensor(x)).item() for x in (1.0, 2.0, 2.0)
+    ... ]
+    True
+    """
+    T, K = u_BTC.shape[1], taps_CK.shape[1]
+    dtype = torch.promote_types(u_BTC.dtype, torch.float32)
+    before = u_BTC.new_zeros(u_BTC.shape[0], K - 1, u_BTC.shape[2]) if halo_BhC is None else halo_BhC
+    inputs, taps_CK = torch.cat([before, u_BTC], dim=1), taps_CK.to(dtype)
+    total = bias_C.to(dtype) + u_BTC * taps_CK[:, K - 1]
+    for lag in range(1, K):
+        term = inputs[:, K - 1 - lag : K - 1 - lag + T] * taps_CK[:, K - 1 - lag]
+        if document_ids_BT is not None:
+            same = functional.pad(document_ids_BT[:, lag:] == document_ids_BT[:, :-lag], (min(lag, T), 0), value=False)
+            if halo_BhC is not None:
+                same = same | (document_ids_BT == document_ids_BT[:, :1]) & (torch.arange(T, device=u_BTC.device) < lag)
+            term = term * same[..., None]
+        total = total + term
+    return functional.silu(total).to(u_BTC.dtype)
