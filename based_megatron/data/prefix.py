@@ -21,7 +21,7 @@ from based_megatron.data.batch import MicroBatch
 from based_megatron.data.slices import NO_SLICE
 
 MASKED_WEIGHT = 0.25
-"""Weight of masked tokens beside next tokens."""
+"""Weight of masked tokens; that of next tokens is 1."""
 
 
 @dataclasses.dataclass(frozen=True)
