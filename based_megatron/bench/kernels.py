@@ -38,6 +38,7 @@ def cases(bench: Bench) -> list[Case]:
         },
         "taylor attention, head dim 112": lambda: wide_taylor_rows(bench, ceilings),
         "taylor attention, linear in T": lambda: taylor_scaling(bench, ceilings),
+        "squares": lambda: square_rows(bench, ceilings),
         "sliding window": lambda: window_rows(bench, ceilings),
         "gated conv": lambda: conv_rows(bench, ceilings),
         "add + RMSNorm": lambda: norm_rows(bench, ceilings),
@@ -60,11 +61,14 @@ def device_rows(ceilings: Ceilings) -> list[Row]:
     ]
 
 
-def taylor_work(bench: Bench, B: int, T: int, V: int, **more: Any) -> Work:
-    """Taylor attention of 16 heads with feature dim 16."""
+TAYLOR_LIMITS = {"o": 3e-3, "dq": 5e-3, "dk": 4e-3, "dv": 4e-3}
+
+
+def taylor_work(bench: Bench, B: int, T: int, V: int, *, square: bool = False, **more: Any) -> Work:
+    """Taylor attention of 16 heads with feature dim 16, or attention by squares of normed queries and keys."""
     H, F = bench.size(16, 2), bench.size(16, 8)
     token_heads = B * T * H
-    features = 2 * packed_rows(F) * (V + 1)
+    features = 2 * packed_rows(F, square) * (V + 1)
     # Forward reads q, k, v and writes o and the fp32 normaliser; backward reads those and do, and writes dq, dk, dv.
     forward_bytes = 2 * (2 * F + 2 * V) + 4
     backward_bytes = 2 * (2 * F + 3 * V) + 4 + 2 * (2 * F + V)
@@ -72,16 +76,18 @@ def taylor_work(bench: Bench, B: int, T: int, V: int, **more: Any) -> Work:
     backward_flops = (CHUNK + 64) * (3 * F + 2 * V) + 5 * features
 
     def inputs() -> list[Tensor]:
-        return [bench.random(B, T, H, size) for size in (F, F, V)]
+        q, k, v = (bench.random(B, T, H, size) for size in (F, F, V))
+        return [functional.layer_norm(q, (F,)), functional.layer_norm(k, (F,)), v] if square else [q, k, v]
 
     return Work(
-        Operation.TAYLOR_ATTENTION,
+        Operation.SQUARE_ATTENTION if square else Operation.TAYLOR_ATTENTION,
         Sizes(batch=B, tokens=T, heads=H, feature_dim=F, head_dim=V),
-        lambda q, k, v, backend: taylor_attention(q, k, v, backend=backend)[0],
+        lambda q, k, v, backend: taylor_attention(q, k, v, square=square, backend=backend)[0],
         inputs,
         cut=lambda x, i: x[:1, :, :2],
         gradients=("dq", "dk", "dv"),
-        limits={"o": 3e-3, "dq": 5e-3, "dk": 4e-3, "dv": 4e-3},
+        # Normalisers of squares may be small, where roundings are not.
+        limits={name: limit * (3 if square else 1) for name, limit in TAYLOR_LIMITS.items()},
         moved=(token_heads * forward_bytes, token_heads * (forward_bytes + backward_bytes)),
         flops=(token_heads * forward_flops, token_heads * (forward_flops + backward_flops)),
         **more,
@@ -115,6 +121,12 @@ def wide_taylor_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row
     baselines: dict[Baseline, Prepare] = {Baseline.SDPA_FLASH: _flash}
     work = taylor_work(bench, B, T, bench.size(112, 24), targets=targets, baselines=baselines)
     return measure(bench, work, ceilings())
+
+
+def square_rows(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:
+    """Attention by squares alone, in the size of the first rows of Taylor attention."""
+    B, T, V = bench.size(8, 2), bench.size(2048, 48), bench.size(64, 16)
+    return measure(bench, taylor_work(bench, B, T, V, square=True), ceilings())
 
 
 def taylor_scaling(bench: Bench, ceilings: Callable[[], Ceilings]) -> list[Row]:

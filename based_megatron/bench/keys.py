@@ -25,6 +25,7 @@ class Operation(Key):
     COPY = "copy", "copy"
     MATRIX_PRODUCT = "matrix_product", "matrix product"
     TAYLOR_ATTENTION = "taylor_attention", "Taylor attention"
+    SQUARE_ATTENTION = "square_attention", "attention by squares (ReBased)"
     SLIDING_WINDOW = "sliding_window", "sliding window"
     GATED_CONV = "gated_conv", "gated conv"
     ADD_RMS_NORM = "add_rms_norm", "add + RMSNorm"

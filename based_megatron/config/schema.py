@@ -41,6 +41,9 @@ class ModelConfig:
     feature_map: Literal["taylor", "rebased"] = "taylor"
     """Weights of linear attention, with s = q.k / sqrt(feature_dim): taylor 1 + s + s^2 / 2, as in Based; rebased s^2 of queries and
     keys that are normed and scaled and shifted by learned numbers (arXiv 2402.10644)."""
+    prefix_tokens: int = 0
+    """First tokens of a sequence that all its tokens see in linear attention, through keys and values of their own (JRT, arXiv
+    2407.05483); with data.isolate_documents those of its first document, and no token of others sees them. 0: all is causal."""
     window_left: int = 128
     """Previous keys that a sliding window query sees besides itself (half of the released `window_size`)."""
     conv_kernel: Count = 3
@@ -193,6 +196,10 @@ class TrainConfig:
     """Device to run on: auto takes a GPU if there is one."""
     seed: Annotated[int, FIXED] = 1111
     """Seed of the initial weights."""
+    prefix_mask_fraction: Annotated[float, Range(at_least=0, at_most=0.5), FIXED] = 0.15
+    """Part of the tokens of a prefix (model.prefix_tokens) that is masked, to be predicted with a weight of 0.25."""
+    prefix_mask_token: Annotated[int, FIXED] = 0
+    """Token that stands for masked ones; 0 takes the last row of the embedding, if that is no token of the vocabulary."""
     max_skipped_steps: Annotated[Count, FREE] = 10
     """Steps in a row that are skipped, for a gradient that is not finite or a spike, before the run goes back (guards.rollback)
     or gives up."""

@@ -39,6 +39,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_pipeline(config, data_parallel_size(config.parallel, world_size))
     _check_sequence(config)
     _check_zero(config)
+    _check_prefix(config)
 
 
 def _check_files(config: Config) -> None:
@@ -161,6 +162,37 @@ def _check_sequence(config: Config) -> None:
             f"data.sequence_length_tokens {length} cannot be cut into {parallel.context} slices that are multiples of parallel.tensor "
             f"{multiple}; set parallel.sequence_parallel=false or change data.sequence_length_tokens"
         )
+
+
+def _check_prefix(config: Config) -> None:
+    prefix, length, rows = config.model.prefix_tokens, config.data.sequence_length_tokens, embedding_rows(config.model)
+    if not prefix:
+        return
+    if prefix >= length:
+        raise ConfigError(
+            f"model.prefix_tokens {prefix} leaves no token to predict of data.sequence_length_tokens {length}; lower model.prefix_tokens"
+        )
+    for key, value, wanted in (
+        ("parallel.context", config.parallel.context, 1),
+        ("data.carry_state", config.data.carry_state, False),
+        ("monitor.sample_interval_steps", config.monitor.sample_interval_steps, 0),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f"model.prefix_tokens {prefix} shows every token a whole prefix, which {key} {value} cannot do; set "
+                f"{key}={wanted} or model.prefix_tokens=0".replace("False", "false").replace("True", "true")
+            )
+    token = config.train.prefix_mask_token
+    if config.train.prefix_mask_fraction and (token >= rows or (token == 0 and rows == config.model.vocab_size)):
+        raise ConfigError(
+            f"train.prefix_mask_token {token} is no row to mask with: the embedding has {rows} rows, of which {config.model.vocab_size} "
+            f"are tokens; set train.prefix_mask_token, raise model.vocab_size or set train.prefix_mask_fraction=0"
+        )
+
+
+def embedding_rows(model: ModelConfig) -> int:
+    """Rows of the embedding: the vocabulary, rounded up."""
+    return -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
 
 
 def slice_multiple(parallel: ParallelConfig) -> int:

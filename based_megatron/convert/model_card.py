@@ -31,6 +31,7 @@ It decodes with a state of constant size: {state_bytes:,} bytes for a sequence i
 | heads | {num_heads} |
 | feature dim of linear attention | {feature_dim} |
 | weights of linear attention | {weights} |
+| first tokens that all tokens see in linear attention | {prefix_tokens} |
 | previous keys in a window | {window_left} |
 | vocabulary | {vocab_size} tokens in {rows} embedding rows; the rows above are never generated |
 
@@ -92,6 +93,7 @@ def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
         num_heads=config.num_heads,
         feature_dim=config.feature_dim,
         weights=WEIGHTS[config.feature_map],
+        prefix_tokens=config.prefix_tokens,
         window_left=config.window_left,
         vocab_size=config.vocab_size,
         rows=-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple,

@@ -55,6 +55,9 @@ def prove(folder: Path, model: PreTrainedModel) -> Proof:
     _compare_weights(reloaded.state_dict(), model.state_dict())
     config = model.config
     length = min(config.sliding_window + 2 * DECODED_TOKENS, MOST_PROMPT_TOKENS)
+    # A prefix is that of the first call: rows are longer, the padded one too.
+    length = max(length, config.prefix_tokens + 2 * DECODED_TOKENS)
+    first = max(length // 2, config.prefix_tokens)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(config.tokenizer_vocab_size, (2, length), generator=generator)
 
@@ -65,7 +68,7 @@ def prove(folder: Path, model: PreTrainedModel) -> Proof:
 
     tolerance = ORDER_TOLERANCE * max(1.0, scale)
     pieces, cache = [], None
-    for piece_ids in ids_BT.split([length // 2, length - length // 2 - DECODED_TOKENS, *[1] * DECODED_TOKENS], dim=1):
+    for piece_ids in ids_BT.split([first, length - first - DECODED_TOKENS, *[1] * DECODED_TOKENS], dim=1):
         output = reloaded(piece_ids, cache=cache, use_cache=True)
         pieces.append(output.logits)
         cache = getattr(output, CACHE_NAME)

@@ -20,6 +20,7 @@ from based_megatron.config import Config
 from based_megatron.config.schema import DataConfig
 from based_megatron.config.validate import slice_multiple
 from based_megatron.data.batch import MicroBatch
+from based_megatron.data.prefix import Prefix, build_prefix
 from based_megatron.data.recall import RecallRows
 from based_megatron.data.slices import NO_SLICE
 from based_megatron.data.sources import Sources
@@ -59,8 +60,14 @@ class Loader:
         cp_rank: int = 0,
         cp_size: int = 1,
         slice_multiple: int = 1,
+        prefix: Prefix | None = None,
     ):
-        """sources: the opened corpora of `data`. Slices of context ranks are multiples of `slice_multiple`. Raises ConfigError."""
+        """sources: the opened corpora of `data`. Slices of context ranks are multiples of `slice_multiple`.
+
+        prefix: what a model with a prefix changes in the batches; sequences are then whole. Raises ConfigError.
+        """
+        assert prefix is None or cp_size == 1
+        self._prefix = prefix
         if global_batch_sequences % (micro_batch_sequences * dp_size):
             raise ConfigError(
                 f"train.global_batch_sequences {global_batch_sequences} is not a multiple of "
@@ -116,13 +123,14 @@ class Loader:
         rounds = -(-len(chosen) // per_round)
         padded = chosen + [chosen[-1]] * (rounds * per_round - len(chosen))
         mine = np.arange(len(padded)).reshape(rounds, self._dp_size, self._micro_batch_sequences)[:, self._dp_rank]
-        return (
+        batches = (
             dataclasses.replace(
                 self._micro_batch(readers, [padded[i] for i in row], counted=int((row < held_out).sum())),
                 slices_BL=None if recall is None else self._slices(recall, row, len(chosen)),
             )
             for row in mine
         )
+        return batches if self._prefix is None else map(self._prefix.causal, batches)
 
     def documents(self, step: int) -> list[str]:
         """Source and document numbers of the first sequences of a step, over all ranks."""
@@ -143,6 +151,8 @@ class Loader:
     def _read_step(self, step: int) -> list[MicroBatch]:
         mine = step * self._global_batch_sequences + self._rows
         batches = [self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row)) for row in mine]
+        if self._prefix is not None:
+            batches = [self._prefix.masked(batch, row.tolist()) for batch, row in zip(batches, mine, strict=True)]
         return [
             dataclasses.replace(batch, row=row, documents=self._with_past(batch.documents, numbers))
             for batch, row, numbers in zip(batches, self.first_rows, mine, strict=True)
@@ -195,4 +205,5 @@ def build_loader(config: Config, topology: "Topology", sources: Sources) -> Load
         cp_rank=topology.context.rank,
         cp_size=topology.context.size,
         slice_multiple=slice_multiple(config.parallel),
+        prefix=build_prefix(config),
     )

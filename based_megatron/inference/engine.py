@@ -31,6 +31,12 @@ class Engine:
             )
         if piece_tokens is not None and piece_tokens < 1:
             raise ConfigError(f"piece_tokens is {piece_tokens}: a prompt is computed in pieces of at least one token")
+        prefix_tokens = model.config.model.prefix_tokens
+        if piece_tokens is not None and piece_tokens < prefix_tokens:
+            raise ConfigError(
+                f"piece_tokens is {piece_tokens}, but all tokens of a prompt see the first {prefix_tokens} (model.prefix_tokens): a "
+                f"piece must hold them"
+            )
         model.zero_states(0)
         self.model, self.piece_tokens = model, piece_tokens
         self._last_loop: GreedyLoop | None = None

@@ -155,7 +155,8 @@ class Step:
         sums = torch.stack([total.detach().double(), tokens.double()])[None]
         if batch.slices_BL is not None:
             sums = torch.cat([sums, _slice_sums(loss_BL.detach(), self.to_device(batch.slices_BL))])
-        return total, tokens.to(torch.int), sums
+        # Weights of masked tokens are no whole numbers, but those of a sequence add up to one.
+        return total, tokens.round().to(torch.int), sums
 
     def global_sum(self, losses: list[Tensor], slices: int = 0) -> LossSum:
         """Sum rows of (loss, tokens) of this rank's micro batches over data and context ranks; the last stage knows them."""

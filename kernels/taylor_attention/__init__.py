@@ -25,6 +25,7 @@ __all__ = [
     "finish_sliced_attention",
     "start_sliced_attention",
     "taylor_attention",
+    "taylor_moments",
 ]
 
 
@@ -85,6 +86,32 @@ def taylor_attention(
         return attention.TaylorAttention.apply(
             q_BTHF, k_BTHF, v_BTHV, initial_state_BHRV, document_ids_BT, steps, return_final_state, watch
         )
+
+
+def taylor_moments(
+    k_BTHF: Tensor,
+    v_BTHV: Tensor,
+    *,
+    document_ids_BT: Tensor | None = None,
+    square: bool = False,
+    chunk_tokens: int | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """The state [B, H, R, V + 1] that the tokens of the first token's document make: a prefix that all queries may see.
+
+    Args: as of `taylor_attention`, whose initial state it may be. Gradients flow to k and v.
+
+    >>> k_BTHF, v_BTHV = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 8)
+    >>> _, state = taylor_attention(k_BTHF, k_BTHF, v_BTHV, return_final_state=True)
+    >>> torch.allclose(taylor_moments(k_BTHF, v_BTHV), state)
+    True
+    """
+    if document_ids_BT is not None:
+        # A scan leaves the moments of the last document; sums have no order.
+        k_BTHF, v_BTHV, document_ids_BT = k_BTHF.flip(1), v_BTHV.flip(1), -document_ids_BT.flip(1)
+    steps = _steps(backend, chunk_tokens, square, k_BTHF, v_BTHV)
+    with torch.autocast(k_BTHF.device.type, enabled=False):
+        return attention.TaylorMoments.apply(k_BTHF, v_BTHV, document_ids_BT, steps)
 
 
 def start_sliced_attention(

@@ -65,6 +65,30 @@ class TaylorAttention(Function):
         return *gradients, dinitial, None, None, None, None
 
 
+class TaylorMoments(Function):
+    """(k, v, document ids or None) to the moments of the last token's document."""
+
+    @staticmethod
+    def forward(ctx: Any, k_BTHF: Tensor, v_BTHV: Tensor, ids_BT: Tensor | None, steps: Steps) -> Tensor:
+        k_BTHF, v_BTHV = unit_last_stride(k_BTHF), unit_last_stride(v_BTHV)
+        ctx.save_for_backward(k_BTHF, v_BTHV, ids_BT)
+        ctx.steps = steps
+        return steps.backend.scan_keys(k_BTHF, v_BTHV, ids_BT, steps.schedule).moments()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstate_BHRE: Tensor) -> tuple[Tensor | None, ...]:
+        """As of attention to which no output gradient comes: the keys stand in for its queries."""
+        k_BTHF, v_BTHV, ids_BT = ctx.saved_tensors
+        backend, schedule = ctx.steps.backend, ctx.steps.schedule
+        g, gz = backend.no_output_gradients(v_BTHV)
+        scan = backend.scan_queries(k_BTHF, g, gz, ids_BT, schedule)
+        dk_BTHF, dv_BTHV = backend.key_gradients(
+            k_BTHF, k_BTHF, v_BTHV, g, gz, ids_BT, scan.states(dstate_BHRE.contiguous()), schedule
+        )
+        return dk_BTHF, dv_BTHV, None, None
+
+
 @dataclass(frozen=True)
 class Started:
     """Attention over a slice of a sequence whose queries are still to come."""

@@ -180,6 +180,12 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, z_BTH1: Tensor) -> tuple[T
     return g_BTHV, -(g_BTHV * o_BTHV).sum(-1, keepdim=True)
 
 
+def no_output_gradients(v_BTHV: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `output_gradients` where none comes from the outputs."""
+    g_BTHV = torch.zeros_like(v_BTHV, dtype=accumulation_dtype(v_BTHV.dtype))
+    return g_BTHV, g_BTHV.new_zeros(*v_BTHV.shape[:3], 1)
+
+
 def query_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BTHV: Tensor, gz_BTH1: Tensor, ids_BT: Tensor | None,
     states: States, schedule: Schedule,

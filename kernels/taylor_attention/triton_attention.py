@@ -257,6 +257,12 @@ def output_gradients(do_BTHV: Tensor, o_BTHV: Tensor, inverse_z_BHT: Tensor) -> 
     return g_BHTV, gz_BHT4
 
 
+def no_output_gradients(v_BTHV: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `output_gradients` where none comes from the outputs."""
+    B, T, H, V = v_BTHV.shape
+    return v_BTHV.new_zeros(B, H, T, V), v_BTHV.new_zeros(B, H, T, 4)
+
+
 def query_gradients(
     q_BTHF: Tensor, k_BTHF: Tensor, v_BTHV: Tensor, g_BHTV: Tensor, gz_BHT4: Tensor, ids_BT: Tensor | None,
     states: States, schedule: Schedule,

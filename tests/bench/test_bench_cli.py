@@ -22,7 +22,14 @@ def test_every_kernel_is_checked_and_timed(tmp_path, capsys):
     assert code == 0, capsys.readouterr().err
     rows = report["rows"]
     measured = {(row["operation"], row.get("passes")) for row in rows}
-    for operation in ("taylor_attention", "sliding_window", "add_rms_norm", "swiglu", "cross_entropy"):
+    for operation in (
+        "taylor_attention",
+        "square_attention",
+        "sliding_window",
+        "add_rms_norm",
+        "swiglu",
+        "cross_entropy",
+    ):
         assert {(operation, "forward"), (operation, "forward_backward")} <= measured
     assert {("gated_conv", "forward"), ("gated_conv", "backward")} <= measured
     checked = {name for row in rows for name in row.get("checks", {})}

@@ -70,6 +70,31 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "clip below zero": ({"optimizer.clip_grad_norm": -0.5}, 1, ["optimizer.clip_grad_norm is -0.5"]),
     "pattern letter": ({"model.layer_pattern": "cX*4"}, 1, ["'X'", "'cX*4'", "model.layer_pattern"]),
     "pattern empty": ({"model.layer_pattern": " "}, 1, ["empty", "model.layer_pattern"]),
+    "prefix of all": (
+        {"model.prefix_tokens": 64, "data.sequence_length_tokens": 64},
+        1,
+        ["model.prefix_tokens 64", "data.sequence_length_tokens 64"],
+    ),
+    "prefix over slices": (
+        {"model.prefix_tokens": 8, "parallel.context": 2},
+        2,
+        ["parallel.context 2", "parallel.context=1"],
+    ),
+    "prefix and samples": (
+        {"model.prefix_tokens": 8, "monitor.sample_interval_steps": 5},
+        1,
+        ["monitor.sample_interval_steps 5", "monitor.sample_interval_steps=0"],
+    ),
+    "prefix without a mask": (
+        {
+            "model.prefix_tokens": 8,
+            "model.vocab_size": 64,
+            "model.vocab_multiple": 8,
+            "monitor.sample_interval_steps": 0,
+        },
+        1,
+        ["train.prefix_mask_token 0", "64 rows"],
+    ),
     "rebased": (
         {"model.feature_map": "rebased", "model.feature_dim": 1},
         1,

@@ -50,19 +50,23 @@ def test_export_of_a_run_and_import_of_the_export(run, weights, tmp_path, capsys
     assert config.model == MODEL and config.run_dir == str(tmp_path / "again")
 
 
-def test_export_of_a_rebased_run_and_import_of_the_export(tmp_path):
-    model = dataclasses.replace(MODEL, layer_pattern="cL", feature_map="rebased")
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [({"feature_map": "rebased"}, "ReBased"), ({"prefix_tokens": 30}, "all tokens see in linear attention | 30 |")],
+)
+def test_export_of_a_variant_and_import_of_the_export(variant, words, tmp_path):
+    model = dataclasses.replace(MODEL, layer_pattern="cL", **variant)
     generator = torch.Generator().manual_seed(0)
     shapes = our_shapes(model)
     weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     write_full(tmp_path / "run", weights, Config(model=model, data=DataConfig(path="gone")))
     main_export([str(tmp_path / "run"), "--output", str(tmp_path / "hf")])
-    assert "ReBased" in (tmp_path / "hf" / "README.md").read_text()
+    assert words in (tmp_path / "hf" / "README.md").read_text()
     main_import([str(tmp_path / "hf"), "--output", str(tmp_path / "again")])
     found, config = read_full(tmp_path / "again")
     assert_equal(found, weights)
     assert config.model == model
-    with pytest.raises(CheckpointError, match=r"feature_map 'rebased'.*--format hf"):
+    with pytest.raises(CheckpointError, match=r"the released layout has no .*--format hf"):
         main_export([str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--format", "released"])
 
 

@@ -16,6 +16,7 @@ from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import check_tokenizer, fingerprint, load_manifest
+from based_megatron.data.prefix import Prefix
 from based_megatron.data.probes import ProbeSequences
 from based_megatron.data.reader import SequenceReader
 from based_megatron.data.recall import RecallRows
@@ -47,6 +48,29 @@ def data_config(folder, **changes) -> DataConfig:
 def loader(folder, micro=1, dp=(0, 1), cp=(0, 1), global_batch=GLOBAL_BATCH, **changes) -> Loader:
     data = data_config(folder, **changes)
     return Loader(Sources(data, global_batch), data, global_batch, micro, *dp, *cp)
+
+
+def with_prefix(folder, micro=1, dp=(0, 1)) -> Loader:
+    prefix = Prefix(tokens=8, mask_fraction=0.5, mask_token=VOCAB_SIZE, seed=3)
+    data = data_config(folder, isolate_documents=False)
+    return Loader(Sources(data, GLOBAL_BATCH), data, GLOBAL_BATCH, micro, *dp, prefix=prefix)
+
+
+def test_masks_of_a_prefix_are_the_same_in_every_layout(corpora):
+    """And at every call, but not at every step."""
+    whole = with_prefix(corpora).micro_batches(5)
+    ranks = [batch for rank in (0, 1) for batch in with_prefix(corpora, micro=3, dp=(rank, 2)).micro_batches(5)]
+    assert rows(whole) == rows(ranks)
+    masked = [batch.tokens_BL == VOCAB_SIZE for batch in (*whole, *with_prefix(corpora).micro_batches(6))]
+    assert all(int(places.sum()) == 4 and not places[:, 8:].any() for places in masked)
+    assert len({str(places.tolist()) for places in masked}) > GLOBAL_BATCH
+
+
+def test_held_out_sequences_are_not_masked(corpora):
+    batches = list(with_prefix(corpora).validation_batches(4))
+    plain = list(loader(corpora, isolate_documents=False).validation_batches(4))
+    assert all(torch.equal(a.tokens_BL, b.tokens_BL) for a, b in zip(batches, plain, strict=True))
+    assert all(batch.loss_mask_BL[0].tolist() == [0.0] * 7 + [1.0] * 9 for batch in batches)
 
 
 def fields(batch: MicroBatch) -> list[list]:

@@ -109,6 +109,12 @@ def test_splits_with_the_kernels(worker_pool):
         assert len(errors) == len(pieces) and all(error < 1e-5 for error in errors.values())
 
 
+def test_a_prompt_with_a_prefix_continues_as_the_full_forward(worker_pool):
+    """The prefix is of 5 tokens: the first piece must hold them."""
+    (errors,) = worker_pool(1).run(split_errors, DOUBLE, "reference", [5, 6, TOKENS], [None, 5], prefix_tokens=5)
+    assert all(error < 1e-10 for error in errors.values())
+
+
 def test_splits_of_squares_with_the_kernels(worker_pool):
     run = functools.partial(split_errors, torch.float32, "triton", batch=2, layer_pattern="L", feature_map="rebased")
     (errors,) = worker_pool(1).run(run, [9], [4])

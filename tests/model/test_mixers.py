@@ -93,6 +93,12 @@ def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
         scores = q @ k.transpose(1, 2) / 8**0.5
         weight = (1 + scores + scores**2 / 2) * (distance >= 0)
         mixed = (weight / weight.sum(-1, keepdim=True)) @ v
+        if "prefix_kv.weight" in weights:
+            prefix = (x[:7] @ weights["prefix_kv.weight"].T).chunk(2, dim=-1)
+            prefix_k, prefix_v = (part.unflatten(-1, (4, 8)).transpose(0, 1) for part in prefix)
+            scores = q @ prefix_k.transpose(1, 2) / 8**0.5
+            both = torch.cat([weight, 1 + scores + scores**2 / 2], dim=-1)
+            mixed = (both / both.sum(-1, keepdim=True)) @ torch.cat([v, prefix_v], dim=1)
         if "q_norm.weight" in weights:
             q, k = (
                 by_hand_norm(x) * weights[f"{name}.weight"].view(4, 1, 8) + weights[f"{name}.bias"].view(4, 1, 8)
@@ -119,8 +125,8 @@ def rotated(x_HTV: Tensor) -> Tensor:
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
-def formula_error(letter: str, feature_map: str = "taylor") -> float:
-    mixer, topology = mixer_of(letter, feature_map=feature_map)
+def formula_error(letter: str, **model: Any) -> float:
+    mixer, topology = mixer_of(letter, **model)
     with torch.no_grad():
         found = mixer(some_x(), inputs=inputs_at(topology))[0]
         return float((found - by_hand(letter, mixer, some_x()[:, 0])[:, None]).abs().max())
@@ -134,8 +140,31 @@ def test_a_mixer_is_its_formula(worker_pool):
 
 def test_rebased_linear_attention_is_its_formula(worker_pool):
     """Normed, scaled and shifted queries and keys, each by numbers of its own."""
-    (error,) = worker_pool(1).run(formula_error, "L", "rebased")
+    (error,) = worker_pool(1).run(formula_error, "L", feature_map="rebased")
     assert error < 1e-10
+
+
+def test_linear_attention_with_a_prefix_is_its_formula(worker_pool):
+    """All tokens see the second keys and values of the first 7."""
+    (error,) = worker_pool(1).run(formula_error, "L", prefix_tokens=7)
+    assert error < 1e-10
+
+
+def positions_changed_by(position: int, document_start: int | None) -> list[int]:
+    mixer, topology = mixer_of("L", prefix_tokens=7)
+    inputs, x = inputs_at(topology, document_start=document_start), some_x()
+    other = x.clone()
+    other[position] += 1
+    with torch.no_grad():
+        change = mixer(other, inputs=inputs)[0] - mixer(x, inputs=inputs)[0]
+    return [t for t in range(LENGTH) if float(change[t].abs().max()) > 1e-12]
+
+
+def test_a_prefix_is_seen_by_its_own_document_alone(worker_pool):
+    """Whole: by all. Cut by a document that starts at 5: tokens of the second document are no prefix, and see none."""
+    cases = [(6, None), (7, None), (4, 5), (6, 5)]
+    found = [worker_pool(1).run(positions_changed_by, *case)[0] for case in cases]
+    assert found == [list(range(first, end)) for first, end in ((0, LENGTH), (7, LENGTH), (0, 5), (6, LENGTH))]
 
 
 def shifted_change(letter: str) -> float:

@@ -45,7 +45,8 @@ EXCHANGES = {
     "cp4-two-level": (4, ParallelConfig(context=4, state_exchange="two_level")),
     "cp4-chain": (4, ParallelConfig(context=4, state_exchange="chain")),
 }
-REBASED = {"feature_map": "rebased"}
+VARIANTS = {"rebased": {"feature_map": "rebased"}, "prefix": {"prefix_tokens": 9}}
+"""Settings of the model that make another linear attention of it."""
 LONG = ("tp2-cp2", "pp2-cp2", "cp4", "cp4-zero3")
 LONG_STEPS, LONG_LR = 200, 1e-3
 """At the learning rate of the short runs, fp32 rounding alone grows to 1.2e-4 nats in 200 steps."""
@@ -62,11 +63,12 @@ def oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
 
 
 @pytest.fixture(scope="module")
-def rebased_oracles(worker_pool, tmp_path_factory) -> dict[bool, Path]:
-    """Files of the single process's results for a model with ReBased's features, packed."""
-    path = tmp_path_factory.mktemp("oracle") / "rebased.pt"
-    worker_pool(1).run(write_oracle, path, True, 3, CLIP, LONG_LR, REBASED)
-    return {True: path}
+def variant_oracles(worker_pool, tmp_path_factory) -> dict[str, dict[bool, Path]]:
+    """Files of the single process's results for variants of linear attention, packed."""
+    folder = tmp_path_factory.mktemp("oracle")
+    for name, model in VARIANTS.items():
+        worker_pool(1).run(write_oracle, folder / f"{name}.pt", True, 3, CLIP, LONG_LR, model)
+    return {name: {True: folder / f"{name}.pt"} for name in VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -161,18 +163,17 @@ def test_slices_may_be_uneven(worker_pool, oracles, layout):
     check(worker_pool, oracles, *LAYOUTS[layout], steps=3, bounds=SLICES[layout])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2", "dp2-zero3"])
-def test_rebased_features_in_other_layouts(worker_pool, rebased_oracles, layout):
-    """Norms are cut by heads; over slices, uneven where they are, states have fewer rows."""
-    check(
-        worker_pool,
-        rebased_oracles,
-        *LAYOUTS[layout],
-        steps=3,
-        bounds=SLICES.get(layout, ()),
-        lr=LONG_LR,
-        model=REBASED,
-    )
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        *(("rebased", layout) for layout in ("tp2", "pp2", "cp2", "dp2-zero3")),
+        *(("prefix", layout) for layout in ("tp2", "tp2-without-sequence-parallel", "pp2", "dp2-zero3")),
+    ],
+)
+def test_variants_of_linear_attention_in_other_layouts(worker_pool, variant_oracles, variant, layout):
+    """Norms of ReBased are cut by heads, its states have fewer rows; a prefix has projections of its own."""
+    bounds, model = SLICES.get(layout, ()), VARIANTS[variant]
+    check(worker_pool, variant_oracles[variant], *LAYOUTS[layout], steps=3, bounds=bounds, lr=LONG_LR, model=model)
 
 
 @pytest.mark.parametrize("layout", EXCHANGES)

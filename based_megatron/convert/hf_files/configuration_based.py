@@ -45,6 +45,8 @@ class BasedConfig(PreTrainedConfig):
     """Query and key dim of a linear attention head, before the feature map."""
     feature_map: str = "taylor"
     """Weights of linear attention: taylor 1 + s + s^2 / 2, or rebased, s^2 of normed queries and keys."""
+    prefix_tokens: int = 0
+    """First tokens of a sequence that all its tokens see in linear attention (arXiv 2407.05483). With a cache, those of the first call."""
     sliding_window: int = 129
     """Keys that a window query sees, itself included."""
     conv_kernel: int = 3

@@ -171,6 +171,22 @@ class BasedLinearAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj = BasedOutput(config.hidden_size, config.hidden_size, bias=False)
+        self.prefix_tokens = config.prefix_tokens
+        if self.prefix_tokens:
+            self.prefix_k_proj = nn.Linear(config.hidden_size, self.heads * config.feature_dim, bias=False)
+            self.prefix_v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def _prefix_state(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor | None:
+        """The state of the first tokens of each row, padding left out, which all of its tokens see."""
+        if valid_BT is None:
+            valid_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+        in_prefix_BT = valid_BT & (valid_BT.cumsum(1) <= self.prefix_tokens)
+        end = int(in_prefix_BT.any(0).nonzero().max()) + 1 if in_prefix_BT.any() else 1
+        k, v = (_split_heads(proj(x_BTD[:, :end]), self.heads) for proj in (self.prefix_k_proj, self.prefix_v_proj))
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            wide = wide_dtype(x_BTD.dtype)
+            k, v = self.k_norm(k).to(wide), v.to(wide)
+            return taylor_attention(k, k, v, in_prefix_BT[:, :end], None, self.square)[1]
 
     def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
         state_BHRV = _cached_states(cache, self.layer_idx)[1]
@@ -178,6 +194,8 @@ class BasedLinearAttention(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             wide = wide_dtype(x_BTD.dtype)
             valid_BT = None if mask_BS is None else mask_BS[:, -x_BTD.shape[1] :]
+            if self.prefix_tokens and state_BHRV is None:
+                state_BHRV = self._prefix_state(x_BTD, valid_BT)
             q, k = self.q_norm(q), self.k_norm(k)
             y_BHTV, state_BHRV = taylor_attention(q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHRV, self.square)
         if cache is not None and state_BHRV is not None:

@@ -4,6 +4,7 @@ Legend: B sequences, L tokens of this rank's slice, H heads of this tensor paral
 R rows of a packed state, E = V + 1.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from based_megatron.kernels.taylor_attention import (
     finish_sliced_attention,
     start_sliced_attention,
     taylor_attention,
+    taylor_moments,
 )
 from based_megatron.kernels.taylor_attention.attention import Watch
 from based_megatron.kernels.taylor_attention.sizes import saved_state_numbers
@@ -35,6 +37,7 @@ from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.sequence.states import STATE, StateExchange
 
+PREFIX_WEIGHT = "prefix_kv.weight"
 RELEASED_FEATURES = "based.models.mixers.linear_attention.TaylorExp"
 
 
@@ -43,6 +46,10 @@ class TaylorLinearAttention(Mixer):
 
     ReBased (arXiv 2402.10644) takes squares of queries and keys that are normed, scaled and shifted first. Its scales and shifts
     are those of a layer norm, one of each for every feature of every head.
+
+    JRT (arXiv 2407.05483) adds second keys and values of the first tokens, the prefix, which all tokens see:
+
+        o_i = (sum_j w(q_i, k_j) v_j + sum_p w(q_i, k'_p) v'_p) / (the same with v = 1),  j <= i, all p of the prefix
 
     Heads are independent: tensor parallel ranks exchange nothing between the projections.
     """
@@ -59,17 +66,23 @@ class TaylorLinearAttention(Mixer):
         self.qkv = self.column(rows)
         self.out_proj = self.row(model.hidden_size)
         self.square = _is_square(model)
+        if model.prefix_tokens:
+            prefix_rows = _prefix_rows(model)
+            self.prefix_parts = [size // self.group.size() for size in prefix_rows]
+            self.prefix_kv = self.column(prefix_rows)
         if self.square:
             self.q_norm, self.k_norm = (HeadNorm(self.config, self.heads, model.feature_dim) for _ in range(2))
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         if inputs.plan.is_whole:
             q, k, v = (heads_first_batch(part, self.heads) for part in self.qkv(x)[0].split(self.local_parts, dim=-1))
+            ids = inputs.plan.document_ids()
             mixed, _state = taylor_attention(
                 self._queries(q),
                 self._keys(k),
                 v,
-                document_ids_BT=inputs.plan.document_ids(),
+                initial_state_BHRV=self._prefix(x, ids) if self.config.model.prefix_tokens else None,
+                document_ids_BT=ids,
                 watch=self._watch(inputs),
                 square=self.square,
                 backend=self.config.backend,
@@ -77,6 +90,15 @@ class TaylorLinearAttention(Mixer):
         else:
             mixed = self.qkv(x, body=lambda project: self._mix_slice(project, inputs.plan, self._watch(inputs)))[0]
         return self.out_proj(merge_heads(mixed))[0], None
+
+    def _prefix(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """The state of the prefix of sequences [L, B, D], as far as it is of their first documents."""
+        tokens = self.config.model.prefix_tokens
+        # Tensor parallel ranks may each hold other tokens; all have them after the projection.
+        kv = self.prefix_kv(x if self.config.sequence_parallel else x[:tokens])[0][:tokens]
+        k, v = (heads_first_batch(part, self.heads) for part in kv.split(self.prefix_parts, dim=-1))
+        ids = None if ids is None else ids[:, :tokens]
+        return taylor_moments(self._keys(k), v, document_ids_BT=ids, square=self.square, backend=self.config.backend)
 
     def _watch(self, inputs: MixerInputs) -> Watch | None:
         """Records the norm of a head's state after the sequence and the smallest normaliser, in passes that are logged."""
@@ -119,7 +141,7 @@ class TaylorLinearAttention(Mixer):
     def prefill(self, x: Tensor, state: TaylorState, where: Continuation) -> Tensor:
         mixed, final = taylor_attention(
             *self._qkv(x),
-            initial_state_BHRV=None if where.is_start else state.joined(),
+            initial_state_BHRV=self._before(x, state, where),
             return_final_state=True,
             square=self.square,
             backend=self.config.backend,
@@ -127,6 +149,12 @@ class TaylorLinearAttention(Mixer):
         assert final is not None
         state.set_joined(final)
         return self.out_proj(mixed.flatten(-2))[0]
+
+    def _before(self, x: Tensor, state: TaylorState, where: Continuation) -> Tensor | None:
+        """The state that a piece of a prompt starts from: that of its prefix, which is in the first piece."""
+        if not where.is_start:
+            return state.joined()
+        return self._prefix(x.transpose(0, 1), None) if self.config.model.prefix_tokens else None
 
     def step(self, x: Tensor, state: TaylorState, where: Continuation) -> Tensor:
         mixed = taylor_step(*self._qkv(x), state, backend=self.config.backend)
@@ -150,6 +178,8 @@ class TaylorLinearAttention(Mixer):
         if _is_square(model):
             features = (model.num_heads * model.feature_dim,)
             shapes |= {f"{norm}.{part}": features for norm in ("q_norm", "k_norm") for part in ("weight", "bias")}
+        if model.prefix_tokens:
+            shapes[PREFIX_WEIGHT] = (sum(_prefix_rows(model)), D)
         return shapes
 
     @classmethod
@@ -159,6 +189,9 @@ class TaylorLinearAttention(Mixer):
         square = _is_square(model)
         states = saved_state_numbers(piece.sequences * heads, piece.tokens, model.feature_dim, head_dim, square)
         vectors_bytes = piece.numbers(sum(_qkv_rows(model)) + model.hidden_size)
+        if model.prefix_tokens:
+            prefix = dataclasses.replace(piece, tokens=min(model.prefix_tokens, piece.tokens))
+            vectors_bytes += prefix.numbers(sum(_prefix_rows(model)))
         # Of each norm: its input, mean and deviation, and its output before it is scaled.
         norms = 2 * (2 * model.feature_dim + 2) if square else 0
         fp32_bytes = piece.sequences * piece.tokens * heads * (1 + norms) * 4
@@ -172,12 +205,27 @@ class TaylorLinearAttention(Mixer):
         more column (a kernel that packs the symmetric features, or works in chunks, does less or more than this).
         """
         features = (0 if _is_square(model) else 1 + model.feature_dim) + model.feature_dim**2
-        return 4.0 * features * (model.hidden_size + model.num_heads)
+        flops = 4.0 * features * (model.hidden_size + model.num_heads)
+        if model.prefix_tokens:
+            # The prefix is projected and added to the state, but read with the other tokens.
+            weights = sum(_prefix_rows(model)) * model.hidden_size
+            share = min(model.prefix_tokens, sequence_length_tokens) / sequence_length_tokens
+            flops += share * (flops / 2 + 2.0 * weights)
+        return flops
+
+    @classmethod
+    def linear_weights(cls, model: ModelConfig) -> int:
+        """Those of the second keys and values multiply the tokens of a prefix alone: see `mixing_flops`."""
+        prefix = sum(_prefix_rows(model)) * model.hidden_size if model.prefix_tokens else 0
+        return super().linear_weights(model) - prefix
 
     @classmethod
     def hf_parts(cls, model: ModelConfig, name: str) -> dict[str, Shape]:
         if name == "qkv.weight":
             return qkv_parts("{}_proj.weight", _qkv_rows(model), model.hidden_size)
+        if name == PREFIX_WEIGHT:
+            rows = zip("kv", _prefix_rows(model), strict=True)
+            return {f"prefix_{letter}_proj.weight": (n, model.hidden_size) for letter, n in rows}
         return {"o_proj.weight" if name == "out_proj.weight" else name: cls.parameter_shapes(model)[name]}
 
     @classmethod
@@ -188,9 +236,10 @@ class TaylorLinearAttention(Mixer):
 
     @staticmethod
     def released_settings(model: ModelConfig) -> dict[str, Any]:
-        if _is_square(model):
+        if _is_square(model) or model.prefix_tokens:
             raise CheckpointError(
-                f"the released layout has no such features as model.feature_map {model.feature_map!r}; use --format hf"
+                f"the released layout has no model.feature_map {model.feature_map!r} with model.prefix_tokens {model.prefix_tokens}, "
+                f"only 'taylor' with 0; use --format hf"
             )
         feature_map = {"_target_": RELEASED_FEATURES, "input_dim": model.feature_dim}
         return {
@@ -213,6 +262,11 @@ class TaylorLinearAttention(Mixer):
 def _is_square(model: ModelConfig) -> bool:
     """Whether features are squares alone."""
     return model.feature_map == "rebased"
+
+
+def _prefix_rows(model: ModelConfig) -> tuple[int, int]:
+    """Rows of the fused k | v weight of the prefix."""
+    return _qkv_rows(model)[1:]
 
 
 def _qkv_rows(model: ModelConfig) -> tuple[int, int, int]:

@@ -1,0 +1,78 @@
+"""Linear attention with a prefix that all tokens see (JRT) against a masked quadratic form in fp64: values and gradients.
+
+Legend: B batch, T tokens, H heads.
+"""
+
+import pytest
+import torch
+from kernel_oracles import DEVICE, assert_same_gradients, document_ids
+from torch import Tensor
+
+from based_megatron.kernels.taylor_attention import taylor_attention, taylor_moments
+
+PREFIX_TOKENS = 21
+
+
+def make_inputs(tokens: int) -> tuple[Tensor, ...]:
+    """q, k, v, and the keys and values of the prefix, in fp64 with gradients."""
+    torch.manual_seed(tokens)
+    q, k, prefix_k = torch.randn(3, 2, tokens, 2, 8).double()
+    v, prefix_v = torch.randn(2, 2, tokens, 2, 16).double()
+    prefix = (x[:, :PREFIX_TOKENS] for x in (prefix_k, prefix_v))
+    return tuple(x.clone().requires_grad_() for x in (q, k, v, *prefix))
+
+
+def quadratic(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, ids: Tensor | None, square: bool
+) -> Tensor:
+    """Both sums pair by pair: causal within documents, and all pairs with the prefix of the first document."""
+    B, T = q.shape[:2]
+    M = prefix_k.shape[1]
+    ids = torch.zeros(B, T, dtype=torch.int64) if ids is None else ids
+    same_BTT = ids[:, :, None] == ids[:, None]
+    causal_BTT = same_BTT & torch.ones(T, T, dtype=torch.bool).tril()
+    in_first_BT = ids == ids[:, :1]
+    prefix_BTT = in_first_BT[:, :, None] & in_first_BT[:, None, :M]
+    total, z = 0, 0
+    for keys, values, seen in ((k, v, causal_BTT), (prefix_k, prefix_v, prefix_BTT)):
+        s_BHTT = torch.einsum("bihf,bjhf->bhij", q, keys) / q.shape[-1] ** 0.5
+        w_BHTT = (s_BHTT**2 if square else 1 + s_BHTT + s_BHTT**2 / 2) * seen[:, None]
+        total = total + torch.einsum("bhij,bjhv->bihv", w_BHTT, values)
+        z = z + w_BHTT.sum(-1).transpose(1, 2)[..., None]
+    return total / (z + (1e-5 if square else 0))
+
+
+def with_prefix(
+    inputs: tuple[Tensor, ...], ids: Tensor | None, square: bool, backend: str, chunk_tokens: int
+) -> Tensor:
+    q, k, v, prefix_k, prefix_v = inputs
+    options = {"square": square, "backend": backend, "chunk_tokens": chunk_tokens}
+    prefix_ids = None if ids is None else ids[:, : prefix_k.shape[1]]
+    state = taylor_moments(prefix_k, prefix_v, document_ids_BT=prefix_ids, **options)
+    return taylor_attention(q, k, v, initial_state_BHRV=state, document_ids_BT=ids, **options)[0]
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("documents", ["none", "random", "chunk_starts"])
+@pytest.mark.parametrize("tokens", [5, PREFIX_TOKENS, 50])
+def test_the_reference_equals_the_quadratic_form(tokens: int, documents: str, square: bool) -> None:
+    """Sequences shorter and longer than the prefix, and documents that end inside of it."""
+    inputs, ids = make_inputs(tokens), document_ids(documents, 2, tokens)
+    found = with_prefix(inputs, ids, square, "reference", chunk_tokens=8)
+    assert_same_gradients((found,), (quadratic(*inputs, ids, square),), inputs, 1e-11)
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("documents", ["none", "random"])
+def test_the_kernels_equal_the_quadratic_form(documents: str, square: bool) -> None:
+    inputs, ids = make_inputs(50), document_ids(documents, 2, 50)
+    own = tuple(x.to(DEVICE, torch.float32) for x in inputs)
+    found = with_prefix(own, None if ids is None else ids.to(DEVICE), square, "triton", chunk_tokens=16)
+    expected = quadratic(*inputs, ids, square)
+    assert_same_gradients((found.cpu().double(),), (expected,), inputs, 2e-5, floor=1.0)
+
+
+def test_gradients_of_moments_are_those_of_the_definition() -> None:
+    *_, k, v = make_inputs(7)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3, 3]])
+    assert torch.autograd.gradcheck(lambda k, v: taylor_moments(k, v, document_ids_BT=ids, chunk_tokens=3), (k, v))
