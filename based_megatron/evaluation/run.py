@@ -29,6 +29,8 @@ from based_megatron.evaluation.ranks import DataRanks, device_of, joined
 from based_megatron.evaluation.report import Report, TaskResult, summary, write
 from based_megatron.evaluation.scorer import StateScorer
 from based_megatron.evaluation.tasks import CLOZE, EXTRACTION, Task
+from based_megatron.model.mixers import layer_mixers
+from based_megatron.model.mixers.attention import SlidingWindowAttention
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import build_topology
 
@@ -105,7 +107,7 @@ def _asked_rows(
         task.name,
         rows,
         language,
-        window=model.window_left if "S" in model.layer_pattern else None,
+        window=model.window_left if SlidingWindowAttention in layer_mixers(model) else None,
         read_twice=config.read_twice,
         data="generated here" if task.data is None else str(task.data),
         data_hash=digest(text),

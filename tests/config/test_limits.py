@@ -16,12 +16,12 @@ NUMBERS = {
     if isinstance(setting.value, (int, float)) and not isinstance(setting.value, bool)
 }
 SECTIONS_WITH_ZERO = {
-    "model": "window_left",
+    "model": "prefix_tokens window_left",
     "data": "num_workers seed",
     "parallel": "zero_stage",
     "optimizer": "beta1 beta2 weight_decay clip_grad_norm muon.momentum",
     "schedule": "warmup_steps warmup_lr decay_steps min_lr",
-    "train": "seed",
+    "train": "prefix_mask_fraction prefix_mask_token seed",
     "guards": "replica_check_interval_steps",
     "validation": "recall_probe_sequences recall_rare_count interval_steps sequences",
     "checkpoint": "interval_steps interval_seconds keep_last keep_every_steps",
