@@ -29,7 +29,7 @@ RESULTS = "results.jsonl"
 LOCK_SECONDS = 60
 POLL_SECONDS = 1.0
 PRELOAD = ["based_megatron.recall.worker"]
-"""Imported once by the server that workers are forked from."""
+"""Imported once by the server that workers are forked from, on a CPU."""
 
 
 def study_key(preset: Preset) -> str:
@@ -97,8 +97,11 @@ class Sweep:
         self._seconds = {line["system"]: line["seconds"] for line in done.values()}
         waiting = [job for job in self.jobs if job.key not in done]
         self._count, self._total = len(self.jobs) - len(waiting), len(self.jobs)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        # What workers import may ask for the GPU, and a process that has done so cannot be forked.
+        on_cpu = all(device == "cpu" for device in self.setup.devices)
+        context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
+        if on_cpu:
+            context.set_forkserver_preload(PRELOAD)
         workers: list[Worker] = []
         try:
             while True:
