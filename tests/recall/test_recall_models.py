@@ -164,8 +164,8 @@ def tiny_race(pattern: str) -> list[Any]:
 
 def test_attention_learns_the_tiny_task(worker_pool):
     """A few CPU seconds. What it reaches is the ceiling: some queries follow a filler that names their key."""
-    ((result,),) = worker_pool(1).run(tiny_race, "attention")
-    assert result.mean_accuracy > 0.95
+    (rates,) = worker_pool(1).run(tiny_race, "attention")
+    assert max(rate.mean_accuracy for rate in rates) > 0.95
 
 
 @pytest.mark.gpu
