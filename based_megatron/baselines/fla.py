@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, H heads, K key dim, V value head dim.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch.nn import functional
 
 def serves(x: Tensor, backend: str) -> bool:
     """Whether the library computes for tensors like this one: on a GPU, with kernels wanted and the library installed."""
-    return backend == "triton" and x.is_cuda and x.dtype is not torch.float64 and _is_installed()
+    if backend != "triton" or not x.is_cuda or x.dtype is torch.float64 or not _is_installed():
+        return False
+    return not is_refused(torch.cuda.get_device_capability(x.device), importlib.metadata.version("triton"))
+
+
+def is_refused(capability: tuple[int, int], triton_version: str) -> bool:
+    """Whether the library raises an error for its decayed kernels: Triton 3.4 to 3.7.0 makes wrong gradients of them on Hopper."""
+    version = tuple(int(part) for part in triton_version.split("+")[0].split(".")[:3])
+    return capability[0] == 9 and (3, 4) <= version < (3, 7, 1)
 
 
 def scalar_decay(

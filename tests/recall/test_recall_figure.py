@@ -97,17 +97,18 @@ def test_a_folder_without_results_has_no_page(tmp_path):
     assert write(tmp_path, "figure", FIGURE, "based recall") == [] and not list(tmp_path.iterdir())
 
 
-def test_the_committed_page_and_picture_are_what_the_results_say(tmp_path):
-    saved = json.loads((RESULTS_FOLDER / "recall-tiny.json").read_text())
+@pytest.mark.parametrize("preset", ["tiny", "figure"])
+def test_the_committed_page_and_picture_are_what_the_results_say(preset, tmp_path):
+    saved = json.loads((RESULTS_FOLDER / f"recall-{preset}.json").read_text())
     for run in saved["runs"]:
         append_line(tmp_path / RESULTS, run)
-    study = read_study(tmp_path, "tiny", PRESETS["tiny"], saved["facts"]["command"])
+    study = read_study(tmp_path, preset, PRESETS[preset], saved["facts"]["command"])
     study = dataclasses.replace(study, facts=saved["facts"])
     assert json.loads(json.dumps(plain(study))) == saved
-    assert to_markdown(study) == (RESULTS_FOLDER / "recall-tiny.md").read_text()
+    assert to_markdown(study) == (RESULTS_FOLDER / f"recall-{preset}.md").read_text()
     pytest.importorskip("matplotlib")
     draw(study, tmp_path / "recall.svg")
-    assert circles(tmp_path / "recall.svg") == circles(RESULTS_FOLDER / "recall-tiny.svg")
+    assert circles(tmp_path / "recall.svg") == circles(RESULTS_FOLDER / f"recall-{preset}.svg")
 
 
 def circles(path: Path) -> list[str]:
