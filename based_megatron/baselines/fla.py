@@ -17,9 +17,7 @@ from torch.nn import functional
 
 def serves(x: Tensor, backend: str) -> bool:
     """Whether the library computes for tensors like this one: on a GPU, with kernels wanted and the library installed."""
-    if backend != "triton" or not x.is_cuda or x.dtype is torch.float64 or not _is_installed():
-        return False
-    return not is_refused(torch.cuda.get_device_capability(x.device), importlib.metadata.version("triton"))
+    return backend == "triton" and x.is_cuda and x.dtype is not torch.float64 and _is_usable(x.device)
 
 
 def is_refused(capability: tuple[int, int], triton_version: str) -> bool:
@@ -97,5 +95,8 @@ def _document_bounds(document_ids_BT: Tensor) -> Tensor:
 
 
 @functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("fla") is not None
+def _is_usable(device: torch.device) -> bool:
+    """Whether the library is installed and computes on this device; layers ask in every forward pass."""
+    if importlib.util.find_spec("fla") is None:
+        return False
+    return not is_refused(torch.cuda.get_device_capability(device), importlib.metadata.version("triton"))
