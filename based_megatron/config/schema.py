@@ -65,6 +65,11 @@ class ModelConfig:
     init_std: Positive = 0.02
     """Standard deviation of initial weights; projections back to the residual use init_std / sqrt(2 layers)."""
 
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding, which all take part in the softmax: the vocabulary rounded up to its multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
 
 @dataclass(frozen=True)
 class SourceConfig:

@@ -165,7 +165,7 @@ def _check_sequence(config: Config) -> None:
 
 
 def _check_prefix(config: Config) -> None:
-    prefix, length, rows = config.model.prefix_tokens, config.data.sequence_length_tokens, embedding_rows(config.model)
+    prefix, length, rows = config.model.prefix_tokens, config.data.sequence_length_tokens, config.model.embedding_rows
     if not prefix:
         return
     if prefix >= length:
@@ -188,11 +188,6 @@ def _check_prefix(config: Config) -> None:
             f"train.prefix_mask_token {token} is no row to mask with: the embedding has {rows} rows, of which {config.model.vocab_size} "
             f"are tokens; set train.prefix_mask_token, raise model.vocab_size or set train.prefix_mask_fraction=0"
         )
-
-
-def embedding_rows(model: ModelConfig) -> int:
-    """Rows of the embedding: the vocabulary, rounded up."""
-    return -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
 
 
 def slice_multiple(parallel: ParallelConfig) -> int:

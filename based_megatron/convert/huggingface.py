@@ -15,7 +15,7 @@ from based_megatron.convert.folder import new_folder
 from based_megatron.convert.hf_files.configuration_based import BasedConfig
 from based_megatron.convert.hf_files.mixers_based import MIXERS
 from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
-from based_megatron.convert.layout import Entry, embedding_rows, our_shapes, short_pattern, to_other, to_ours
+from based_megatron.convert.layout import Entry, our_shapes, short_pattern, to_other, to_ours
 from based_megatron.convert.model_card import model_card
 from based_megatron.convert.proof import Proof, prove
 from based_megatron.data_prep.tokenizer import load_tokenizer
@@ -161,7 +161,7 @@ def hf_config(config: ModelConfig) -> BasedConfig:
     mixers = layer_mixers(config)
     return BasedConfig(
         architectures=["BasedForCausalLM"],
-        vocab_size=embedding_rows(config),
+        vocab_size=config.embedding_rows,
         tokenizer_vocab_size=config.vocab_size,
         vocab_multiple=config.vocab_multiple,
         hidden_size=config.hidden_size,

@@ -29,15 +29,10 @@ class Entry:
     parts: tuple[tuple[str, Shape], ...]
 
 
-def embedding_rows(config: ModelConfig) -> int:
-    """Rows of the embedding: the vocabulary, rounded up."""
-    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
-
-
 def our_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor of the unsharded state dict."""
     D, F = config.hidden_size, config.ffn_hidden_size
-    U = embedding_rows(config)
+    U = config.embedding_rows
     shapes: dict[str, Shape] = {"embedding.weight": (U, D), "final_norm.weight": (D,)}
     if not config.tie_embeddings:
         shapes["output.weight"] = (U, D)

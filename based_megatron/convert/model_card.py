@@ -96,7 +96,7 @@ def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
         prefix_tokens=config.prefix_tokens,
         window_left=config.window_left,
         vocab_size=config.vocab_size,
-        rows=-(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple,
+        rows=config.embedding_rows,
         tokenizer="The tokenizer is that of the training data."
         if has_tokenizer
         else "No tokenizer was exported: use the one that the training data was made with.",

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from based_megatron.config import Config
-from based_megatron.config.validate import embedding_rows
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.slices import NO_SLICE
 
@@ -80,5 +79,5 @@ def build_prefix(config: Config) -> Prefix | None:
     """The prefix of a run; None without `model.prefix_tokens`."""
     if not config.model.prefix_tokens:
         return None
-    token = config.train.prefix_mask_token or embedding_rows(config.model) - 1
+    token = config.train.prefix_mask_token or config.model.embedding_rows - 1
     return Prefix(config.model.prefix_tokens, config.train.prefix_mask_fraction, token, config.data.seed)

@@ -44,7 +44,7 @@ class BasedModel(MegatronModule):
 
         self.group = pg_collection.tp
         if stage.is_first or (stage.is_last and config.model.tie_embeddings):
-            self.embedding = vocab_embedding(config, config.vocab_rows, self.group)
+            self.embedding = vocab_embedding(config, config.model.embedding_rows, self.group)
         mixers = layer_mixers(config.model)
         self.rotates = any(mixers[i].rotates for i in stage.layers)
         self.layers = nn.ModuleDict({str(i): Block(config, mixers[i], i + 1, pg_collection) for i in stage.layers})
@@ -130,7 +130,7 @@ class BasedModel(MegatronModule):
         return (x if self.config.sequence_parallel else x.transpose(0, 1)).to(self.config.residual_dtype).contiguous()
 
     def _output_layer(self) -> Any:
-        rows, size = self.config.vocab_rows, dist.get_world_size(self.group)
+        rows, size = self.config.model.embedding_rows, dist.get_world_size(self.group)
         padded = -(-rows // size) * size
         layer = column_linear(
             self.config, (padded,), bias=False, group=self.group, allocate=not self.config.model.tie_embeddings
@@ -162,4 +162,4 @@ class BasedModel(MegatronModule):
     def _vocab_columns(self, logits: Tensor) -> int:
         """Columns of this rank that take part in the softmax: the others only round the vocabulary up to the ranks."""
         held = logits.shape[-1]
-        return min(held, self.config.vocab_rows - dist.get_rank(self.group) * held)
+        return min(held, self.config.model.embedding_rows - dist.get_rank(self.group) * held)

@@ -26,12 +26,6 @@ class BasedConfig(TransformerConfig):
         """fp32, as released, whatever the weights are (fp64 under fp64 weights)."""
         return torch.promote_types(self.params_dtype, torch.float32)
 
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding that take part in the softmax: the vocabulary rounded up to its multiple."""
-        multiple = self.model.vocab_multiple
-        return -(-self.model.vocab_size // multiple) * multiple
-
 
 def residual_std(model: ModelConfig) -> float:
     """Standard deviation of the initial weights of projections back to the residual: init_std / sqrt(2 layers)."""

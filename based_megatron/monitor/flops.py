@@ -38,15 +38,14 @@ def parameter_breakdown(model: ModelConfig) -> dict[str, int]:
     """
     layers = layer_mixers(model)
     d = model.hidden_size
-    vocabulary_rows = -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
-    parts = {"embedding": vocabulary_rows * d}
+    parts = {"embedding": model.embedding_rows * d}
     for mixer in mixers_of(model).values():
         if mixer in layers:
             parts[mixer.name] = layers.count(mixer) * sum(map(prod, mixer.parameter_shapes(model).values()))
     parts["mlp"] = len(layers) * 3 * d * model.ffn_hidden_size
     parts["norms"] = (2 * len(layers) + 1) * d
     if not model.tie_embeddings:
-        parts["output"] = vocabulary_rows * d
+        parts["output"] = model.embedding_rows * d
     return parts
 
 

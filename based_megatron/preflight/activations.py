@@ -16,7 +16,6 @@ from based_megatron.model.build import DTYPES
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.model.mixers.facts import SavedPiece
 from based_megatron.parallel.stages import Stage
-from based_megatron.preflight.shapes import vocab_rows
 
 RESIDUAL_BYTES = 4
 """Residuals, scales of norms and sums of the loss are fp32."""
@@ -67,7 +66,7 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
     again = {"none": 0, "mixer": max(mixed), "full": max(mixed) + outside_mixer}[mode]
     block_work = 2 * residual + held * D * b + max(max(mixed), mlp_bytes)
     head = stage.is_last
-    columns = -(-vocab_rows(config) // tensor)
+    columns = -(-config.model.embedding_rows // tensor)
     return ChunkActivations(
         saved=saved,
         rematerialised=again,

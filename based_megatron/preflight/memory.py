@@ -25,7 +25,7 @@ from based_megatron.preflight.activations import (
     chunk_activations,
     micro_batches_in_flight,
 )
-from based_megatron.preflight.shapes import LocalParameter, local_parameters, stages_of_rank, vocab_rows
+from based_megatron.preflight.shapes import LocalParameter, local_parameters, stages_of_rank
 from based_megatron.train.carried import carried_bytes
 
 FP32_BYTES = 4
@@ -191,7 +191,7 @@ def _largest_phase(config: Config, pipeline_rank: int, micro_batches: int, model
     in_flight = micro_batches_in_flight(config, pipeline_rank, micro_batches)
     saved = _saved_in_flight(chunks, in_flight)
     last = chunks[-1]
-    columns = -(-vocab_rows(config) // config.parallel.tensor)
+    columns = -(-config.model.embedding_rows // config.parallel.tensor)
     embedding = columns * config.model.hidden_size * DTYPES[config.train.precision].itemsize
     holds_embedding = pipeline_rank == 0
     tied = embedding if last.logits and config.model.tie_embeddings else 0

@@ -43,7 +43,7 @@ def stage_parameters(config: Config, stage: Stage) -> Iterator[ShardSpec]:
     """The parameters of a model chunk as tensor parallel rank 0 holds them."""
     model, mixers = config.model, layer_mixers(config.model)
     D, F, size = model.hidden_size, model.ffn_hidden_size, config.parallel.tensor
-    rows = vocab_rows(config)
+    rows = config.model.embedding_rows
 
     def cut(name: str, shape: tuple[int, ...], dim: int) -> ShardSpec:
         return ShardSpec(name, shape, dim, (shape[dim],), size=size)
@@ -62,12 +62,6 @@ def stage_parameters(config: Config, stage: Stage) -> Iterator[ShardSpec]:
         yield ShardSpec("final_norm.weight", (D,), size=size)
         if not model.tie_embeddings:
             yield cut("output.weight", (rows, D), 0)
-
-
-def vocab_rows(config: Config) -> int:
-    """Rows of the embedding: the vocabulary rounded up to its multiple."""
-    multiple = config.model.vocab_multiple
-    return -(-config.model.vocab_size // multiple) * multiple
 
 
 def _is_decayed(config: Config, spec: ShardSpec) -> bool:
