@@ -4,7 +4,6 @@ Legend: B sequences, T tokens, L tokens of this rank's slice, H heads of this te
 C channels of queries, keys and values, h = taps - 1 inputs in front of the convolution.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from based_megatron.baselines import fla
-from based_megatron.baselines.heads import GatedHeadNorm
+from based_megatron.baselines.heads import GatedHeadNorm, check_widths
+from based_megatron.baselines.initial import drawn_step_bias, drawn_taps
 from based_megatron.baselines.operations.delta import delta_rule, delta_step
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
-from based_megatron.errors import ConfigError
 from based_megatron.kernels.decode import ConvState, conv_step
 from based_megatron.kernels.gated_conv import gated_conv
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
@@ -27,8 +26,6 @@ from based_megatron.parallel.linear import shard_parameter
 
 KEY_EPS = 1e-6
 """Added to the squared norm of queries and keys."""
-STEPS = (1e-3, 0.1)
-"""Range of the initial steps of the decay, drawn evenly in their logarithms."""
 RATES = (1e-4, 16.0)
 """Range of the initial rates of the decay."""
 
@@ -168,14 +165,7 @@ class DeltaRule(Mixer):
 
     @classmethod
     def check(cls, model: ModelConfig, tensor: int) -> None:
-        options, parts = cls.options(model), cls.parts(model)
-        for key, width in (("expand_k", parts[0]), ("expand_v", parts[2])):
-            wanted = model.hidden_size * getattr(options, key)
-            if width != wanted or width % model.num_heads:
-                raise ConfigError(
-                    f"{cls.name} cannot have {model.num_heads} heads in a width of {wanted:g}; change model.num_heads or "
-                    f"{cls.name}.{key}={getattr(options, key):g} in model.mixer_options"
-                )
+        check_widths(cls, model)
 
     @classmethod
     def parameter_shapes(cls, model: ModelConfig) -> dict[str, Shape]:
@@ -205,13 +195,11 @@ class DeltaRule(Mixer):
         has a say; all else as for other mixers.
         """
         if name == "conv_weight":
-            bound = shape[-1] ** -0.5
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            return drawn_taps(shape, generator)
         if name == "log_rate":
             return torch.empty(shape).uniform_(*RATES, generator=generator).log()
         if name == "step_bias":
-            steps = torch.empty(shape).uniform_(*map(math.log, STEPS), generator=generator).exp()
-            return steps + (-torch.expm1(-steps)).log()  # the inverse of softplus
+            return drawn_step_bias(shape, generator)
         return Mixer.initial(name, shape, model, generator)
 
     @staticmethod

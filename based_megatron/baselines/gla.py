@@ -1,7 +1,6 @@
 """Gated linear attention (GLA, arXiv 2312.06635): linear attention whose state decays by a gate for each key channel.
 
-Legend: B sequences, T tokens, L tokens of this rank's slice, D hidden size, H heads of this tensor parallel rank, K key dim,
-V value head dim.
+Legend: L tokens of this rank's slice, B sequences, D hidden size, H heads of this tensor parallel rank, K key dim, V value head dim.
 """
 
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from based_megatron.baselines import fla
-from based_megatron.baselines.heads import GatedHeadNorm, MatrixState
+from based_megatron.baselines.heads import DecayedAttention, check_widths
 from based_megatron.baselines.operations.vector_decay import vector_decay, vector_decay_step
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
-from based_megatron.errors import ConfigError
 from based_megatron.model.config import BasedConfig
-from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
-from based_megatron.model.mixers.base import merge_heads, split_heads
+from based_megatron.model.mixers import Mixer
+from based_megatron.model.mixers.base import split_heads
 from based_megatron.model.mixers.facts import Shape
 from based_megatron.parallel.linear import Projection, shard_parameter, sum_over_tensor_ranks
 
@@ -60,46 +58,20 @@ class LowRankDecay(nn.Module):
         return functional.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.temperature
 
 
-class GatedLinearAttention(Mixer):
-    """out_proj(norm(o) silu(gate)), S_t = diag(a_t) S_(t-1) + k_t v_t^T, o_t = q_t S_t / sqrt(K).
-
-    Heads are independent: tensor parallel ranks exchange nothing between the projections.
-    """
+class GatedLinearAttention(DecayedAttention):
+    """S_t = diag(a_t) S_(t-1) + k_t v_t^T, o_t = q_t S_t / sqrt(K)."""
 
     letter, name = "G", "gla"
     Options = GLAOptions
+    whole, one_token = staticmethod(vector_decay), staticmethod(vector_decay_step)
+    library = staticmethod(fla.vector_decay)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model, ranks = self.config.model, self.group.size()
-        parts = _parts(model)
-        self.local_parts = [size // ranks for size in parts]
-        self.qkvg = self.column(parts)
-        self.decay = LowRankDecay(self.config, self.options(model), parts[1] // ranks)
-        self.norm = GatedHeadNorm(self.config, parts[2] // model.num_heads)
-        self.out_proj = self.row(parts[2])
-        self.scale = (parts[0] // model.num_heads) ** -0.5
-
-    def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
-        q, k, v, gate, g = (part.transpose(0, 1) for part in self._projected(x))
-        run = fla.vector_decay if fla.serves(q, self.config.backend) else vector_decay
-        o_BLHV, _state = run(q, k, v, g, scale=self.scale, document_ids_BT=inputs.plan.document_ids())
-        return self.out_proj(merge_heads(self.norm(o_BLHV, gate)))[0], None
-
-    def prefill(self, x: Tensor, state: MatrixState, where: Continuation) -> Tensor:
-        q, k, v, gate, g = self._projected(x)
-        o, final = vector_decay(q, k, v, g, scale=self.scale, initial_state_BHKV=state.state_BHKV)
-        state.state_BHKV.copy_(final)
-        return self.out_proj(self.norm(o, gate).flatten(-2))[0]
-
-    def step(self, x: Tensor, state: MatrixState, where: Continuation) -> Tensor:
-        q, k, v, gate, g = self._projected(x)
-        o, final = vector_decay_step(q, k, v, g, state.state_BHKV, scale=self.scale)
-        state.state_BHKV.copy_(final)
-        return self.out_proj(self.norm(o, gate).flatten(-2))[0]
+        self.decay = LowRankDecay(self.config, self.options(self.config.model), self.local_parts[1])
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v, gate and log decays, [..., H, K or V] each. The decays read all tokens, as the fused projection does."""
+        """The decays read all tokens, as the fused projection does."""
 
         def project(projection: Projection) -> Any:
             return projection(), self.decay(projection.x_LBD)
@@ -110,17 +82,11 @@ class GatedLinearAttention(Mixer):
 
     @classmethod
     def check(cls, model: ModelConfig, tensor: int) -> None:
-        options = cls.options(model)
-        for key, width in (("expand_k", options.expand_k), ("expand_v", options.expand_v)):
-            if (model.hidden_size * width) % model.num_heads:
-                raise ConfigError(
-                    f"gla cannot have {model.num_heads} heads in a width of {model.hidden_size * width:g}; change model.num_heads or "
-                    f"gla.{key}={width:g} in model.mixer_options"
-                )
+        check_widths(cls, model)
 
     @classmethod
     def parameter_shapes(cls, model: ModelConfig) -> dict[str, Shape]:
-        D, rank, parts = model.hidden_size, cls.options(model).gate_rank, _parts(model)
+        D, rank, parts = model.hidden_size, cls.options(model).gate_rank, cls.parts(model)
         _, K, V, _ = parts
         return {
             "qkvg.weight": (sum(parts), D),
@@ -135,21 +101,14 @@ class GatedLinearAttention(Mixer):
     def tensor_dim(name: str) -> int | None:
         return None if name == "decay.down.weight" else Mixer.tensor_dim(name)
 
-    @staticmethod
-    def mixing_flops(model: ModelConfig, sequence_length_tokens: int) -> float:
+    @classmethod
+    def mixing_flops(cls, model: ModelConfig, sequence_length_tokens: int) -> float:
         """Forward operations of a token in the recurrence, for each element of the state: 1 to decay, 2 to add k v^T, 2 to read."""
-        _, K, V, _ = _parts(model)
+        _, K, V, _ = cls.parts(model)
         return 5.0 * K * V / model.num_heads
 
-    @classmethod
-    def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> MatrixState:
-        _, K, V, _ = _parts(model)
-        H = model.num_heads
-        return MatrixState.zeros(batch, H, K // H, V // H, dtype=dtype, device=device)
-
-
-def _parts(model: ModelConfig) -> tuple[int, int, int, int]:
-    """Rows of the fused q | k | v | gate weight."""
-    options = GatedLinearAttention.options(model)
-    keys, values = round(model.hidden_size * options.expand_k), round(model.hidden_size * options.expand_v)
-    return keys, keys, values, values
+    @staticmethod
+    def parts(model: ModelConfig) -> tuple[int, int, int, int]:
+        options = GatedLinearAttention.options(model)
+        keys, values = round(model.hidden_size * options.expand_k), round(model.hidden_size * options.expand_v)
+        return keys, keys, values, values

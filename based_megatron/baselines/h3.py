@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from based_megatron.baselines.initial import drawn_log_steps
 from based_megatron.baselines.operations.convolution import long_convolution
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
@@ -21,9 +22,6 @@ from based_megatron.errors import ConfigError
 from based_megatron.kernels.decode import ConvState
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.facts import SavedPiece, Shape
-
-STEPS = (1e-3, 0.1)
-"""Range of the initial steps of the state space, drawn evenly in their logarithms."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ class H3(Mixer):
         if name == "frequency":
             return (math.pi * torch.arange(shape[1])).expand(shape).clone()
         if name == "log_step":
-            return torch.empty(shape).uniform_(*map(math.log, STEPS), generator=generator)
+            return drawn_log_steps(shape, generator)
         if name in ("taps", "c_weight", "key_skip", "skip"):
             return torch.empty(shape).normal_(generator=generator)
         return Mixer.initial(name, shape, model, generator)

@@ -2,7 +2,7 @@
 
 Its state is the whole past: there is no decoding, and Fourier transforms cannot keep packed documents apart.
 
-Legend: B sequences, L tokens of this rank's slice, T tokens, D hidden size, U units of the filter's network.
+Legend: B sequences, L tokens of this rank's slice, T tokens, D hidden size, C channels, U units of the filter's network.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from based_megatron.baselines.operations.convolution import few_taps, long_convolution
+from based_megatron.baselines.operations.convolution import long_convolution
+from based_megatron.baselines.operations.short_convolution import few_taps
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
 from based_megatron.model.mixers import Mixer, MixerInputs
@@ -85,8 +86,8 @@ class Hyena(Mixer):
         self.out_proj = self.row(D, bias=True)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
-        projected = self.in_proj(x)[0].permute(1, 2, 0)
-        x2, x1, v = few_taps(projected, self.conv_weight, self.conv_bias).chunk(3, dim=1)
+        projected_BLC = self.in_proj(x)[0].transpose(0, 1)
+        x2, x1, v = few_taps(projected_BLC, self.conv_weight, self.conv_bias).mT.chunk(3, dim=1)
         u_BDL = x1 * v
         mixed = long_convolution(u_BDL, self.filter(u_BDL.shape[-1])) + self.skip[:, None] * u_BDL
         return self.out_proj((x2 * mixed).permute(2, 0, 1).to(x.dtype).contiguous())[0], None

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from based_megatron.baselines.initial import drawn_step_bias, drawn_taps
 from based_megatron.baselines.operations.short_convolution import short_convolution
-from based_megatron.baselines.state_space import StateSpaceState, drawn_step_bias, drawn_taps
+from based_megatron.baselines.state_space import StateSpaceState
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
 from based_megatron.kernels.selective_scan import selective_scan

@@ -24,6 +24,7 @@ from based_megatron.errors import ConfigError
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.base import split_heads
 from based_megatron.model.mixers.facts import Shape
+from based_megatron.model.norm import HeadNorm
 
 SMALLEST_LOG_DECAY = -math.exp(-0.5)
 """The strongest decay of a token."""
@@ -93,7 +94,7 @@ class RWKV7(Mixer):
         self.rate = LowRank(D, options.rate_rank, nn.Identity(), bias=True, dtype=dtype)
         self.gate = LowRank(D, options.gate_rank, torch.sigmoid, bias=False, dtype=dtype)
         self.k_k, self.k_a, self.r_k = (channels(D) for _ in range(3))
-        self.norm = HeadNorm(self.config.model, dtype)
+        self.norm = HeadNorm(self.config, self.heads, self.head_dim, model.norm_eps * self.head_dim)
         self.out_proj = self.row(D)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
@@ -136,7 +137,8 @@ class RWKV7(Mixer):
         """The projection back, [.., D], of outputs [.., H, V]."""
         r, k, v, *_ = operands
         bonus = (r * k * split_heads(self.r_k, self.heads)).sum(-1, keepdim=True) * v
-        return self.out_proj((self.norm(o) + bonus.flatten(-2)).to(gate.dtype) * gate)[0]
+        normed = self.norm(o.to(bonus.dtype))
+        return self.out_proj((normed + bonus).flatten(-2).to(gate.dtype) * gate)[0]
 
     @classmethod
     def check(cls, model: ModelConfig, tensor: int) -> None:
@@ -198,19 +200,3 @@ class RWKV7(Mixer):
             torch.zeros(batch, H, D // H, D // H, dtype=wide, device=device),
             torch.zeros(batch, D, dtype=dtype, device=device),
         )
-
-
-class HeadNorm(nn.Module):
-    """Layer norm of each head, computed in fp32 or wider, with a weight and a bias for every channel."""
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps = model.norm_eps * model.hidden_size / model.num_heads
-        self.weight = nn.Parameter(torch.empty(model.hidden_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(model.hidden_size, dtype=dtype))
-
-    def forward(self, x_BTHV: Tensor) -> Tensor:
-        """[.., H, V] -> [.., H V] in fp32 or wider."""
-        dtype = torch.promote_types(x_BTHV.dtype, torch.float32)
-        normed = functional.layer_norm(x_BTHV.to(dtype), x_BTHV.shape[-1:], eps=self.eps).flatten(-2)
-        return normed * self.weight.to(dtype) + self.bias.to(dtype)

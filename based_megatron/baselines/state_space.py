@@ -1,16 +1,14 @@
-"""What the Mamba mixers have in common: their decoding state, and how their steps, rates and convolutions begin.
+"""The decoding state of the Mamba mixers.
 
 Legend: B sequences, C channels of the convolution, h = taps - 1 inputs in front of it.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-STEPS = (1e-3, 0.1)
-"""Range of the initial steps, drawn evenly in their logarithms."""
+from based_megatron.kernels.decode import ConvState
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,4 @@ class StateSpaceState:
     def store(self, state: Tensor, inputs_BTC: Tensor) -> None:
         """Take over the state after some tokens, and the last of their inputs."""
         self.state.copy_(state)
-        rows = self.inputs_BhC.shape[1]
-        joined = torch.cat([self.inputs_BhC, inputs_BTC], dim=1)
-        self.inputs_BhC.copy_(joined[:, joined.shape[1] - rows :])
-
-
-def drawn_taps(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Taps U(-1 / sqrt(taps), 1 / sqrt(taps))."""
-    bound = shape[-1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def drawn_step_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Biases whose softplus, the step before the input has a say, is drawn from STEPS."""
-    steps = torch.empty(shape).uniform_(*map(math.log, STEPS), generator=generator).exp()
-    return steps + (-torch.expm1(-steps)).log()
+        ConvState(self.inputs_BhC).store(inputs_BTC)

@@ -30,12 +30,10 @@ class RMSNorm(nn.Module):
 class HeadNorm(nn.Module):
     """Layer norm of the vector of each head, with a scale and a shift of its own; heads are cut over tensor parallel ranks."""
 
-    EPS = 1e-5
-
-    def __init__(self, config: BasedConfig, heads: int, size: int) -> None:
+    def __init__(self, config: BasedConfig, heads: int, size: int, eps: float = 1e-5) -> None:
         """heads: those of this tensor parallel rank; size: numbers of a head's vector."""
         super().__init__()
-        self.heads, self.backend = heads, config.backend
+        self.heads, self.eps, self.backend = heads, eps, config.backend
         scale, shift = (
             torch.ones(heads * size, dtype=config.params_dtype),
             torch.zeros(heads * size, dtype=config.params_dtype),
@@ -45,4 +43,4 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H, F] -> its norm, alike."""
         weight_HF, bias_HF = (parameter.view(self.heads, -1) for parameter in (self.weight, self.bias))
-        return head_norm(x, weight_HF, bias_HF, self.EPS, backend=self.backend)
+        return head_norm(x, weight_HF, bias_HF, self.eps, backend=self.backend)

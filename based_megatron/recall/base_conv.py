@@ -2,7 +2,7 @@
 
 The study alone uses it (arXiv 2312.04927, section 5): the gated convolution of the product (letter c) has two projections and a silu.
 
-Legend: B sequences, L tokens, D hidden size, K taps, h = K - 1 inputs in front, S = h + L.
+Legend: B sequences, L tokens, D hidden size, K taps.
 """
 
 import math
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from based_megatron.baselines.operations.short_convolution import few_taps
 from based_megatron.config import ModelConfig
 from based_megatron.kernels.decode import ConvState
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
@@ -34,27 +34,21 @@ class BaseConv(Mixer):
         self.conv_bias = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
-        return self._mixed(x, functional.pad(x, (0, 0, 0, 0, TAPS - 1, 0)), inputs.plan.document_ids()), None
+        mixed_BLD = self._mixed(x.transpose(0, 1), document_ids_BT=inputs.plan.document_ids())
+        return mixed_BLD.transpose(0, 1), None
 
     def prefill(self, x: Tensor, state: ConvState, where: Continuation) -> Tensor:
-        x_SBD = torch.cat([state.inputs_BhD, x], dim=1).transpose(0, 1)
+        mixed_BLD = self._mixed(x, halo_BhC=state.inputs_BhD)
         state.store(x)
-        return self._mixed(x.transpose(0, 1), x_SBD).transpose(0, 1)
+        return mixed_BLD
 
     def step(self, x: Tensor, state: ConvState, where: Continuation) -> Tensor:
         return self.prefill(x[:, None], state, where)[:, 0]
 
-    def _mixed(self, x_LBD: Tensor, x_SBD: Tensor, ids_BL: Tensor | None = None) -> Tensor:
-        """The mix of L tokens, given these and the h before them; a tap sees its token's document alone."""
-        convolved_LBD: Tensor = self.conv_bias
-        for tap in range(TAPS):
-            seen = slice(tap, tap + len(x_LBD))
-            term_LBD = x_SBD[seen] * self.conv_weight[:, tap]
-            if ids_BL is not None:
-                seen_ids_BL = functional.pad(ids_BL, (TAPS - 1, 0), value=-1)[:, seen]
-                term_LBD = term_LBD * seen_ids_BL.eq(ids_BL).t()[..., None]
-            convolved_LBD = convolved_LBD + term_LBD
-        return x_LBD + convolved_LBD * self.gate(x_LBD)[0]
+    def _mixed(self, x_BLD: Tensor, **options: Tensor | None) -> Tensor:
+        """The mix of L tokens; the options are those of `few_taps`."""
+        convolved_BLD = few_taps(x_BLD, self.conv_weight, self.conv_bias, **options)
+        return x_BLD + convolved_BLD.to(x_BLD.dtype) * self.gate(x_BLD)[0]
 
     @classmethod
     def empty_state(cls, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> ConvState:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from recurrences import gradients
 
-from based_megatron.baselines.operations.convolution import few_taps, long_convolution
+from based_megatron.baselines.operations.convolution import long_convolution
+from based_megatron.baselines.operations.short_convolution import few_taps
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 13])
@@ -26,7 +27,7 @@ def test_few_taps_are_a_sum_over_pairs(tokens, taps):
     rows = [
         sum(w[:, taps - 1 - back] * u[..., t - back] for back in range(min(taps, t + 1))) + bias for t in range(tokens)
     ]
-    found, expected = few_taps(u, w, bias), torch.stack(rows, dim=-1)
+    found, expected = few_taps(u.mT, w, bias).mT, torch.stack(rows, dim=-1)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     every = (u, w, bias)
     torch.testing.assert_close(gradients((found,), every), gradients((expected,), every), rtol=1e-10, atol=1e-10)

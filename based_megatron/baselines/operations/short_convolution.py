@@ -1,4 +1,4 @@
-"""A causal depthwise convolution of a few taps with a bias, and silu of it: what the Mamba mixers do to their inputs.
+"""Causal depthwise convolutions of a few taps with a bias.
 
 Legend: B sequences, T tokens, C channels, K taps, h = K - 1 inputs in front.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def short_convolution(
+def few_taps(
     u_BTC: Tensor,
     taps_CK: Tensor,
     bias_C: Tensor,
@@ -16,14 +16,9 @@ def short_convolution(
     halo_BhC: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
 ) -> Tensor:
-    """silu(bias + sum_k taps[:, k] u_(t - (K-1) + k)) over inputs of the document of t, computed in fp32 or wider, in the dtype of u.
+    """bias + sum_k taps[:, k] u_(t - (K-1) + k) over inputs of the document of t, in fp32 or wider.
 
     halo_BhC: the inputs in front of the first, which belong to its document; none if it is None.
-
-    >>> short_convolution(torch.ones(1, 3, 1), torch.ones(1, 2), torch.zeros(1)).squeeze().tolist() == [
-    ...     functional.silu(torch.tensor(x)).item() for x in (1.0, 2.0, 2.0)
-    ... ]
-    True
     """
     T, K = u_BTC.shape[1], taps_CK.shape[1]
     dtype = torch.promote_types(u_BTC.dtype, torch.float32)
@@ -38,4 +33,15 @@ def short_convolution(
                 same = same | (document_ids_BT == document_ids_BT[:, :1]) & (torch.arange(T, device=u_BTC.device) < lag)
             term = term * same[..., None]
         total = total + term
-    return functional.silu(total).to(u_BTC.dtype)
+    return total
+
+
+def short_convolution(u_BTC: Tensor, taps_CK: Tensor, bias_C: Tensor, **options: Tensor | None) -> Tensor:
+    """silu of `few_taps`, whose options it takes, in the dtype of u: what the Mamba mixers do to their inputs.
+
+    >>> short_convolution(torch.ones(1, 3, 1), torch.ones(1, 2), torch.zeros(1)).squeeze().tolist() == [
+    ...     functional.silu(torch.tensor(x)).item() for x in (1.0, 2.0, 2.0)
+    ... ]
+    True
+    """
+    return functional.silu(few_taps(u_BTC, taps_CK, bias_C, **options)).to(u_BTC.dtype)
