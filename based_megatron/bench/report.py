@@ -136,10 +136,10 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 def facts_of(bench: Bench, command: str) -> dict[str, str]:
     """Device, versions and command of a run."""
-    versions = [f"{package} {version}" for package in PACKAGES if (version := _version(package))]
+    versions = [f"{package} {version}" for package in PACKAGES if (version := version_of(package))]
     on_gpu = bench.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(bench.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(bench.device),
         "dtype": str(bench.dtype).removeprefix("torch."),
         "backend": bench.backend,
         "python": platform.python_version(),
@@ -169,7 +169,13 @@ def _is_default(each: dataclasses.Field[Any], found: Any) -> bool:
     return each.default is not dataclasses.MISSING and bool(found == each.default)
 
 
-def _version(package: str) -> str:
+def device_name(device: torch.device) -> str:
+    """A device as tables name it, a CPU with its threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def version_of(package: str) -> str:
+    """The version of a package; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

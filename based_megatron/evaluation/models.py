@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from based_megatron.checkpoint.full import read_full
+from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.convert.exported import data_folder, is_export, read_export
 from based_megatron.convert.huggingface import hf_model
 from based_megatron.errors import CheckpointError, ConfigError
-from based_megatron.evaluation.ranks import DataRanks
 from based_megatron.evaluation.scorer import AttentionScorer, Prompt, Scorer, StateScorer
 from based_megatron.inference.engine import Engine
 from based_megatron.inference.generate import text_tokenizer
@@ -117,7 +117,7 @@ def language_model(
     topology: Topology,
     precision: Literal["fp32", "bf16"],
     batch: int,
-    ranks: DataRanks,
+    ranks: Ranks,
 ) -> LanguageModel:
     """The model on the device of the topology, over its decoding states where it has them.
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
+from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import ConfigError
 from based_megatron.parallel.environment import RankInfo
 from based_megatron.parallel.topology import join, leave
@@ -18,39 +17,26 @@ TIMEOUT_SECONDS = 4 * 3600
 """A rank that is done waits so long for the others."""
 
 
-@dataclass(frozen=True)
-class DataRanks:
-    """This rank's place. Every rank holds the whole model."""
+def deal(
+    ranks: Ranks, batches: Sequence[Sequence[int]], compute: Callable[[Sequence[int]], Sequence[T]]
+) -> dict[int, T]:
+    """Results of all batches of indices by index, on every rank (collective): batch i is computed by rank i mod P.
 
-    rank: int = 0
-    size: int = 1
-
-    def deal(self, batches: Sequence[Sequence[int]], compute: Callable[[Sequence[int]], Sequence[T]]) -> dict[int, T]:
-        """Results of all batches of indices by index, on every rank (collective): batch i is computed by rank i mod P.
-
-        Batches do not depend on the number of ranks, so that results do not either.
-        """
-        mine: dict[int, T] = {}
-        for batch in batches[self.rank :: self.size]:
-            mine |= zip(batch, compute(batch), strict=True)
-        shares = self.gather(mine)
-        return {index: result for share in shares for index, result in share.items()}
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all ranks, on every rank (collective)."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+    Batches do not depend on the number of ranks, so that results do not either.
+    """
+    mine: dict[int, T] = {}
+    for batch in batches[ranks.rank :: ranks.size]:
+        mine |= zip(batch, compute(batch), strict=True)
+    shares = ranks.together(lambda: mine)
+    return {index: result for share in shares for index, result in share.items()}
 
 
 @contextmanager
-def joined(info: RankInfo, device: torch.device) -> Iterator[DataRanks]:
-    """The ranks of this job, which leave each other at the end."""
+def joined(info: RankInfo, device: torch.device) -> Iterator[Ranks]:
+    """The ranks of this job, each with the whole model, which leave each other at the end."""
     join(info, device, TIMEOUT_SECONDS)
     try:
-        yield DataRanks(info.rank, info.world_size)
+        yield all_ranks()
     finally:
         leave()
 

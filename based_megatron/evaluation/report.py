@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from based_megatron.bench.report import plain
+from based_megatron.bench.table import table_line
 
 
 @dataclass(frozen=True)
@@ -135,5 +136,4 @@ def _score(result: TaskResult, name: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return lines + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [table_line(*head), "|" + "---|" * len(head), *(table_line(*row) for row in rows)]

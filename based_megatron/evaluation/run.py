@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from based_megatron import __version__
+from based_megatron.bench.report import device_name, version_of
+from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.evaluation.cli import EvalConfig
@@ -25,7 +26,7 @@ from based_megatron.evaluation.models import (
     read_source,
     tokenizer_of,
 )
-from based_megatron.evaluation.ranks import DataRanks, device_of, joined
+from based_megatron.evaluation.ranks import device_of, joined
 from based_megatron.evaluation.report import Report, TaskResult, summary, write
 from based_megatron.evaluation.scorer import StateScorer
 from based_megatron.evaluation.tasks import CLOZE, EXTRACTION, Task
@@ -65,7 +66,7 @@ def prepared(
     tasks: Sequence[Task],
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
-    ranks: DataRanks,
+    ranks: Ranks,
 ) -> list[Ask]:
     """The tasks with their rows (collective over the ranks)."""
     asks: list[Ask] = []
@@ -86,7 +87,7 @@ def _asked_rows(
     task: Task,
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
-    ranks: DataRanks,
+    ranks: Ranks,
 ) -> Ask:
     """A task that is not lm-eval's. All ranks take the rows of rank 0, whose files may differ from theirs; it writes them."""
     limit = config.limit or None
@@ -97,7 +98,7 @@ def _asked_rows(
         rows = rows_of_file(task.data, tokenizer, limit)
         return cut_rows(rows, contexts, tokenizer) if contexts else rows
 
-    rows = ranks.gather(make() if ranks.rank == 0 else [])[0]
+    rows = ranks.on_first(make)
     text = to_json_lines(rows)
     if ranks.rank == 0:
         file = config.output / "data" / task.name / "validation.jsonl"
@@ -137,7 +138,7 @@ def _with_costs(model: LanguageModel, ask: Ask) -> Outcome:
     result, samples = ask(model)
     costs = dataclasses.replace(
         result,
-        computed_tokens=sum(scorer.ranks.gather(scorer.computed_tokens - computed)),
+        computed_tokens=sum(scorer.ranks.together(lambda: scorer.computed_tokens - computed)),
         alone_tokens=scorer.alone_tokens - alone,
         seconds=scorer.seconds - seconds,
     )
@@ -173,10 +174,8 @@ def _facts(config: EvalConfig, model: LanguageModel, device: torch.device, comma
     facts = {
         "model": f"{config.model}: {model.model.layer_pattern}, hidden size {model.model.hidden_size}",
         "based": __version__,
-        "lm-eval": _version("lm-eval"),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "lm-eval": version_of("lm-eval"),
+        "device": device_name(device),
         "ranks": str(model.scorer.ranks.size),
         "precision": config.precision,
         "path": "decoding states, contexts read once"
@@ -185,10 +184,3 @@ def _facts(config: EvalConfig, model: LanguageModel, device: torch.device, comma
         "command": command,
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

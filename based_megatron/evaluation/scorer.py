@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
 from based_megatron.errors import ConfigError
-from based_megatron.evaluation.ranks import DataRanks, cut_in_batches
+from based_megatron.evaluation.ranks import cut_in_batches, deal
 from based_megatron.evaluation.reader import SHARED_TOKENS, Reader, Score, Tokens
 from based_megatron.inference.engine import STEPS_A_REPLAY, Engine
 
@@ -50,7 +51,7 @@ class Prompt:
 class Scorer(ABC):
     """Scores and continues rows with one model; every rank of a job calls the same methods with the same rows."""
 
-    def __init__(self, batch: int, ranks: DataRanks, longest_tokens: int | None) -> None:
+    def __init__(self, batch: int, ranks: Ranks, longest_tokens: int | None) -> None:
         """longest_tokens: rows may be no longer than this; None for a model whose state takes any length."""
         self.batch, self.ranks, self.longest_tokens = batch, ranks, longest_tokens
         self.alone_tokens = 0
@@ -82,7 +83,7 @@ class Scorer(ABC):
 
     def _deal(self, batches: Sequence[Sequence[int]], compute: Callable[[Sequence[int]], Sequence[T]]) -> dict[int, T]:
         start = time.perf_counter()
-        found = self.ranks.deal(batches, compute)
+        found = deal(self.ranks, batches, compute)
         self.seconds += time.perf_counter() - start
         return found
 
@@ -109,7 +110,7 @@ class Scorer(ABC):
 class StateScorer(Scorer):
     """A model with states of constant size: contexts are read once, and their states copied for each continuation."""
 
-    def __init__(self, engine: Engine, batch: int, ranks: DataRanks) -> None:
+    def __init__(self, engine: Engine, batch: int, ranks: Ranks) -> None:
         super().__init__(batch, ranks, longest_tokens=None)
         self.engine, self.reader = engine, Reader(engine)
         self._decoded_tokens = 0
@@ -151,7 +152,7 @@ class StateScorer(Scorer):
 class AttentionScorer(Scorer):
     """A model with full attention, which has no such state: whole rows through the Hugging Face model and its cache."""
 
-    def __init__(self, model: BasedForCausalLM, batch: int, ranks: DataRanks, trained_tokens: int | None) -> None:
+    def __init__(self, model: BasedForCausalLM, batch: int, ranks: Ranks, trained_tokens: int | None) -> None:
         """trained_tokens: length of the training sequences, where it is known."""
         super().__init__(batch, ranks, trained_tokens)
         self.model, self._computed_tokens = model, 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from based_megatron.bench.report import plain
+from based_megatron.bench.table import table_line
 from based_megatron.recall.presets import Preset
 from based_megatron.recall.published import PUBLISHED
 from based_megatron.recall.sweep import best_rate, finished, study_key
@@ -135,7 +136,7 @@ def to_markdown(study: Study) -> str:
             *(f"{point.accuracy[name]:.3f}" for name in segments),
             "" if point.published is None else f"{point.published:.3f}", " ".join(f"{rate:.2g}" for rate in point.rates),
         ])  # fmt: skip
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(table_line(*row) for row in rows)
     train = ", ".join(f"{segment.examples:,} of {segment.name}" for segment in task.train)
     facts = "\n".join(f"- {name}: {value}" for name, value in study.facts.items())
     return f"""# Recall: accuracy of MQAR over bytes of state

@@ -21,6 +21,7 @@ from based_megatron.model.mixers import layer_mixers
 from based_megatron.recall.mqar import Task
 from based_megatron.recall.presets import Preset
 from based_megatron.recall.systems import Point, state_bytes
+from based_megatron.recall.train import mean
 from based_megatron.recall.worker import Job, Setup, serve
 from based_megatron.run_folder.json_lines import append_line, read_lines
 from based_megatron.run_folder.lock import RunLock, read_owner, this_process
@@ -154,9 +155,8 @@ class Sweep:
         self._seconds[point.system] = answer["seconds"]
         best = best_rate(answer)
         shown = " ".join(f"{name} {value:.3f}" for name, value in best["accuracy"].items())
-        average = sum(best["accuracy"].values()) / len(best["accuracy"])
         print(
-            f"{self._count:3}/{self._total} {point.name:24} {average:.3f}  {answer['state_bytes']['published']:>9,} bytes  "
+            f"{self._count:3}/{self._total} {point.name:24} {mean(best['accuracy']):.3f}  {answer['state_bytes']['published']:>9,} bytes  "
             f"rate {best['rate']:.2g}  {answer['seconds']:.0f} s  ({shown})",
             flush=True,
         )
@@ -165,7 +165,7 @@ class Sweep:
 def best_rate(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """The rate with the highest mean accuracy of a finished run."""
     tested = [rate for rate in line["rates"] if rate["accuracy"]]
-    return max(tested, key=lambda rate: sum(rate["accuracy"].values()))
+    return max(tested, key=lambda rate: mean(rate["accuracy"]))
 
 
 class Worker:

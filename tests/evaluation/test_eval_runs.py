@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import loaded, ranks, write_tiny
+from tiny_model import loaded, write_tiny
 
-from based_megatron.errors import BasedError, CheckpointError, ConfigError
+from based_megatron.checkpoint.ranks import all_ranks
+from based_megatron.errors import BasedError, CheckpointError, ConfigError, DataError
 from based_megatron.evaluation.cli import EvalConfig
 from based_megatron.evaluation.models import cut_before, read_source, tokenizer_of
 from based_megatron.evaluation.run import evaluate, prepared
@@ -23,9 +24,9 @@ def evaluated(model: Path, output: Path, tasks: str, **options: Any) -> list[dic
     config = EvalConfig(model, tasks=tasks, limit=LIMIT, output=output, batch=4, **options)
     chosen = chosen_tasks(tasks.split(","), config.data, offline=True)
     language = loaded(model, batch=4)
-    asks = prepared(config, config.contexts(), chosen, language.model, language.tokenizer, ranks())
+    asks = prepared(config, config.contexts(), chosen, language.model, language.tokenizer, all_ranks())
     evaluate(asks, language, output, {"model": str(model)})
-    return json.loads((output / "eval.json").read_text())["results"] if ranks().rank == 0 else []
+    return json.loads((output / "eval.json").read_text())["results"] if all_ranks().rank == 0 else []
 
 
 def without_time(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,6 +65,20 @@ def test_two_ranks_give_the_same_results_and_files(worker_pool, alone, tiny_root
         assert (tmp_path / file).read_text() == (folder / "run" / file).read_text()
         assert len((tmp_path / file).read_text().splitlines()) == LIMIT
     assert "| phonebook |" in (tmp_path / "eval.md").read_text()
+
+
+def refusal_of(model: Path, output: Path, data: Path) -> str:
+    """What this rank says of a folder of rows."""
+    with pytest.raises(DataError) as error:
+        evaluated(model, output, "phonebook", data=data)
+    return str(error.value)
+
+
+def test_rows_that_the_first_rank_cannot_read_are_refused_on_all(worker_pool, tiny_root, tmp_path):
+    """Others do not wait for rows that never come."""
+    (tmp_path / "phonebook.jsonl").write_text("no JSON\n")
+    found = worker_pool(2).run(refusal_of, tiny_root / "run", tmp_path / "out", tmp_path)
+    assert len(found) == 2 and all("phonebook.jsonl line 1 is no JSON" in line for line in found)
 
 
 def test_rows_that_were_written_are_asked_again(alone):
@@ -109,7 +124,7 @@ def refused(root: Path, wide: Path) -> list[str]:
 
     source = read_source(config.model)
     with pytest.raises(ConfigError) as caught:
-        models.language_model(source, tokenizer_of(source, wide, wide), None, "fp32", 4, ranks())  # type: ignore[arg-type]
+        models.language_model(source, tokenizer_of(source, wide, wide), None, "fp32", 4, all_ranks())  # type: ignore[arg-type]
     messages.append(str(caught.value))
     with pytest.raises(ConfigError) as caught:
         _check_lengths(read_source(root / "full" / "run"), (1500,), read_twice=True)

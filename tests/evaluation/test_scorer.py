@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_model import VOCABULARY, attention_scorer, state_scorer
 
+from based_megatron.checkpoint.ranks import ALONE
 from based_megatron.errors import ConfigError
-from based_megatron.evaluation.ranks import DataRanks, cut_in_batches
+from based_megatron.evaluation.ranks import cut_in_batches, deal
 from based_megatron.evaluation.scorer import Prompt, Question, Scorer
 
 ROUNDING = 1e-6
@@ -124,4 +125,4 @@ def test_batches_are_as_heavy_as_allowed():
 
 
 def test_one_rank_deals_itself_everything():
-    assert DataRanks().deal([[2, 0], [1]], lambda batch: [10 * i for i in batch]) == {0: 0, 1: 10, 2: 20}
+    assert deal(ALONE, [[2, 0], [1]], lambda batch: [10 * i for i in batch]) == {0: 0, 1: 10, 2: 20}

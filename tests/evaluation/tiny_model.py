@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 
 from based_megatron.checkpoint.full import write_full
+from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.config import Config, ParallelConfig
 from based_megatron.config.schema import DataConfig, ModelConfig
 from based_megatron.convert.huggingface import export_huggingface, hf_model
 from based_megatron.convert.layout import our_shapes
 from based_megatron.data_prep.tokenizer import train_tokenizer
 from based_megatron.evaluation.models import LanguageModel, language_model, read_source, tokenizer_of, training_model
-from based_megatron.evaluation.ranks import DataRanks
 from based_megatron.evaluation.scorer import AttentionScorer, StateScorer
 from based_megatron.inference.engine import Engine
 from based_megatron.parallel.topology import build_topology
@@ -50,22 +50,18 @@ def write_tiny(root: Path, pattern: str = "cLSc") -> Path:
     return root
 
 
-def ranks() -> DataRanks:
-    return DataRanks(dist.get_rank(), dist.get_world_size())
-
-
 def state_scorer(dtype: torch.dtype = torch.float64, batch: int = 8, pattern: str = "cLSc") -> StateScorer:
     model, topology = tiny(pattern), build_topology(ParallelConfig(), rank_device(dist.get_rank()))
-    return StateScorer(Engine(training_model(weights_of(model), model, topology, dtype), 16), batch, ranks())
+    return StateScorer(Engine(training_model(weights_of(model), model, topology, dtype), 16), batch, all_ranks())
 
 
 def attention_scorer(batch: int = 8, pattern: str = "cLSc") -> AttentionScorer:
     """The Hugging Face model over whole rows: an oracle for models with states too."""
     model = tiny(pattern)
-    return AttentionScorer(hf_model(weights_of(model), model).double(), batch, ranks(), trained_tokens=128)
+    return AttentionScorer(hf_model(weights_of(model), model).double(), batch, all_ranks(), trained_tokens=128)
 
 
 def loaded(path: Path, batch: int = 8) -> LanguageModel:
     source = read_source(path)
     topology = build_topology(ParallelConfig(), rank_device(dist.get_rank()))
-    return language_model(source, tokenizer_of(source, None, path), topology, "fp32", batch, ranks())
+    return language_model(source, tokenizer_of(source, None, path), topology, "fp32", batch, all_ranks())
