@@ -33,7 +33,7 @@ import torch
 from based_megatron.checkpoint import writer
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import load_checkpoint
-from based_megatron.checkpoint.ranks import Ranks
+from based_megatron.checkpoint.ranks import Ranks, result_of
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, newest_valid
 from based_megatron.config import Config, parse_config, to_dict
@@ -80,7 +80,7 @@ class SimulatedRanks(Ranks):
             self.meeting.note(sum(len(pickle.dumps(slot)) for slot in slots), self.size)
         outcomes = list(slots)
         barrier.wait()
-        return [_result(outcome) for outcome in outcomes]
+        return [result_of(outcome) for outcome in outcomes]
 
     def on_first(self, action: Callable[[], T]) -> T:
         assert self.meeting
@@ -91,18 +91,10 @@ class SimulatedRanks(Ranks):
         barrier.wait()
         outcome = slots[0]
         barrier.wait()
-        return _result(outcome)
+        return result_of(outcome)
 
     def lowest(self, value: int) -> int:
         return min(self.together(lambda: value))
-
-
-def _result(outcome: tuple[Any, tuple[type[Exception], str] | None]) -> Any:
-    result, failure = outcome
-    if failure is not None:
-        kind, message = failure
-        raise kind(message)
-    return result
 
 
 class Watch:

@@ -13,6 +13,17 @@ from torch.distributed.checkpoint import CheckpointException
 from based_megatron.errors import BasedError, CheckpointError
 
 T = TypeVar("T")
+Outcome = tuple[Any, tuple[type[BasedError], str] | None]
+"""The result of an action, and the error that it ended with, if it did."""
+
+
+def result_of(outcome: Outcome) -> Any:
+    """The result of an action on one rank. Raises the error that it ended with there."""
+    result, failure = outcome
+    if failure is not None:
+        kind, message = failure
+        raise kind(message)
+    return result
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,7 @@ class Ranks:
             outcomes = [outcome]
         else:
             dist.all_gather_object(outcomes, outcome, group=self.group)
-        for _, failure in outcomes:
-            if failure is not None:
-                kind, message = failure
-                raise kind(message)
-        return [result for result, _ in outcomes]
+        return [result_of(outcome) for outcome in outcomes]
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result on every rank; fails everywhere if it fails there.
@@ -49,11 +56,7 @@ class Ranks:
         outcomes: list[Any] = [self._try(action) if self.rank == 0 else None]
         if self.group is not None:
             dist.broadcast_object_list(outcomes, group=self.group, group_src=0)
-        result, failure = outcomes[0]
-        if failure is not None:
-            kind, message = failure
-            raise kind(message)
-        return result
+        return result_of(outcomes[0])
 
     def lowest(self, value: int) -> int:
         """The smallest of the values of all ranks, on every rank (collective; the group must be gloo)."""
@@ -63,7 +66,7 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.group)
         return int(tensor)
 
-    def _try(self, action: Callable[[], T]) -> tuple[T | None, tuple[type[BasedError], str] | None]:
+    def _try(self, action: Callable[[], T]) -> Outcome:
         try:
             return action(), None
         except BasedError as error:

@@ -179,8 +179,8 @@ def _check_prefix(config: Config) -> None:
     ):
         if value != wanted:
             raise ConfigError(
-                f"model.prefix_tokens {prefix} shows every token a whole prefix, which {key} {value} cannot do; set "
-                f"{key}={wanted} or model.prefix_tokens=0".replace("False", "false").replace("True", "true")
+                f"model.prefix_tokens {prefix} shows every token a whole prefix, which {key} {str(value).lower()} cannot do; set "
+                f"{key}={str(wanted).lower()} or model.prefix_tokens=0"
             )
     token = config.train.prefix_mask_token
     if config.train.prefix_mask_fraction and (token >= rows or (token == 0 and rows == config.model.vocab_size)):

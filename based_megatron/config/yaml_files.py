@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from based_megatron.errors import ConfigError
-from based_megatron.run_folder.replaced import replaced
+from based_megatron.run_folder.whole_file import whole_file
 
 MOST_BYTES = 1 << 16
 MOST_BRACKETS = 20
@@ -71,5 +71,5 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 def write_yaml(values: dict[str, Any], path: Path) -> None:
     """Replace the file by these values, atomically; a copy that is cut off later is recognised. Raises OSError."""
     text = SAVED_HEADER + yaml.safe_dump(values, sort_keys=False, explicit_end=True)
-    with replaced(path, durable=True) as stream:
+    with whole_file(path, durable=True) as stream:
         stream.write(text)

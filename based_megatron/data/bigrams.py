@@ -5,7 +5,6 @@ tokens, whatever the vocabulary.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from based_megatron.data.manifest import Manifest
 from based_megatron.data.reader import Piece, SequenceReader
 from based_megatron.data.slices import bigrams_of
 from based_megatron.run_folder.files import RECALL
+from based_megatron.run_folder.whole_file import whole_file
 
 VERSION = 1
 DIGEST_BYTES = 16
@@ -85,14 +85,10 @@ def _read(path: Path, key: bytes, size: int) -> np.ndarray | None:
 def _write(path: Path, key: bytes, counts: np.ndarray) -> bool:
     """Write counts, whole or not at all. False if they cannot be written there, which costs another count, no run."""
     data = counts.astype("<i8").tobytes()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data + xxhash.xxh3_128_digest(key + data))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        with whole_file(path, durable=True, binary=True) as stream:
+            stream.write(data + xxhash.xxh3_128_digest(key + data))
     except OSError:
         return False
     return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import xxhash
 
 from based_megatron.errors import DataError
+from based_megatron.run_folder.whole_file import whole_file
 
 VERSION = 2
 READABLE = (1, VERSION)
@@ -146,12 +146,8 @@ def make_manifest(**values: Any) -> Manifest:
 
 def save_manifest(manifest: Manifest) -> None:
     """Write manifest.json into the manifest's folder, whole or not at all."""
-    temporary = manifest.folder / f"{MANIFEST_NAME}.tmp"
-    with temporary.open("w") as file:
-        json.dump(_to_json(manifest), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(manifest.folder / MANIFEST_NAME)
+    with whole_file(manifest.folder / MANIFEST_NAME, durable=True) as stream:
+        json.dump(_to_json(manifest), stream, indent=1)
 
 
 def verify(manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from based_megatron.monitor.progress import BETWEEN, Beat, Progress
-from based_megatron.run_folder.replaced import replaced
+from based_megatron.run_folder.whole_file import whole_file
 
 FLOOR_SECONDS = 120.0
 """No part of a step is a hang before, nor what comes with every step."""
@@ -77,7 +77,7 @@ def write_stuck(folder: Path, rank: int, beat: Beat, collectives: Mapping[str, i
         dict(collectives),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(stack_path(folder, rank)) as stream:
+    with whole_file(stack_path(folder, rank)) as stream:
         stream.write(json.dumps(asdict(stuck)) + "\n\n")
         stream.flush()
         faulthandler.dump_traceback(file=stream, all_threads=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from based_megatron.errors import BasedError
-from based_megatron.run_folder.replaced import replaced
+from based_megatron.run_folder.whole_file import whole_file
 
 MOST_CHARACTERS = 2000
 POLL_SECONDS = 0.2
@@ -72,7 +72,7 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
     is_final = isinstance(error, BasedError) and not error.may_pass
     failure = Failure(rank, socket.gethostname(), round(time.time(), 3), type(error).__name__, text, is_final)
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(failure_path(folder, rank)) as stream:
+    with whole_file(failure_path(folder, rank)) as stream:
         stream.write(f"{failure.line}\n\n" + "".join(traceback.format_exception(error)))
     return failure
 

@@ -161,23 +161,9 @@ def query_gradients_kernel(
     own_k_JF = load_tile(k_ptr, queries, k.stride_t, T, vector, F, PADDED_F, EVEN)
     own_v_JV = load_tile(v_ptr, queries, v.stride_t, T, columns, V, PADDED_V, EVEN)
     dq_IF = query_pairs(
-        dq_IF,
-        q_IF,
-        g_IV,
-        gz_I,
-        own_k_JF,
-        own_v_JV,
-        queries,
-        queries,
-        ids_ptr,
-        T,
-        F,
-        SQUARE,
-        HAS_IDS,
-        True,
-        EVEN,
-        PRECISION,
-    )
+        dq_IF, q_IF, g_IV, gz_I, own_k_JF, own_v_JV,
+        queries, queries, ids_ptr, T, F, SQUARE, HAS_IDS, True, EVEN, PRECISION,
+    )  # fmt: skip
     store_tile(dq_ptr, queries, dq.stride_t, T, vector, F, dq_IF)
 
 
@@ -295,25 +281,9 @@ def key_gradients_kernel(
         g_IV = load_tile(g_ptr, queries, V, T, columns, V, PADDED_V, EVEN)
         gz_I16 = load_tile(gz_ptr, queries, 4, T, columns16, 4, 16, EVEN)
         dk_JF, dv_JV = key_pairs(
-            dk_JF,
-            dv_JV,
-            k_JF,
-            v_JV,
-            ones_J16,
-            q_IF,
-            g_IV,
-            gz_I16,
-            queries,
-            keys,
-            ids_ptr,
-            T,
-            F,
-            SQUARE,
-            HAS_IDS,
-            False,
-            EVEN,
-            PRECISION,
-        )
+            dk_JF, dv_JV, k_JF, v_JV, ones_J16, q_IF, g_IV, gz_I16,
+            queries, keys, ids_ptr, T, F, SQUARE, HAS_IDS, False, EVEN, PRECISION,
+        )  # fmt: skip
 
     store_tile(dk_ptr, keys, dk.stride_t, T, vector, F, dk_JF)
     store_tile(dv_ptr, keys, dv.stride_t, T, columns, V, dv_JV)

@@ -128,41 +128,13 @@ def outputs_kernel(
         k_JF = load_tile(k_ptr, keys, k.stride_t, T, vector, F, PADDED_F, EVEN)
         v_JV = load_tile(v_ptr, keys, v.stride_t, T, columns, V, PADDED_V, EVEN)
         total_IV, z_I16 = output_pairs(
-            total_IV,
-            z_I16,
-            q_IF,
-            k_JF,
-            v_JV,
-            ones_J16,
-            queries,
-            keys,
-            ids_ptr,
-            T,
-            F,
-            SQUARE,
-            HAS_IDS,
-            False,
-            EVEN,
-            PRECISION,
-        )
+            total_IV, z_I16, q_IF, k_JF, v_JV, ones_J16,
+            queries, keys, ids_ptr, T, F, SQUARE, HAS_IDS, False, EVEN, PRECISION,
+        )  # fmt: skip
     total_IV, z_I16 = output_pairs(
-        total_IV,
-        z_I16,
-        q_IF,
-        own_k_JF,
-        own_v_JV,
-        ones_J16,
-        queries,
-        queries,
-        ids_ptr,
-        T,
-        F,
-        SQUARE,
-        HAS_IDS,
-        True,
-        EVEN,
-        PRECISION,
-    )
+        total_IV, z_I16, q_IF, own_k_JF, own_v_JV, ones_J16,
+        queries, queries, ids_ptr, T, F, SQUARE, HAS_IDS, True, EVEN, PRECISION,
+    )  # fmt: skip
 
     z_I = sum_columns(z_I16)
     if SQUARE:

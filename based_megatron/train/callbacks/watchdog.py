@@ -19,7 +19,7 @@ from based_megatron.monitor.hangs import Stuck, explain, limit_seconds, read_stu
 from based_megatron.monitor.progress import Beat
 from based_megatron.run_folder.failures import STOOD_STILL
 from based_megatron.run_folder.files import EVENTS, HEARTBEAT, STACKS
-from based_megatron.run_folder.replaced import replaced
+from based_megatron.run_folder.whole_file import whole_file
 from based_megatron.train.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Watchdog(Callback):
             "limit_seconds": math.ceil(limit + 2 * grace_seconds(limit)),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with replaced(self._run_dir / HEARTBEAT) as stream:
+        with whole_file(self._run_dir / HEARTBEAT) as stream:
             stream.write(json.dumps(content) + "\n")
 
     def _write_stacks(self, beat: Beat) -> None:
