@@ -6,13 +6,9 @@ python -m benchmarks.plot_taylor benchmarks/results/h200-taylor.json benchmarks/
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 from based_megatron.bench.bars import baseline_value
 from based_megatron.bench.keys import Baseline, Operation, Passes, Quantity
+from based_megatron.bench.pictures import svg_pyplot
 from based_megatron.bench.report import Row
 from benchmarks.render import read_report
 
@@ -22,8 +18,7 @@ HEAD_DIM = 64
 
 def main(source: Path, target: Path) -> None:
     """Forward + backward: left, batches of 16k and 32k tokens with the baselines; right, one sequence that grows."""
-    # Words as words: smaller, and the same bytes in every run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "based"})
+    pyplot = svg_pyplot()
     rows = [row for row in read_report(source).rows if is_drawn(row)]
     compared = [row for row in rows if row.baselines]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from based_megatron.bench.pictures import svg_pyplot
 from based_megatron.config import load_config
 from based_megatron.monitor.events import read_events
 from based_megatron.run_folder.files import CONFIG, EVENTS
@@ -51,12 +52,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 def draw(results: dict[str, Any], target: Path) -> None:
     """Four panels over training tokens: the two losses, gains by training count, losses by distance, and probes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "based"})
+    pyplot = svg_pyplot()
     found = results["validations"]
     tokens = [validation["tokens"] / 1e6 for validation in found]
     figure, ((losses, gains), (distances, probes)) = pyplot.subplots(2, 2, figsize=(9.5, 6.8), sharex=True)

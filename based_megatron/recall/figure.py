@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from based_megatron.bench.pictures import svg_pyplot
 from based_megatron.bench.report import plain
 from based_megatron.bench.table import table_line
 from based_megatron.recall.presets import Preset
@@ -160,13 +161,7 @@ Trained on {train} examples, up to {recipe.epochs} epochs of batches of {recipe.
 
 def draw(study: Study, path: Path) -> None:
     """Left, accuracy over bytes of state; right, accuracy by number of pairs. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # Words as words: smaller, and the same bytes in every run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "based"})
+    pyplot = svg_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained", width_ratios=(3, 2))
     systems = list(dict.fromkeys(point.system for point in study.points))
     middle = median(math.log2(point.state_bytes.published) for point in study.points)

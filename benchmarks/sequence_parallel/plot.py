@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from based_megatron.bench.keys import Passes
+from based_megatron.bench.pictures import svg_pyplot
 from benchmarks.sequence_parallel.results import Layer, Results, ScaledStep, Way
 
 STATE_RANKS = (8, 64, 512)
@@ -16,13 +17,7 @@ STATE_RANKS = (8, 64, 512)
 
 def draw(results: Results, path: Path) -> None:
     """Above, what can hide a state and what it takes; below, weak and strong scaling. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # Words as words: smaller, and the same bytes in every run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "based"})
+    pyplot = svg_pyplot()
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     one_job = [step for step in results.modelled.steps if step.gpus == step.ranks]
     _covers(panels[0][0], results)
