@@ -139,8 +139,10 @@ def _kind(name: str) -> str:
     """A class of files: tensors and shards are many, all others have their names."""
     if name.endswith(".distcp"):
         return "tensors of the checkpoint"
-    # What is written whole has another name before: `.NAME.new`, with more behind it.
-    return "shards of the corpus" if name.endswith(".tar") else re.sub(r"^\.(.*)\.new.*", r"\1", Path(name).name)
+    # What is written whole has another name before: `.NAME.new` with more behind it, or `.NAME.PID.new`.
+    return (
+        "shards of the corpus" if name.endswith(".tar") else re.sub(r"^\.(.*?)(\.\d+)?\.new.*", r"\1", Path(name).name)
+    )
 
 
 def _read_bytes() -> int:
