@@ -87,12 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def config_of(case: Case) -> Config:
     """A preset with micro batches of these sizes, one a step."""
-    config = load_config(case.preset)
-    sizes = {"micro_batch_sequences": case.sequences, "global_batch_sequences": case.sequences}
+    config, sequences = load_config(case.preset), case.sequences
     return replace(
         config,
         data=replace(config.data, sequence_length_tokens=case.tokens, isolate_documents=False),
-        train=replace(config.train, **sizes),
+        train=replace(config.train, micro_batch_sequences=sequences, global_batch_sequences=sequences),
     )
 
 
