@@ -124,15 +124,12 @@ def language_model(
             f"the tokenizer has {len(tokenizer)} entries, the model {source.model.vocab_size}: "
             f"set --tokenizer to that of the training data"
         )
-    if source.model.prefix_tokens:
-        raise ConfigError(
-            f"the model shows every token the first {source.model.prefix_tokens} (model.prefix_tokens), so that a row cannot be read in "
-            f"pieces or scored where its prefix is; evaluate a model with model.prefix_tokens=0"
-        )
     dtype = DTYPES[precision]
     scorer: Scorer
     if has_states(source.model):
-        engine = Engine(training_model(source.weights, source.model, topology, dtype), PIECE_TOKENS)
+        engine = Engine(
+            training_model(source.weights, source.model, topology, dtype), max(PIECE_TOKENS, source.model.prefix_tokens)
+        )
         scorer = StateScorer(engine, batch, ranks)
     else:
         model: Any = hf_model(source.weights, source.model)
