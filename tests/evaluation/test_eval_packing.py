@@ -44,7 +44,7 @@ def scored(pattern: str) -> dict[str, Any]:
     alone = [reader.score([row])[0] for row in rows]
     contexts = [Question(row.context, (row.continuation,)) for row in rows]
     states = [score for (score,) in scorer._score_states(contexts)]
-    best = [Pair(rows[1].context, (token,)) for token in range(VOCABULARY)]
+    best = [Pair(rows[0].context, (token,)) for token in range(VOCABULARY)]
     return {
         "found": found,
         "alone": alone,
