@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,7 +59,7 @@ def adamw(
         square_N,
         master_N if weight_N is None else weight_N,
         master_N if scale is None else scale,
-        master_N if is_good is None else is_good,
+        master_N if is_good is None else is_good.view(torch.uint8),
         master_N.numel(),
         1 - numbers.lr * numbers.weight_decay,
         numbers.beta1,
