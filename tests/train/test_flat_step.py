@@ -66,7 +66,8 @@ def checked_steps(parallel: ParallelConfig, gradients: dict[str, Tensor]) -> dic
     worst: dict[str, float] = {}
 
     def note(what: str, found: Tensor, wanted: Tensor) -> None:
-        error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-12))
+        found, wanted = found.cpu().double(), wanted.cpu().double()
+        error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
         worst[what] = max(worst.get(what, 0.0), error)
 
     for number in range(STEPS):
