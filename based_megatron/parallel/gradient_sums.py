@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from based_megatron.kernels.column_sum import column_sum
+from based_megatron.kernels.layout import unit_last_stride
+
 
 class GradientSum:
     """The sum of one parameter's gradients over the micro batches of a step. The first one overwrites what is there."""
@@ -32,10 +35,8 @@ class GradientSum:
 
     def add_rows(self, dy_TO: Tensor) -> None:
         """Add the gradient of a bias, the sum of dy over tokens."""
-        if self.is_empty:
-            torch.sum(dy_TO, 0, dtype=self.values.dtype, out=self.values)
-        else:
-            self.values.add_(dy_TO.sum(0, dtype=self.values.dtype))
+        backend = "triton" if dy_TO.is_cuda else "reference"
+        column_sum(unit_last_stride(dy_TO), self.values, adds=not self.is_empty, backend=backend)
         self._added()
 
     def add_product(self, dy_TO: Tensor, x_TD: Tensor) -> None:
