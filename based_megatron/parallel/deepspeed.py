@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from based_megatron.config import OptimizerConfig, ParallelConfig
 from based_megatron.parallel.flat_step import FlatGroup, FlatStep
-from based_megatron.parallel.gradient_sums import gradient, keep_sum
+from based_megatron.parallel.gradient_sums import GradientSum, gradient, keep_sum
 from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.megatron import megatron_runs
@@ -215,7 +215,8 @@ class FlatEngine(ZeroEngine):
         zero = engine.optimizer
         for hook in zero._grad_acc_hooks:
             hook.remove()
-        groups, sums = [], []
+        groups: list[FlatGroup] = []
+        sums: list[GradientSum] = []
         for number, master in enumerate(zero.fp32_groups_flat_partition):
             weights, gradients = zero.bf16_groups_flat[number], zero.fp32_groups_gradients_flat[number]
             first = dist.get_rank(zero.dp_process_group) * master.numel()
