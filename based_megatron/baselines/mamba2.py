@@ -175,7 +175,7 @@ class Mamba2(Mixer):
 
     @staticmethod
     def initial(name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Initial values, fp32: rates U(1, 16), steps of 0.001 to 0.1, taps and biases as PyTorch's, skips and norm 1; all else as usual."""
+        """Initial values, fp32: rates U(1, 16), steps of 0.001 to 0.1, taps, biases as PyTorch's, skips and norm 1; all else as usual."""
         if name.endswith("_taps"):
             return drawn_taps(shape, generator)
         if name in ("x_bias", "bc_bias"):
