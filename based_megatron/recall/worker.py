@@ -40,10 +40,10 @@ class Setup:
     backend: str
     threads: int
     """Threads of PyTorch in a worker on a CPU, and of the compiler of layers on a GPU."""
-    compiled: bool
-    """Whether a GPU runs layers in plain PyTorch through torch.compile."""
     deadline: float | None
     """Time at which runs are given up, in seconds since the epoch; None: never."""
+    compiled: bool = True
+    """Whether a GPU trains layers in plain PyTorch through torch.compile."""
 
 
 class Trainer:

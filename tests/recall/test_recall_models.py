@@ -30,6 +30,11 @@ def with_pattern(pattern: str) -> ModelConfig:
     return dataclasses.replace(MODEL, layer_pattern=pattern)
 
 
+def with_baselines(pattern: str) -> ModelConfig:
+    modules = f"{BASE_CONV},{BASELINES}"
+    return dataclasses.replace(MODEL, layer_pattern=pattern, mixers=modules, mixer_options=("mamba2.head_dim=16",))
+
+
 def losses_and_gradients(kind: Any, pattern: str) -> tuple[list[Tensor], list[Tensor]]:
     """Loss and gradients with logits at queries, and with logits everywhere and labels that are mostly NO_LABEL."""
     topology = topology_of()
@@ -134,7 +139,7 @@ def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
     """Losses and gradients of two lengths and two models by both forms, and the frames that were compiled."""
     from torch._dynamo.utils import counters
 
-    topology, settings = topology_of(), dataclasses.replace(with_pattern(pattern), mixers=f"{BASE_CONV},{BASELINES}")
+    topology, settings = topology_of(), with_baselines(pattern)
     found: tuple[list[Tensor], list[Tensor]] = [], []
     torch.compiler.reset()
     counters.clear()
@@ -265,7 +270,7 @@ def test_replayed_steps_are_those_that_are_launched(pattern, monkeypatch):
         (torch.cuda.graph_pool_handle(), True),
     ):
         model = RecallModel(
-            dataclasses.replace(with_pattern(pattern), mixers=f"{BASE_CONV},{BASELINES}"),
+            with_baselines(pattern),
             topology,
             backend="auto",
             seed=0,
