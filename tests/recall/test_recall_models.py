@@ -31,8 +31,8 @@ def with_pattern(pattern: str) -> ModelConfig:
 
 
 def with_baselines(pattern: str) -> ModelConfig:
-    modules = f"{BASE_CONV},{BASELINES}"
-    return dataclasses.replace(MODEL, layer_pattern=pattern, mixers=modules, mixer_options=("mamba2.head_dim=16",))
+    modules, options = f"{BASE_CONV},{BASELINES}", ("mamba2.head_dim=16",) if "N" in pattern else ()
+    return dataclasses.replace(MODEL, layer_pattern=pattern, mixers=modules, mixer_options=options)
 
 
 def losses_and_gradients(kind: Any, pattern: str) -> tuple[list[Tensor], list[Tensor]]:
