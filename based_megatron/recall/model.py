@@ -56,12 +56,16 @@ class RecallModel(nn.Module):
         backend: str,
         seed: int,
         block: Block = "plain",
-        compiled: bool = False,
+        compiled_examples: int = 0,
     ) -> None:
-        """backend: as in `train.backend`. compiled: train layers without kernels of the product, plain PyTorch, by torch.compile."""
+        """backend: as in `train.backend`.
+
+        compiled_examples: batches of so many examples train layers without kernels of the product, plain PyTorch, through
+        torch.compile; others, such as the last of an epoch, are not worth it.
+        """
         super().__init__()
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.settings, self.block = model, block
+        self.settings, self.block, self.compiled_examples = model, block, compiled_examples
         with megatron_runs():
             resolved = resolve_backend(backend, topology.device)
             shared = based_config(model, ParallelConfig(), dtype=torch.float32, backend=resolved, recompute="none")
@@ -80,8 +84,8 @@ class RecallModel(nn.Module):
         self._initialize(model, seed)
         self.to(topology.device)
         # Static shapes: a graph for each length, in which every loop over chunks is unrolled.
-        fused = torch.compile(layer, dynamic=False) if compiled else layer
-        self._training_layers = [layer if isinstance(mixer, PRODUCT_MIXERS) else fused for mixer in mixers]
+        fused = torch.compile(layer, dynamic=False) if compiled_examples else layer
+        self._fused_layers = [layer if isinstance(mixer, PRODUCT_MIXERS) else fused for mixer in mixers]
 
     @torch.no_grad()
     def _initialize(self, model: ModelConfig, seed: int) -> None:
@@ -109,7 +113,8 @@ class RecallModel(nn.Module):
         tables_TR = rotation(self.settings, tokens_BT.shape[1], tokens_BT.device)
         rotating = MixerInputs(plan, tables_TR)
         still = MixerInputs(plan, (torch.ones_like(tables_TR[0]), torch.zeros_like(tables_TR[1])))
-        layers = self._training_layers if self.training else [layer] * len(self.mixers)
+        is_fused = self.training and len(tokens_BT) == self.compiled_examples
+        layers = self._fused_layers if is_fused else [layer] * len(self.mixers)
         for run, norm, mixer, after in zip(layers, self.norms, self.mixers, self.residual_norms, strict=True):
             inputs = still if isinstance(mixer, SoftmaxAttention) else rotating
             residual_TBD = run(residual_TBD, norm, mixer, after, inputs)

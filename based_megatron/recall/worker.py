@@ -90,7 +90,14 @@ class Trainer:
         if point.product:
             return ProductModel(point.model, self.topology, backend=backend, seed=seed)
         compiled = self.setup.compiled and self.device.type == "cuda"
-        return RecallModel(point.model, self.topology, backend=backend, seed=seed, block=point.block, compiled=compiled)
+        return RecallModel(
+            point.model,
+            self.topology,
+            backend=backend,
+            seed=seed,
+            block=point.block,
+            compiled_examples=self.setup.preset.recipe.batch_examples if compiled else 0,
+        )
 
     def _check_time(self) -> None:
         if self.setup.deadline is not None and time.time() > self.setup.deadline:
