@@ -136,7 +136,7 @@ def test_mamba_starts_as_in_its_authors_code(worker_pool):
 
 
 def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
-    """Losses and gradients of two lengths and two models by both forms, and the frames that were compiled."""
+    """Losses and gradients of two models by both forms, at two lengths and in a batch that is not full, and the graphs compiled."""
     from torch._dynamo.utils import counters
 
     topology, settings = topology_of(), with_baselines(pattern)
@@ -147,11 +147,11 @@ def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for seed in (0, 1):
-        for some, compiled in zip(found, (True, False), strict=True):
-            model = RecallModel(settings, topology, backend="reference", seed=seed, compiled=compiled)
-            for length in (16, 24):
+        for some, examples in zip(found, (3, 0), strict=True):
+            model = RecallModel(settings, topology, backend="reference", seed=seed, compiled_examples=examples)
+            for rows, length in ((3, 16), (3, 24), (2, 24)):
                 torch.manual_seed(seed)
-                tokens = torch.randint(0, 64, (3, length)).to(topology.device)
+                tokens = torch.randint(0, 64, (rows, length)).to(topology.device)
                 logits = model(tokens, tokens[:, :4] % length)
                 some += [logits.detach(), *torch.autograd.grad(query_loss(logits, tokens[:, :4]), model.parameters())]
     monkeypatch.undo()
@@ -164,7 +164,7 @@ def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
     "pattern", ["bE", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bD", "bG", "bR", "bW", "bV", "NN"))]
 )
 def test_compiled_layers_are_the_plain_ones(worker_pool, pattern):
-    """Each length and mixer is compiled once, whole, for models of all rates."""
+    """Each length and mixer is compiled once, whole, for models of all rates and full batches alone."""
     ((compiled, plain, graphs),) = worker_pool(1).run(compiled_and_plain, pattern)
     for found, expected in zip(compiled, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -264,17 +264,13 @@ def test_replayed_steps_are_those_that_are_launched(pattern, monkeypatch):
     data = Data(SHORT, topology.device)
     found = []
     monkeypatch.setattr("based_megatron.recall.model.EMBEDDING_DROPOUT", 0.0)
-    for pool, compiled in (
-        (None, False),
-        (torch.cuda.graph_pool_handle(), False),
-        (torch.cuda.graph_pool_handle(), True),
-    ):
+    for pool, examples in ((None, 0), (torch.cuda.graph_pool_handle(), 0), (torch.cuda.graph_pool_handle(), 100)):
         model = RecallModel(
             with_baselines(pattern),
             topology,
             backend="auto",
             seed=0,
-            compiled=compiled,
+            compiled_examples=examples,
         )
         run = Run(model, 1e-2, Recipe(rates=(1e-2,), epochs=2), 20, 0, pool)
         losses = []
