@@ -89,7 +89,7 @@ class RecallModel(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, model: ModelConfig, seed: int) -> None:
-        """The embedding N(0, init_std^2); mixers as their classes say, from a stream for each parameter."""
+        """The embedding N(0, init_std^2); mixers as their classes or the block say, from a stream for each parameter."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} embedding".encode()))
         self.embedding.weight.copy_(
             torch.empty(self.embedding.weight.shape).normal_(0, model.init_std, generator=generator)
@@ -97,13 +97,12 @@ class RecallModel(nn.Module):
         for i, (mixer, cls) in enumerate(zip(self.mixers, layer_mixers(model), strict=True)):
             for name, parameter in mixer.named_parameters():
                 generator.manual_seed(zlib.crc32(f"{seed} {i} {name}".encode()))
-                if self.block == "mamba" and name.endswith("weight") and parameter.ndim == 2:
-                    values = drawn_taps(tuple(parameter.shape), generator)
-                    if name == "out_proj.weight":
-                        values /= len(self.mixers) ** 0.5
+                shape, is_matrix = tuple(parameter.shape), name.endswith("weight") and parameter.ndim == 2
+                if self.block == "mamba" and is_matrix:
+                    spread = len(self.mixers) ** 0.5 if name == "out_proj.weight" else 1.0
+                    parameter.copy_(drawn_taps(shape, generator) / spread)
                 else:
-                    values = cls.initial(name, tuple(parameter.shape), model, generator)
-                parameter.copy_(values)
+                    parameter.copy_(cls.initial(name, shape, model, generator))
 
     def forward(self, tokens_BT: Tensor, positions_BK: Tensor) -> Tensor:
         """Logits [B, K, U] at the positions."""
