@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import Topology
 from based_megatron.recall.model import ProductModel, RecallModel
 from based_megatron.recall.mqar import NO_LABEL, TINY, Data, Segment, Task, draw
+from based_megatron.recall.progress import Progress
 from based_megatron.recall.systems import BASE_CONV, BASELINES
-from based_megatron.recall.train import Recipe, Run, Stage, query_loss, race
+from based_megatron.recall.train import OutOfTime, Recipe, Run, Stage, query_loss, race
 from support.layouts import topology_of
 
 MODEL = ModelConfig(
@@ -234,6 +236,44 @@ def test_training_stops_when_the_tests_are_solved(worker_pool):
         worker_pool(1).run(raced, Recipe(rates=(1e-2,), epochs=2, target=target))[0] for target in (-1.0, 1.0)
     )
     assert (solved.epochs, unsolved.epochs) == (1, 2)
+
+
+@dataclasses.dataclass
+class Stopped:
+    """Stops a race after so many steps."""
+
+    steps: int
+
+    def check_time(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise OutOfTime
+
+
+def raced_in_pieces(folder: Path, steps: int) -> tuple[list[Any], list[Any], int]:
+    """Results of a race that goes on, of one that stops again and again, and the pieces that this one took."""
+    topology = topology_of()
+    data = Data(SHORT, topology.device)
+    recipe = Recipe(rates=(1e-3, 1e-2, 3e-2), epochs=3, stages=(Stage(1, 2), Stage(2, 1)), batch_examples=128)
+
+    def whole(**options: Any) -> list[Any]:
+        return race(
+            lambda: RecallModel(with_pattern("bb"), topology, backend="reference", seed=0), data, recipe, 0, **options
+        )
+
+    for pieces in range(1, 20):
+        try:
+            found = whole(check_time=Stopped(steps).check_time, saver=Progress(folder, "key"))
+            return whole(), found, pieces
+        except OutOfTime:
+            continue
+    raise AssertionError("it never ends")
+
+
+def test_a_race_in_pieces_ends_as_one_that_goes_on(worker_pool, tmp_path):
+    """Three rates: 6 epochs of 8 steps in all. Pieces of 12 steps end in the middle of every other epoch, which is done again."""
+    ((expected, found, pieces),) = worker_pool(1).run(raced_in_pieces, tmp_path, 12)
+    assert found == expected and pieces == 6
 
 
 def tiny_race(pattern: str) -> list[Any]:
