@@ -35,7 +35,8 @@ def measure(point: Point, form: str, topology: Topology, timed_steps: int) -> di
     preset, device = PRESETS["figure"], topology.device
     torch.set_float32_matmul_precision("highest" if form == "fp32" else "high")
     torch.cuda.reset_peak_memory_stats()
-    model = RecallModel(point.model, topology, backend="auto", seed=0, block=point.block, compiled=form == "compiled")
+    examples = preset.recipe.batch_examples if form == "compiled" else 0
+    model = RecallModel(point.model, topology, backend="auto", seed=0, block=point.block, compiled_examples=examples)
     run = Run(model, RATE, preset.recipe, 10_000, 0, torch.cuda.graph_pool_handle())
     found: dict[str, Any] = {
         "system": point.system,

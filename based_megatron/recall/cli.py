@@ -31,7 +31,7 @@ class RecallConfig:
     output: Path = Path("runs/recall")
     """Folder of the results."""
     minutes: Annotated[float, Range(at_least=0)] = 0.0
-    """Stop after so many minutes; the next start goes on. 0: run to the end."""
+    """Stop after so many minutes; the next start goes on, runs in the middle after their last epoch. 0: run to the end."""
     workers: Annotated[int, Range(at_least=0, at_most=256)] = 0
     """Processes that train at the same time. 0: as many as cores on a CPU, 4 on each GPU."""
     seeds: Annotated[int, Range(at_least=1)] = 1
@@ -44,7 +44,7 @@ class RecallConfig:
     """Draw new training examples in every epoch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on: auto takes a GPU if there is one."""
-    compile: bool = True
+    compile: bool = False
     """On a GPU, train layers that are plain PyTorch through torch.compile: the elementwise chains of a layer become a few kernels."""
     backend: Literal["auto", "reference", "triton"] = "auto"
     """Kernels of the product's mixers: auto takes triton on a GPU, else the PyTorch references."""

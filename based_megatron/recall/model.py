@@ -56,12 +56,16 @@ class RecallModel(nn.Module):
         backend: str,
         seed: int,
         block: Block = "plain",
-        compiled: bool = False,
+        compiled_examples: int = 0,
     ) -> None:
-        """backend: as in `train.backend`. compiled: train layers without kernels of the product, plain PyTorch, by torch.compile."""
+        """backend: as in `train.backend`.
+
+        compiled_examples: batches of so many examples train layers without kernels of the product, plain PyTorch, through
+        torch.compile; others, such as the last of an epoch, are not worth it.
+        """
         super().__init__()
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.settings, self.block = model, block
+        self.settings, self.block, self.compiled_examples = model, block, compiled_examples
         with megatron_runs():
             resolved = resolve_backend(backend, topology.device)
             shared = based_config(model, ParallelConfig(), dtype=torch.float32, backend=resolved, recompute="none")
@@ -80,12 +84,12 @@ class RecallModel(nn.Module):
         self._initialize(model, seed)
         self.to(topology.device)
         # Static shapes: a graph for each length, in which every loop over chunks is unrolled.
-        fused = torch.compile(layer, dynamic=False) if compiled else layer
-        self._training_layers = [layer if isinstance(mixer, PRODUCT_MIXERS) else fused for mixer in mixers]
+        fused = torch.compile(layer, dynamic=False) if compiled_examples else layer
+        self._fused_layers = [layer if isinstance(mixer, PRODUCT_MIXERS) else fused for mixer in mixers]
 
     @torch.no_grad()
     def _initialize(self, model: ModelConfig, seed: int) -> None:
-        """The embedding N(0, init_std^2); mixers as their classes say, from a stream for each parameter."""
+        """The embedding N(0, init_std^2); mixers as their classes or the block say, from a stream for each parameter."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} embedding".encode()))
         self.embedding.weight.copy_(
             torch.empty(self.embedding.weight.shape).normal_(0, model.init_std, generator=generator)
@@ -93,13 +97,12 @@ class RecallModel(nn.Module):
         for i, (mixer, cls) in enumerate(zip(self.mixers, layer_mixers(model), strict=True)):
             for name, parameter in mixer.named_parameters():
                 generator.manual_seed(zlib.crc32(f"{seed} {i} {name}".encode()))
-                if self.block == "mamba" and name.endswith("weight") and parameter.ndim == 2:
-                    values = drawn_taps(tuple(parameter.shape), generator)
-                    if name == "out_proj.weight":
-                        values /= len(self.mixers) ** 0.5
+                shape, is_matrix = tuple(parameter.shape), name.endswith("weight") and parameter.ndim == 2
+                if self.block == "mamba" and is_matrix:
+                    spread = len(self.mixers) ** 0.5 if name == "out_proj.weight" else 1.0
+                    parameter.copy_(drawn_taps(shape, generator) / spread)
                 else:
-                    values = cls.initial(name, tuple(parameter.shape), model, generator)
-                parameter.copy_(values)
+                    parameter.copy_(cls.initial(name, shape, model, generator))
 
     def forward(self, tokens_BT: Tensor, positions_BK: Tensor) -> Tensor:
         """Logits [B, K, U] at the positions."""
@@ -109,7 +112,8 @@ class RecallModel(nn.Module):
         tables_TR = rotation(self.settings, tokens_BT.shape[1], tokens_BT.device)
         rotating = MixerInputs(plan, tables_TR)
         still = MixerInputs(plan, (torch.ones_like(tables_TR[0]), torch.zeros_like(tables_TR[1])))
-        layers = self._training_layers if self.training else [layer] * len(self.mixers)
+        is_fused = self.training and len(tokens_BT) == self.compiled_examples
+        layers = self._fused_layers if is_fused else [layer] * len(self.mixers)
         for run, norm, mixer, after in zip(layers, self.norms, self.mixers, self.residual_norms, strict=True):
             inputs = still if isinstance(mixer, SoftmaxAttention) else rotating
             residual_TBD = run(residual_TBD, norm, mixer, after, inputs)

@@ -13,7 +13,7 @@ from based_megatron.kernels.backend import resolve_backend
 from based_megatron.recall.cli import RecallConfig
 from based_megatron.recall.figure import write
 from based_megatron.recall.presets import FAITHFUL_EPOCHS, PRESETS, Preset
-from based_megatron.recall.sweep import Setup, Sweep, check, jobs_of, locked
+from based_megatron.recall.sweep import UNFINISHED, Setup, Sweep, check, jobs_of, locked
 from based_megatron.recall.systems import SYSTEMS, Point, in_order_of_interest, outside_points, pattern_points
 
 WORKERS_OF_A_GPU = 4
@@ -31,7 +31,9 @@ def study(config: RecallConfig, command: str) -> int:
     devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) if device == "cuda" else ("cpu",)
     workers = config.workers or (WORKERS_OF_A_GPU * len(devices) if device == "cuda" else cores)
     deadline = time.time() + 60 * config.minutes if config.minutes else None
-    setup = Setup(preset, devices, config.backend, max(1, cores // workers), deadline, config.compile)
+    setup = Setup(
+        preset, devices, config.backend, max(1, cores // workers), deadline, config.compile, config.output / UNFINISHED
+    )
     with locked(config.output):
         sweep = Sweep(config.output, setup, workers, jobs_of(points, preset, config.seeds))
         try:

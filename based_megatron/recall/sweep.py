@@ -1,11 +1,13 @@
 """A sweep over points of the study: worker processes train them, and every finished run is a line of a file.
 
 A run is one point with one seed, at all rates. What is in the file is not run again, so that a sweep which was killed goes on with the
-next start. A run that fails or takes its worker down is reported, costs no other run, and is tried again by the next start.
+next start, and first with the runs that it was in the middle of, after their last epoch. A run that fails or takes its worker down is
+reported, costs no other run, and is tried again by the next start.
 """
 
 import hashlib
 import json
+import math
 import multiprocessing
 import time
 from collections import Counter
@@ -20,13 +22,14 @@ from based_megatron.errors import ConfigError
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.recall.mqar import Task
 from based_megatron.recall.presets import Preset
+from based_megatron.recall.progress import Progress
 from based_megatron.recall.systems import Point, state_bytes
 from based_megatron.recall.train import mean
 from based_megatron.recall.worker import Job, Setup, serve
 from based_megatron.run_folder.json_lines import append_line, read_lines
 from based_megatron.run_folder.lock import RunLock, read_owner, this_process
 
-RESULTS = "results.jsonl"
+RESULTS, UNFINISHED = "results.jsonl", "unfinished"
 LOCK_SECONDS = 60
 POLL_SECONDS = 1.0
 PRELOAD = ["based_megatron.recall.worker"]
@@ -95,8 +98,8 @@ class Sweep:
     def run(self) -> None:
         """Run what is not in the folder's results yet."""
         done = finished(self.folder)
-        self._seconds = {line["system"]: line["seconds"] for line in done.values()}
         waiting = [job for job in self.jobs if job.key not in done]
+        waiting.sort(key=lambda job: not self._progress(job).is_begun)
         self._count, self._total = len(self.jobs) - len(waiting), len(self.jobs)
         # What workers import may ask for the GPU, and a process that has done so cannot be forked.
         on_cpu = all(device == "cpu" for device in self.setup.devices)
@@ -129,9 +132,12 @@ class Sweep:
         return min(self.setup.devices, key=lambda device: taken[device])
 
     def _next(self, waiting: Sequence[Job]) -> Job | None:
-        """The first job that is likely to end in time, as others of its system have taken it."""
-        left = (self.setup.deadline or float("inf")) - time.time()
-        return next((job for job in waiting if max(0.0, self._seconds.get(job.point.system, 0.0)) < left), None)
+        """The first job, as long as there is time: what it does not end is kept for the next start."""
+        is_over = time.time() > (self.setup.deadline or math.inf)
+        return None if is_over or not waiting else waiting[0]
+
+    def _progress(self, job: Job) -> Progress:
+        return Progress(self.folder / UNFINISHED, job.key)
 
     def _take(self, worker: "Worker") -> None:
         job, answer = worker.answer()
@@ -152,7 +158,7 @@ class Sweep:
             self.failures.append(f"{point.name} seed {job.seed}: {answer['failed']}")
             print(f"{point.name:24} seed {job.seed}: FAILED: {answer['failed']}", flush=True)
             return
-        self._seconds[point.system] = answer["seconds"]
+        self._progress(job).remove()
         best = best_rate(answer)
         shown = " ".join(f"{name} {value:.3f}" for name, value in best["accuracy"].items())
         print(

@@ -7,10 +7,11 @@ Legend: B examples, T tokens, K queries, U vocabulary.
 """
 
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,28 @@ class RateResult:
         return mean(self.accuracy) if self.accuracy else -1.0
 
 
+@dataclass(frozen=True)
+class EpochResult:
+    """What became of one epoch at one rate."""
+
+    loss: float
+    """Mean loss of its last part, in nats a query; infinite if the run has diverged."""
+    accuracy: Mapping[str, float] | None
+    """Accuracy by segment of the tests; None where it was not tested."""
+    seconds: float
+    cpu_seconds: float
+
+
+class Saver(Protocol):
+    """Keeps runs that are not finished."""
+
+    def save(self, run: "Run") -> None:
+        """Keep a run as it is after an epoch."""
+
+    def restore(self, run: "Run") -> None:
+        """Bring a new run to where it was kept last, if it was."""
+
+
 class OutOfTime(Exception):
     """The time of a sweep is over in the middle of a run."""
 
@@ -82,29 +105,40 @@ def mean(accuracy: Mapping[str, float]) -> float:
 
 
 def race(
-    build: Callable[[], nn.Module], data: Data, recipe: Recipe, seed: int, check_time: Callable[[], None] = lambda: None
+    build: Callable[[], nn.Module],
+    data: Data,
+    recipe: Recipe,
+    seed: int,
+    check_time: Callable[[], None] = lambda: None,
+    saver: Saver | None = None,
 ) -> list[RateResult]:
     """Train one model at all rates of the recipe; returns what became of each, in order of rates.
 
     build: a new model, always with the same weights. check_time: called before every step, raises OutOfTime when there is no more.
+    saver: has what an earlier call of the same race has learned before it ran out of time; the results are the same as without.
     """
     total = recipe.epochs * data.batches_per_epoch(recipe.batch_examples)
     graph_pool = torch.cuda.graph_pool_handle() if data.device.type == "cuda" else None
     running = [Run(build(), rate, recipe, total, seed, graph_pool) for rate in recipe.rates]
+    if saver:
+        for run in running:
+            saver.restore(run)
     results: dict[float, RateResult] = {}
     last = Stage(recipe.epochs, len(running))
     begin = 0
     for stage in (*recipe.stages, last):
         for run in running:
             for epoch in range(begin, stage.until_epoch):
-                batches = data.batches(epoch, recipe.batch_examples, seed, ordered=recipe.ordered)
-                run.train(batches, epoch, check_time)
-                if stage is last and ((epoch + 1) % recipe.test_every_epochs == 0 or epoch + 1 == recipe.epochs):
-                    results[run.rate] = run.result(epoch + 1, run.test(data.test))
-                    if results[run.rate].mean_accuracy > recipe.target:
-                        break
+                if epoch == len(run.history):
+                    is_tested = (epoch + 1) % recipe.test_every_epochs == 0 or epoch + 1 == recipe.epochs
+                    run.epoch(data, stage is last and is_tested, check_time)
+                    if saver:
+                        saver.save(run)
+                found = run.history[epoch]
+                results[run.rate] = RateResult(run.rate, epoch + 1, found.loss, found.accuracy)
+                if results[run.rate].mean_accuracy > recipe.target:
+                    break
         if stage is not last:
-            results |= {run.rate: run.result(stage.until_epoch) for run in running}
             running = sorted(running, key=lambda run: results[run.rate].loss)[: stage.rates_left]
         begin = stage.until_epoch
     return [results[rate] for rate in recipe.rates]
@@ -127,8 +161,36 @@ class Run:
         )
         self.steps = 0
         self.losses: list[Tensor] = []
-        """Losses of the last epoch's steps, on the device: nobody waits for them before a stage ends."""
+        """Losses of the last epoch's steps, on the device: nobody waits for them before an epoch ends."""
+        self.history: list[EpochResult] = []
         self._step = self._update if graph_pool is None else GraphedSteps(self._update, graph_pool)
+
+    def epoch(self, data: Data, is_tested: bool, check_time: Callable[[], None] = lambda: None) -> None:
+        """The next epoch, and the tests after it if they are wanted."""
+        epoch, start, cpu_start = len(self.history), time.perf_counter(), time.process_time()
+        batches = data.batches(epoch, self.recipe.batch_examples, self.seed, ordered=self.recipe.ordered)
+        self.train(batches, epoch, check_time)
+        accuracy = self.test(data.test) if is_tested else None
+        loss = self._judged_loss()
+        taken = (time.perf_counter() - start, time.process_time() - cpu_start)
+        self.history.append(EpochResult(loss, accuracy, *taken))
+
+    def state(self) -> dict[str, Any]:
+        """What the next epoch starts from, besides the history."""
+        parameters = [parameter.detach() for parameter in self.parameters]
+        return {"parameters": parameters, "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    @torch.no_grad()
+    def load_state(
+        self, history: list[EpochResult], parameters: list[Tensor], optimizer: dict[str, Any], steps: int
+    ) -> None:
+        """Go on from the state of another run of the same model and rate."""
+        for own, saved in zip(self.parameters, parameters, strict=True):
+            own.copy_(saved)
+        self.optimizer.load_state_dict(optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # the tensor that graphs read, not the saved one
+        self.history, self.steps = history, steps
 
     def train(self, batches: Iterable[Examples], epoch: int, check_time: Callable[[], None] = lambda: None) -> None:
         """One epoch."""
@@ -141,11 +203,11 @@ class Run:
             self.losses.append(self._step(batch).clone())
             self.steps += 1
 
-    def result(self, epochs: int, accuracy: Mapping[str, float] | None = None) -> RateResult:
-        """The run as it is now. Its loss is infinite if it has diverged: it then comes last."""
+    def _judged_loss(self) -> float:
+        """Mean loss of the last part of an epoch, by which rates are compared; infinite if it is not finite: the run then comes last."""
         judged = self.losses[-math.ceil(JUDGED_SHARE * len(self.losses)) :]
         loss = float(torch.stack(judged).mean())
-        return RateResult(self.rate, epochs, loss if math.isfinite(loss) else math.inf, accuracy)
+        return loss if math.isfinite(loss) else math.inf
 
     @torch.no_grad()
     def test(self, sets: Sequence[Examples]) -> dict[str, float]:

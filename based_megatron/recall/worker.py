@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from based_megatron.process import end_with
 from based_megatron.recall.model import ProductModel, RecallModel, prepare_for_gpu
 from based_megatron.recall.mqar import Data
 from based_megatron.recall.presets import Preset
+from based_megatron.recall.progress import Progress
 from based_megatron.recall.systems import Point, state_bytes
 from based_megatron.recall.train import OutOfTime, race
 
@@ -42,8 +44,10 @@ class Setup:
     """Threads of PyTorch in a worker on a CPU, and of the compiler of layers on a GPU."""
     deadline: float | None
     """Time at which runs are given up, in seconds since the epoch; None: never."""
-    compiled: bool = True
+    compiled: bool = False
     """Whether a GPU trains layers in plain PyTorch through torch.compile."""
+    unfinished: Path | None = None
+    """Folder of runs that are not finished, with which the next start goes on; None: they start again."""
 
 
 class Trainer:
@@ -70,7 +74,9 @@ class Trainer:
             parameters = sum(parameter.numel() for parameter in model.parameters())
             return model
 
-        rates = race(build, self.data, preset.recipe, job.seed, self._check_time)
+        progress = Progress(self.setup.unfinished, job.key) if self.setup.unfinished else None
+        rates = race(build, self.data, preset.recipe, job.seed, self._check_time, progress)
+        before, cpu_before = (progress.seconds, progress.cpu_seconds) if progress else (0.0, 0.0)
         if self.device.type == "cuda":
             # Graphs hold memory until the models that they are of are gone, and what is compiled is of these models alone.
             torch.compiler.reset()
@@ -80,8 +86,8 @@ class Trainer:
             "state_bytes": asdict(state_bytes(point.model, preset.task.longest_tokens)),
             "parameters": parameters,
             "rates": [asdict(rate) for rate in rates],
-            "seconds": round(time.perf_counter() - start, 1),
-            "cpu_seconds": round(time.process_time() - cpu_start, 1),
+            "seconds": round(before + time.perf_counter() - start, 1),
+            "cpu_seconds": round(cpu_before + time.process_time() - cpu_start, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
         }
 
@@ -90,7 +96,14 @@ class Trainer:
         if point.product:
             return ProductModel(point.model, self.topology, backend=backend, seed=seed)
         compiled = self.setup.compiled and self.device.type == "cuda"
-        return RecallModel(point.model, self.topology, backend=backend, seed=seed, block=point.block, compiled=compiled)
+        return RecallModel(
+            point.model,
+            self.topology,
+            backend=backend,
+            seed=seed,
+            block=point.block,
+            compiled_examples=self.setup.preset.recipe.batch_examples if compiled else 0,
+        )
 
     def _check_time(self) -> None:
         if self.setup.deadline is not None and time.time() > self.setup.deadline:

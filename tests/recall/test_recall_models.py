@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import Topology
 from based_megatron.recall.model import ProductModel, RecallModel
 from based_megatron.recall.mqar import NO_LABEL, TINY, Data, Segment, Task, draw
+from based_megatron.recall.progress import Progress
 from based_megatron.recall.systems import BASE_CONV, BASELINES
-from based_megatron.recall.train import Recipe, Run, Stage, query_loss, race
+from based_megatron.recall.train import OutOfTime, Recipe, Run, Stage, query_loss, race
 from support.layouts import topology_of
 
 MODEL = ModelConfig(
@@ -31,8 +33,8 @@ def with_pattern(pattern: str) -> ModelConfig:
 
 
 def with_baselines(pattern: str) -> ModelConfig:
-    modules = f"{BASE_CONV},{BASELINES}"
-    return dataclasses.replace(MODEL, layer_pattern=pattern, mixers=modules, mixer_options=("mamba2.head_dim=16",))
+    modules, options = f"{BASE_CONV},{BASELINES}", ("mamba2.head_dim=16",) if "N" in pattern else ()
+    return dataclasses.replace(MODEL, layer_pattern=pattern, mixers=modules, mixer_options=options)
 
 
 def losses_and_gradients(kind: Any, pattern: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -136,7 +138,7 @@ def test_mamba_starts_as_in_its_authors_code(worker_pool):
 
 
 def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
-    """Losses and gradients of two lengths and two models by both forms, and the frames that were compiled."""
+    """Losses and gradients of two models by both forms, at two lengths and in a batch that is not full, and the graphs compiled."""
     from torch._dynamo.utils import counters
 
     topology, settings = topology_of(), with_baselines(pattern)
@@ -147,11 +149,11 @@ def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for seed in (0, 1):
-        for some, compiled in zip(found, (True, False), strict=True):
-            model = RecallModel(settings, topology, backend="reference", seed=seed, compiled=compiled)
-            for length in (16, 24):
+        for some, examples in zip(found, (3, 0), strict=True):
+            model = RecallModel(settings, topology, backend="reference", seed=seed, compiled_examples=examples)
+            for rows, length in ((3, 16), (3, 24), (2, 24)):
                 torch.manual_seed(seed)
-                tokens = torch.randint(0, 64, (3, length)).to(topology.device)
+                tokens = torch.randint(0, 64, (rows, length)).to(topology.device)
                 logits = model(tokens, tokens[:, :4] % length)
                 some += [logits.detach(), *torch.autograd.grad(query_loss(logits, tokens[:, :4]), model.parameters())]
     monkeypatch.undo()
@@ -164,7 +166,7 @@ def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
     "pattern", ["bE", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bD", "bG", "bR", "bW", "bV", "NN"))]
 )
 def test_compiled_layers_are_the_plain_ones(worker_pool, pattern):
-    """Each length and mixer is compiled once, whole, for models of all rates."""
+    """Each length and mixer is compiled once, whole, for models of all rates and full batches alone."""
     ((compiled, plain, graphs),) = worker_pool(1).run(compiled_and_plain, pattern)
     for found, expected in zip(compiled, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -236,6 +238,44 @@ def test_training_stops_when_the_tests_are_solved(worker_pool):
     assert (solved.epochs, unsolved.epochs) == (1, 2)
 
 
+@dataclasses.dataclass
+class Stopped:
+    """Stops a race after so many steps."""
+
+    steps: int
+
+    def check_time(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise OutOfTime
+
+
+def raced_in_pieces(folder: Path, steps: int) -> tuple[list[Any], list[Any], int]:
+    """Results of a race that goes on, of one that stops again and again, and the pieces that this one took."""
+    topology = topology_of()
+    data = Data(SHORT, topology.device)
+    recipe = Recipe(rates=(1e-3, 1e-2, 3e-2), epochs=3, stages=(Stage(1, 2), Stage(2, 1)), batch_examples=128)
+
+    def whole(**options: Any) -> list[Any]:
+        return race(
+            lambda: RecallModel(with_pattern("bb"), topology, backend="reference", seed=0), data, recipe, 0, **options
+        )
+
+    for pieces in range(1, 20):
+        try:
+            found = whole(check_time=Stopped(steps).check_time, saver=Progress(folder, "key"))
+            return whole(), found, pieces
+        except OutOfTime:
+            continue
+    raise AssertionError("it never ends")
+
+
+def test_a_race_in_pieces_ends_as_one_that_goes_on(worker_pool, tmp_path):
+    """Three rates: 6 epochs of 8 steps in all. Pieces of 12 steps end in the middle of every other epoch, which is done again."""
+    ((expected, found, pieces),) = worker_pool(1).run(raced_in_pieces, tmp_path, 12)
+    assert found == expected and pieces == 6
+
+
 def tiny_race(pattern: str) -> list[Any]:
     from based_megatron.recall.presets import PRESETS
     from based_megatron.recall.systems import SYSTEMS
@@ -264,17 +304,13 @@ def test_replayed_steps_are_those_that_are_launched(pattern, monkeypatch):
     data = Data(SHORT, topology.device)
     found = []
     monkeypatch.setattr("based_megatron.recall.model.EMBEDDING_DROPOUT", 0.0)
-    for pool, compiled in (
-        (None, False),
-        (torch.cuda.graph_pool_handle(), False),
-        (torch.cuda.graph_pool_handle(), True),
-    ):
+    for pool, examples in ((None, 0), (torch.cuda.graph_pool_handle(), 0), (torch.cuda.graph_pool_handle(), 100)):
         model = RecallModel(
             with_baselines(pattern),
             topology,
             backend="auto",
             seed=0,
-            compiled=compiled,
+            compiled_examples=examples,
         )
         run = Run(model, 1e-2, Recipe(rates=(1e-2,), epochs=2), 20, 0, pool)
         losses = []

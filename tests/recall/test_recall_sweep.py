@@ -18,7 +18,7 @@ from based_megatron.recall import sweep as module
 from based_megatron.recall.cli import RecallConfig
 from based_megatron.recall.presets import PRESETS, Preset
 from based_megatron.recall.study import _preset
-from based_megatron.recall.sweep import Sweep, finished, jobs_of, locked
+from based_megatron.recall.sweep import UNFINISHED, Sweep, finished, jobs_of, locked
 from based_megatron.recall.systems import SYSTEMS
 from based_megatron.recall.worker import Setup, Trainer
 
@@ -166,14 +166,21 @@ def test_a_run_that_failed_is_tried_again_and_others_are_not(fake_sweep, tmp_pat
     assert FakeWorker.given == ["based-d32-f2"] * 2 and len(finished(tmp_path)) == 12
 
 
-def test_a_run_that_cannot_end_in_time_is_left_for_the_next_start(fake_sweep):
-    """Based takes 900 s, of which 100 are left after the first run; one of a window is given up in the middle."""
-    FakeWorker.answers |= {"based-d32-f8": result(900.0), "window-d32-w8": None}
-    sweep = fake_sweep(deadline=time.time() + 100, workers=1)
+def test_a_run_in_the_middle_goes_first_and_leaves_nothing_behind(fake_sweep, tmp_path):
+    """Runs of one point are given up in the middle. That of another had been, is begun with, and its state goes when it has a result."""
+    FakeWorker.answers |= {"window-d32-w8": None}
+    sweep = fake_sweep(workers=1)
+    begun, given_up = (
+        next(job for job in sweep.jobs if job.point.name == name) for name in ("based-d32-f2", "window-d32-w8")
+    )
+    (tmp_path / UNFINISHED).mkdir()
+    states = [tmp_path / UNFINISHED / f"{job.key}-0.01.pt" for job in (begun, given_up)]
+    for path in states:
+        path.touch()
     sweep.run()
-    assert [name for name in FakeWorker.given if "based" in name] == ["based-d32-f8"]
-    assert FakeWorker.given.count("window-d32-w8") == 2
-    assert sweep.unfinished == 5 + 2 and not sweep.failures
+    assert sorted(FakeWorker.given[:2]) == ["based-d32-f2", "window-d32-w8"]
+    assert sweep.unfinished == 2 and not sweep.failures
+    assert [path.exists() for path in states] == [False, True]
 
 
 def test_workers_are_shared_out_over_devices(fake_sweep):
