@@ -14,11 +14,11 @@ from torch.nn import functional
 from based_megatron.baselines import fla
 from based_megatron.baselines.initial import drawn_step_bias, drawn_taps
 from based_megatron.baselines.operations.scalar_decay import scalar_decay, scalar_decay_step
-from based_megatron.baselines.operations.short_convolution import short_convolution
 from based_megatron.baselines.state_space import StateSpaceState
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
 from based_megatron.errors import ConfigError
+from based_megatron.kernels.gated_conv import silu_conv
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.base import split_heads
 from based_megatron.model.mixers.facts import Shape
@@ -83,21 +83,21 @@ class Mamba2(Mixer):
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         z, u, steps = (part.transpose(0, 1) for part in self._projected(x))
         ids = inputs.plan.document_ids()
-        v, b, c = self._convolved(u, document_ids_BT=ids)
+        v, b, c = self._convolved(u, key_document_ids_BS=ids)
         run = fla.scalar_decay if fla.serves(v, self.config.backend) else scalar_decay
         o, _state = run(*self._inputs(v, b, c, steps), document_ids_BT=ids)
         return self.out_proj(self._gated(o, v, z).transpose(0, 1).contiguous())[0], None
 
     def prefill(self, x: Tensor, state: StateSpaceState, where: Continuation) -> Tensor:
         z, u, steps = self._projected(x)
-        v, b, c = self._convolved(u, halo_BhC=state.inputs_BhC)
+        v, b, c = self._convolved(u, halo_BhD=state.inputs_BhC)
         o, final = scalar_decay(*self._inputs(v, b, c, steps), initial_state_BHKV=state.state)
         state.store(final, u)
         return self.out_proj(self._gated(o, v, z))[0]
 
     def step(self, x: Tensor, state: StateSpaceState, where: Continuation) -> Tensor:
         z, u, steps = self._projected(x)
-        v, b, c = (part[:, 0] for part in self._convolved(u[:, None], halo_BhC=state.inputs_BhC))
+        v, b, c = (part[:, 0] for part in self._convolved(u[:, None], halo_BhD=state.inputs_BhC))
         o, final = scalar_decay_step(*self._inputs(v, b, c, steps), state.state)
         state.store(final, u[:, None])
         return self.out_proj(self._gated(o, v, z))[0]
@@ -115,9 +115,8 @@ class Mamba2(Mixer):
     def _convolved(self, u_BTC: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, E], B and C [B, T, N] each."""
         taps, bias = torch.cat([self.x_taps, self.bc_taps]), torch.cat([self.x_bias, self.bc_bias])
-        v, b, c = short_convolution(u_BTC, taps, bias, **options).split(
-            [self.local_parts[0], self.states, self.states], dim=-1
-        )
+        convolved_BTC = silu_conv(u_BTC, taps, bias, backend=self.config.backend, **options)
+        v, b, c = convolved_BTC.split([self.local_parts[0], self.states, self.states], dim=-1)
         return v, b, c
 
     def _inputs(self, v: Tensor, b: Tensor, c: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
