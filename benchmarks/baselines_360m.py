@@ -22,6 +22,8 @@ from based_megatron.run_folder.files import EVENTS
 from based_megatron.run_folder.history import read_history
 
 PRESETS = ("based-360m", "transformer-360m", "mamba-360m", "retnet-360m", "rwkv-360m", "hyena-360m")
+RECOMPUTED = ("retnet-360m", "rwkv-360m", "hyena-360m")
+"""Models whose mixers are plain PyTorch: what they save of 16 sequences is more than a GPU of 80 GB has."""
 SHOWN_EVERY_STEPS = 50
 WARMUP_STEPS = 10
 """Steps at the start whose times do not count: kernels are compiled in them."""
@@ -35,6 +37,7 @@ def arguments_of(preset: str, data: str, run_dir: Path, steps: int, sequences: i
         "train.steps": steps,
         "train.micro-batch-sequences": sequences,
         "train.global-batch-sequences": sequences,
+        "train.recompute": "mixer" if preset in RECOMPUTED else "none",
         "validation.interval-steps": 0,
         "checkpoint.interval-steps": 0,
         "monitor.log-interval-steps": WARMUP_STEPS,
@@ -71,9 +74,10 @@ def row_of(preset: str, run_dir: Path, sequences: int) -> dict[str, Any]:
         "preset": preset,
         "parameters": next(event["parameters"] for event in events if event["event"] == "start"),
         "sequences": sequences,
+        "recompute": "mixer" if preset in RECOMPUTED else "none",
         "steps": max(losses, default=0),
         "tokens_per_second": median(line["tokens_per_second"] for line in lines) if lines else None,
-        "peak_gib": max((line.get("peak_gib", 0.0) for line in lines), default=None),
+        "peak_gib": max((line.get("memory/peak_gib", 0.0) for line in lines), default=None),
         "losses": {step: loss for step, loss in losses.items() if step == 1 or step % SHOWN_EVERY_STEPS == 0},
         "versions": read_history(run_dir)[-1].versions,
     }
@@ -95,7 +99,8 @@ def cells(row: dict[str, Any], steps: Sequence[int]) -> list[str]:
     if "failed" in row:
         return [row["preset"], row["failed"], *[""] * (2 + len(steps))]
     losses = {int(step): f"{loss:.3f}" for step, loss in row["losses"].items()}
-    numbers = [f"{row['parameters'] / 1e6:.0f} M", f"{row['tokens_per_second'] or 0:,.0f}", f"{row['peak_gib'] or 0:.1f}"]
+    rate, peak = row["tokens_per_second"] or 0, row["peak_gib"] or 0
+    numbers = [f"{row['parameters'] / 1e6:.0f} M", f"{rate:,.0f}", f"{peak:.1f}"]
     return [row["preset"], *numbers, *(losses.get(step, "") for step in steps)]
 
 

@@ -76,7 +76,10 @@ def decay_of(step, rate2, ids, b, t, T, HAS_IDS: tl.constexpr):
 
 @triton.jit
 def folded(x, lanes, BIT: tl.constexpr):
-    """Half the rows of a tile whose columns are the threads of a warp: the lower half plus that of lane ^ BIT, in lanes with this bit the upper."""
+    """Half the rows of a tile whose columns are the threads of a warp, each added to that of thread lane ^ BIT.
+
+    Threads without the bit take the lower half, those with it the upper.
+    """
     halves = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1]))
     low, high = tl.split(tl.permute(halves, (1, 2, 0)))
     is_upper = (lanes & BIT) != 0
@@ -210,7 +213,8 @@ def backward_kernel(
                 dh += c_t * dread
                 products = tl.permute(tl.join(dh * (step * x_t), states[i + 1] * dread), (2, 0, 1))
                 sums = sums_of_rows(tl.reshape(products, (2 * PADDED_N, TILE_CHANNELS)), own)
-                tl.store(dbc_ptr + (program * T + t) * 2 * PADDED_N + rows, sums, mask=rows < tl.where(t < T, 2 * PADDED_N, 0))
+                sums_ptr = dbc_ptr + (program * T + t) * 2 * PADDED_N + rows
+                tl.store(sums_ptr, sums, mask=rows < tl.where(t < T, 2 * PADDED_N, 0))
                 dh_b = tl.sum(dh * b_t, axis=0)[None, :]
                 store_row(dx, row, t, T, channels, C, step * dh_b + skip * dread)
                 dh = decays[i] * dh
