@@ -23,8 +23,9 @@ TILE_CHANNELS = 32
 CHUNK_TOKENS = 64
 """Tokens between saved states."""
 FORWARD_GROUP_TOKENS = 8
-BACKWARD_GROUP_TOKENS = 4
-"""Tokens that are loaded together. Backward has the states and decays of a group in registers."""
+"""Tokens that are loaded together."""
+BACKWARD_GROUP_STATES = 64
+"""Backward has the states of a group of tokens in registers, so many of a thread, and as many decays."""
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -63,7 +64,7 @@ class SelectiveScan(torch.autograd.Function):
         x_BTC, raw_step_BTC, rate_CN, b_BTN, c_BTN, gate_BTC, step_bias_C, skip_C, ids_BT, saved = ctx.saved_tensors
         (B, T, C), N, S = x_BTC.shape, rate_CN.shape[1], saved.shape[2]
         tiles = saved.shape[1]
-        noted = saved.new_empty(B, tiles, CHUNK_TOKENS // BACKWARD_GROUP_TOKENS, *_tile(N))
+        noted = saved.new_empty(B, tiles, CHUNK_TOKENS // _backward_group_tokens(N), *_tile(N))
         drate_BCN, dinitial_BCN = saved.new_empty(2, B, C, N)
         # Sums over the channels or the tokens of each program, added up below in a fixed order.
         dbc, (dbias_BC, dskip_BC) = saved.new_empty(B, tiles, T, 2, _padded(N)), saved.new_empty(2, B, C)
@@ -73,7 +74,7 @@ class SelectiveScan(torch.autograd.Function):
             operand(gate_BTC), step_bias_C, skip_C, ids_operand(ids_BT, x_BTC),
             operand(unit_last_stride(dy_BTC)), dfinal_BCN.contiguous(), saved, noted,
             operand(dx_BTC), operand(draw_BTC), drate_BCN, dbc, operand(dgate_BTC), dbias_BC, dskip_BC, dinitial_BCN,
-            T, C, S, **_constants(N, ids_BT, BACKWARD_GROUP_TOKENS),
+            T, C, S, **_constants(N, ids_BT, _backward_group_tokens(N)),
         )  # fmt: skip
         db_BTN, dc_BTN = dbc.sum(1)[..., :N].unbind(2)
         return (
@@ -118,6 +119,10 @@ def _for_all(x_BTN: Tensor) -> Operand:
 def _padded(N: int) -> int:
     """Places for the states of a channel; two for each thread at least, for those of b and c are summed together."""
     return max(triton.next_power_of_2(N), TILE_CHANNELS // 2)
+
+
+def _backward_group_tokens(N: int) -> int:
+    return max(1, BACKWARD_GROUP_STATES // _padded(N))
 
 
 def _tile(N: int) -> tuple[int, int]:
