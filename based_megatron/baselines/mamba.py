@@ -62,7 +62,8 @@ class Mamba(Mixer):
         self.out_proj = self.row(E)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
-        u, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)
+        # Cut before they are transposed: their gradients are then joined in the order that the projection has in memory.
+        u, z = (part.transpose(0, 1) for part in self.in_proj(x)[0].chunk(2, dim=-1))
         mixed, _state = self._mix(u, z, document_ids_BT=inputs.plan.document_ids())
         return self.out_proj(mixed.transpose(0, 1).contiguous())[0], None
 
@@ -87,11 +88,13 @@ class Mamba(Mixer):
             key_document_ids_BS=document_ids_BT,
             backend=self.config.backend,
         )
-        low, b, c = self.x_proj(x_BTE).split([self.rank, self.states, self.states], dim=-1)
+        # In training tokens are outermost in memory: so projections find their rows in place.
+        low, b, c = self.x_proj(x_BTE.transpose(0, 1)).split([self.rank, self.states, self.states], dim=-1)
+        raw_step, b, c = (part.transpose(0, 1) for part in (self.step_proj(low), b, c))
         wide = torch.promote_types(x_BTE.dtype, torch.float32)
         return selective_scan(
             x_BTE,
-            self.step_proj(low),
+            raw_step,
             -self.log_rate.to(wide).exp(),
             b,
             c,
