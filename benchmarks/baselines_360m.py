@@ -17,9 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from based_megatron.monitor.events import each_step, read_events
 from based_megatron.run_folder.files import EVENTS
-from based_megatron.run_folder.history import read_history
+from based_megatron.run_folder.history import versions
 
 PRESETS = ("based-360m", "transformer-360m", "mamba-360m", "retnet-360m", "rwkv-360m", "hyena-360m")
 RECOMPUTED = ("retnet-360m", "rwkv-360m", "hyena-360m")
@@ -79,7 +81,6 @@ def row_of(preset: str, run_dir: Path, sequences: int) -> dict[str, Any]:
         "tokens_per_second": median(line["tokens_per_second"] for line in lines) if lines else None,
         "peak_gib": max((line.get("memory/peak_gib", 0.0) for line in lines), default=None),
         "losses": {step: loss for step, loss in losses.items() if step == 1 or step % SHOWN_EVERY_STEPS == 0},
-        "versions": read_history(run_dir)[-1].versions,
     }
 
 
@@ -118,13 +119,15 @@ def main(argv: Sequence[str]) -> None:
     commands.add_parser("render").add_argument("path", type=Path)
     chosen = parser.parse_args(argv)
     if chosen.command == "render":
-        chosen.path.with_suffix(".md").write_text(to_markdown(json.loads(chosen.path.read_text())))
+        chosen.path.with_suffix(".md").write_text(to_markdown(json.loads(chosen.path.read_text())["rows"]))
         return
     rows: list[dict[str, Any]] = []
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    results = {"device": device, "versions": versions(), "rows": rows}
     for preset in chosen.presets:
         rows.append(train(preset, chosen.data, chosen.steps, chosen.sequences, chosen.seconds))
         print(json.dumps(rows[-1]), flush=True)
-        chosen.output.write_text(json.dumps(rows, indent=1) + "\n")
+        chosen.output.write_text(json.dumps(results, indent=1) + "\n")
     print(to_markdown(rows), flush=True)
 
 
