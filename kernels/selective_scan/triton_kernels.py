@@ -4,8 +4,7 @@
 Legend: B batch, T tokens, C channels, N states of a channel, S saved states of a row, one before each chunk.
 
 A thread has the N states of one channel in registers and walks over the tokens. It loads a group of tokens at a time, so that loads
-overlap; forward also stores after a group, for no load passes a store. b and c, which all channels share, come in fp32, for every
-thread reads all of them.
+overlap. b and c, which all channels share, come in fp32, for every thread reads all of them.
 
 Backward goes over the groups of a chunk twice: forward, to note the state before each, and from the last to the first. There it
 computes the states of a group again and, with g_t = y_t + skip x_t, a_t = exp(step_t rate), or 0 where a document begins, and dh from
@@ -130,7 +129,6 @@ def forward_kernel(
                 xs = xs + (load_row(x, row, first + i, T, channels, C),)
                 raws = raws + (load_row(raw, row, first + i, T, channels, C),)
                 gates = gates + (load_row(gate, row, first + i, T, channels, C),)
-            ys = ()
             for i in tl.static_range(GROUP_TOKENS):
                 t = first + i
                 x_t, z_t = xs[i].to(tl.float32), gates[i].to(tl.float32)
@@ -138,9 +136,7 @@ def forward_kernel(
                 decay = decay_of(step, rate2, ids, row, t, T, HAS_IDS)
                 h = decay * h + (step * x_t) * load_states(b, row, t, n, N)
                 read = tl.sum(h * load_states(c, row, t, n, N), axis=0)[None, :]
-                ys = ys + ((read + skip * x_t) * z_t * tl.sigmoid(z_t),)
-            for i in tl.static_range(GROUP_TOKENS):
-                store_row(y, row, first + i, T, channels, C, ys[i])
+                store_row(y, row, t, T, channels, C, (read + skip * x_t) * z_t * tl.sigmoid(z_t))
     tl.store(final_ptr + (row * C + channels) * N + n, h, mask=inside)
 
 
