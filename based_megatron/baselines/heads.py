@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from based_megatron.baselines import fla
+from based_megatron.baselines.slices import state_before
 from based_megatron.config import ModelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.config import BasedConfig
@@ -57,9 +58,11 @@ class GatedHeadNorm(nn.Module):
 class DecayedAttention(Mixer):
     """out_proj(norm(o) silu(gate)), where o is linear attention with a state that decays: what RetNet and GLA have in common.
 
-    Heads are independent: tensor parallel ranks exchange nothing between the projections.
+    Heads are independent: tensor parallel ranks exchange nothing between the projections. Of a slice, the operation starts from the
+    state before it.
     """
 
+    slices = True
     whole: Operation
     """The operation over sequences."""
     one_token: Operation
@@ -79,8 +82,15 @@ class DecayedAttention(Mixer):
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         parts = tuple(part.transpose(0, 1) for part in self._projected(x))
         q, k, v, gate, g = self._positioned(parts, inputs.rotary)
-        run = self.library if fla.serves(q, self.config.backend) else self.whole
-        o_BLHV, _state = run(q, k, v, g, scale=self.scale, document_ids_BT=inputs.plan.document_ids())
+        options = {"scale": self.scale, "document_ids_BT": inputs.plan.document_ids()}
+        if not inputs.plan.is_whole:
+            decays = g if g.ndim == k.ndim else g[..., None]
+            before = state_before(k, v, decays, inputs.plan)
+            o_BLHV, _state = self.whole(q, k, v, g, initial_state_BHKV=before, **options)
+        elif fla.serves(q, self.config.backend):
+            o_BLHV, _state = self.library(q, k, v, g, **options)
+        else:
+            o_BLHV, _state = self.whole(q, k, v, g, **options)
         return self.out_proj(merge_heads(self.norm(o_BLHV, gate)))[0], None
 
     def prefill(self, x: Tensor, state: MatrixState, where: Continuation) -> Tensor:

@@ -9,13 +9,12 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from based_megatron.baselines.initial import drawn_step_bias, drawn_taps
-from based_megatron.baselines.operations.short_convolution import short_convolution
 from based_megatron.baselines.state_space import StateSpaceState
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
+from based_megatron.kernels.gated_conv import silu_conv
 from based_megatron.kernels.selective_scan import selective_scan
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.facts import Shape
@@ -63,7 +62,8 @@ class Mamba(Mixer):
         self.out_proj = self.row(E)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
-        u, z = self.in_proj(x)[0].transpose(0, 1).chunk(2, dim=-1)
+        # Cut before they are transposed: their gradients are then joined in the order that the projection has in memory.
+        u, z = (part.transpose(0, 1) for part in self.in_proj(x)[0].chunk(2, dim=-1))
         mixed, _state = self._mix(u, z, document_ids_BT=inputs.plan.document_ids())
         return self.out_proj(mixed.transpose(0, 1).contiguous())[0], None
 
@@ -80,27 +80,31 @@ class Mamba(Mixer):
         self, u: Tensor, z: Tensor, before: StateSpaceState | None = None, document_ids_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(y silu(z) [B, T, E], the state after the last token), from the inputs u of the convolution and what was before them."""
-        x_BTE = short_convolution(
+        x_BTE = silu_conv(
             u,
             self.taps,
             self.taps_bias,
-            halo_BhC=None if before is None else before.inputs_BhC,
-            document_ids_BT=document_ids_BT,
+            halo_BhD=None if before is None else before.inputs_BhC,
+            key_document_ids_BS=document_ids_BT,
+            backend=self.config.backend,
         )
-        low, b, c = self.x_proj(x_BTE).split([self.rank, self.states, self.states], dim=-1)
+        # In training tokens are outermost in memory: so projections find their rows in place.
+        low, b, c = self.x_proj(x_BTE.transpose(0, 1)).split([self.rank, self.states, self.states], dim=-1)
+        raw_step, b, c = (part.transpose(0, 1) for part in (self.step_proj(low), b, c))
         wide = torch.promote_types(x_BTE.dtype, torch.float32)
-        steps = functional.softplus(self.step_proj(low).to(wide) + self.step_bias.to(wide))
-        y, final = selective_scan(
+        return selective_scan(
             x_BTE,
-            steps,
+            raw_step,
             -self.log_rate.to(wide).exp(),
             b,
             c,
+            z,
+            step_bias_C=self.step_bias,
+            skip_C=self.skip,
             initial_state_BCN=None if before is None else before.state,
             document_ids_BT=document_ids_BT,
             backend=self.config.backend,
         )
-        return (torch.addcmul(y, self.skip, x_BTE)) * functional.silu(z), final
 
     @staticmethod
     def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:

@@ -14,15 +14,21 @@ from torch.nn import functional
 from based_megatron.baselines import fla
 from based_megatron.baselines.initial import drawn_step_bias, drawn_taps
 from based_megatron.baselines.operations.scalar_decay import scalar_decay, scalar_decay_step
-from based_megatron.baselines.operations.short_convolution import short_convolution
+from based_megatron.baselines.slices import state_before
 from based_megatron.baselines.state_space import StateSpaceState
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
 from based_megatron.errors import ConfigError
+from based_megatron.kernels.exchange import Halo, ReceivedHalo
+from based_megatron.kernels.gated_conv import silu_conv
+from based_megatron.kernels.gated_conv.reference import filled_up
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.base import split_heads
 from based_megatron.model.mixers.facts import Shape
+from based_megatron.model.mixers.gated_conv import CONV
 from based_megatron.parallel.linear import Projection, shard_parameter, sum_over_tensor_ranks, tensor_sum
+from based_megatron.parallel.sequence.halos import HaloExchange
+from based_megatron.parallel.sequence.plan import SequencePlan
 
 RATES = (1.0, 16.0)
 """Range of the initial rates of the decay."""
@@ -52,6 +58,7 @@ class Mamba2(Mixer):
     """
 
     letter, name = "N", "mamba2"
+    slices = True
     Options = Mamba2Options
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,23 +88,27 @@ class Mamba2(Mixer):
         self.out_proj = self.row(E)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
+        plan = inputs.plan
         z, u, steps = (part.transpose(0, 1) for part in self._projected(x))
-        ids = inputs.plan.document_ids()
-        v, b, c = self._convolved(u, document_ids_BT=ids)
-        run = fla.scalar_decay if fla.serves(v, self.config.backend) else scalar_decay
-        o, _state = run(*self._inputs(v, b, c, steps), document_ids_BT=ids)
+        v, b, c = self._convolved(u, **self._inputs_before(u, plan))
+        q, k, values, g = self._inputs(v, b, c, steps)
+        if plan.is_whole and fla.serves(v, self.config.backend):
+            o, _state = fla.scalar_decay(q, k, values, g, document_ids_BT=plan.document_ids())
+        else:
+            before = None if plan.is_whole else state_before(k, values, g[..., None], plan)
+            o, _ = scalar_decay(q, k, values, g, initial_state_BHKV=before, document_ids_BT=plan.document_ids())
         return self.out_proj(self._gated(o, v, z).transpose(0, 1).contiguous())[0], None
 
     def prefill(self, x: Tensor, state: StateSpaceState, where: Continuation) -> Tensor:
         z, u, steps = self._projected(x)
-        v, b, c = self._convolved(u, halo_BhC=state.inputs_BhC)
+        v, b, c = self._convolved(u, halo_BhD=state.inputs_BhC)
         o, final = scalar_decay(*self._inputs(v, b, c, steps), initial_state_BHKV=state.state)
         state.store(final, u)
         return self.out_proj(self._gated(o, v, z))[0]
 
     def step(self, x: Tensor, state: StateSpaceState, where: Continuation) -> Tensor:
         z, u, steps = self._projected(x)
-        v, b, c = (part[:, 0] for part in self._convolved(u[:, None], halo_BhC=state.inputs_BhC))
+        v, b, c = (part[:, 0] for part in self._convolved(u[:, None], halo_BhD=state.inputs_BhC))
         o, final = scalar_decay_step(*self._inputs(v, b, c, steps), state.state)
         state.store(final, u[:, None])
         return self.out_proj(self._gated(o, v, z))[0]
@@ -112,12 +123,22 @@ class Mamba2(Mixer):
         z, u, steps = zxdt.split(self.local_parts, dim=-1)
         return z, torch.cat([u, bc], dim=-1), steps
 
+    def _inputs_before(self, u_BTC: Tensor, plan: SequencePlan) -> dict[str, Any]:
+        """What the convolution must know besides its own inputs: those of the slices before, and documents."""
+        rows = self.x_taps.shape[1] - 1
+        if plan.is_whole or not rows:
+            return {"key_document_ids_BS": plan.document_ids()}
+        exchange = HaloExchange(plan, CONV, self.layer_number, rows, keep=self.keeps_received)
+        arriving = exchange.start(lambda: u_BTC[:, u_BTC.shape[1] - exchange.boundary_rows :].contiguous())
+        halo_BNC = ReceivedHalo.apply(u_BTC, Halo(arriving, exchange))
+        halo_BhC, ids_BS = filled_up(halo_BNC, plan.document_ids(rows), rows)
+        return {"halo_BhD": halo_BhC, "key_document_ids_BS": ids_BS}
+
     def _convolved(self, u_BTC: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, E], B and C [B, T, N] each."""
         taps, bias = torch.cat([self.x_taps, self.bc_taps]), torch.cat([self.x_bias, self.bc_bias])
-        v, b, c = short_convolution(u_BTC, taps, bias, **options).split(
-            [self.local_parts[0], self.states, self.states], dim=-1
-        )
+        convolved_BTC = silu_conv(u_BTC, taps, bias, backend=self.config.backend, **options)
+        v, b, c = convolved_BTC.split([self.local_parts[0], self.states, self.states], dim=-1)
         return v, b, c
 
     def _inputs(self, v: Tensor, b: Tensor, c: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Gated causal depthwise convolution: the short-range mixer of Based.
+"""Gated causal depthwise convolution, the short-range mixer of Based, and that of Mamba, which has a bias in place of a gate.
 
 Legend: B batch, T tokens, D channels, E = 2D channels of the fused projection, K taps, h = K - 1 halo inputs, N of them that exist,
 S inputs including the halo if given.
@@ -14,7 +14,7 @@ from based_megatron.kernels.exchange import Halo, ReceivedHalo
 from based_megatron.kernels.gated_conv import reference
 from based_megatron.kernels.gated_conv.reference import filled_up
 
-__all__ = ["gated_conv", "gated_conv_fused", "gated_conv_over_slices"]
+__all__ = ["gated_conv", "gated_conv_fused", "gated_conv_over_slices", "silu_conv"]
 
 
 def gated_conv(
@@ -93,14 +93,39 @@ def gated_conv_over_slices(
     return run(projected_BTE, weight_DK, halo, key_document_ids_BS)
 
 
+def silu_conv(
+    u_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor,
+    *,
+    halo_BhD: Tensor | None = None,
+    key_document_ids_BS: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """y_t = silu(bias + sum_k weight[:, k] * u_{t-(K-1)+k}); the arguments are those of `gated_conv`.
+
+    >>> silu_conv(torch.ones(1, 3, 1), torch.ones(1, 2), torch.zeros(1)).squeeze().tolist() == [
+    ...     torch.nn.functional.silu(torch.tensor(x)).item() for x in (1.0, 2.0, 2.0)
+    ... ]
+    True
+    """
+    _check(u_BTD.shape[1], weight_DK.shape[1], halo_BhD, key_document_ids_BS)
+    run = implementation("gated_conv", backend, {"reference": _reference_silu, "triton": _triton_silu})
+    return run(u_BTD, weight_DK, bias_D, halo_BhD, key_document_ids_BS)
+
+
+def _check(T: int, K: int, halo_BhD: Tensor | None, ids_BS: Tensor | None) -> None:
+    assert halo_BhD is None or halo_BhD.shape[1] == K - 1, (halo_BhD.shape, K)
+    inputs = T if halo_BhD is None else K - 1 + T
+    assert ids_BS is None or ids_BS.shape[1] == inputs, (ids_BS.shape, inputs)
+
+
 def _run(
     projected: tuple[Tensor, ...], weight_DK: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None, backend: str
 ) -> Tensor:
     T, (D, K) = projected[0].shape[1], weight_DK.shape
     assert sum(x.shape[-1] for x in projected) == 2 * D, ([x.shape for x in projected], D)
-    assert halo_BhD is None or halo_BhD.shape[1] == K - 1, (halo_BhD.shape, K)
-    inputs = T if halo_BhD is None else K - 1 + T
-    assert ids_BS is None or ids_BS.shape[1] == inputs, (ids_BS.shape, inputs)
+    _check(T, K, halo_BhD, ids_BS)
     run = implementation("gated_conv", backend, {"reference": _reference, "triton": _triton})
     return run(projected, weight_DK, halo_BhD, ids_BS)
 
@@ -131,3 +156,17 @@ def _triton_sliced(projected_BTE: Tensor, weight_DK: Tensor, halo: Halo, ids_BS:
     from based_megatron.kernels.gated_conv import triton_conv
 
     return triton_conv.SlicedGatedConv.apply(projected_BTE, weight_DK, halo, ids_BS)
+
+
+def _reference_silu(
+    u_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None
+) -> Tensor:
+    return reference.gated_conv(u_BTD, None, weight_DK, halo_BhD, ids_BS, bias_D)
+
+
+def _triton_silu(u_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor, *others: Tensor | None) -> Tensor:
+    if u_BTD.dtype == torch.float64:
+        return _reference_silu(u_BTD, weight_DK, bias_D, *others)
+    from based_megatron.kernels.gated_conv import triton_conv
+
+    return triton_conv.SiluConv.apply(u_BTD, weight_DK, bias_D, *others)

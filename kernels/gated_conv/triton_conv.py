@@ -61,6 +61,27 @@ class GatedConv(torch.autograd.Function):
         return dweight_DK, dhalo_BhD, None, *dparts
 
 
+class SiluConv(torch.autograd.Function):
+    """(u, weight, bias, halo, ids) to silu(conv(u) + bias)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor, halo_BhD: Tensor | None, ids_BS: Tensor | None
+    ) -> Tensor:
+        u_BTD, halo_BhD = unit_last_stride(u_BTD), None if halo_BhD is None else unit_last_stride(halo_BhD)
+        ctx.save_for_backward(u_BTD, weight_DK, bias_D, halo_BhD, ids_BS)
+        return gated_conv_forward(u_BTD, None, weight_DK, halo_BhD, ids_BS, bias_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        u_BTD, weight_DK, bias_D, halo_BhD, ids_BS = ctx.saved_tensors
+        du_BTD, dweight, dhalo_BhD = gated_conv_backward(
+            u_BTD, None, weight_DK, halo_BhD, ids_BS, unit_last_stride(dy_BTD), bias_D
+        )
+        return du_BTD, dweight[:, :-1], dweight[:, -1].to(bias_D.dtype), dhalo_BhD, None
+
+
 class SlicedGatedConv(torch.autograd.Function):
     """([u | gate] of a slice, weight, halo on its way, ids of halo and slice or None) to y."""
 
@@ -98,10 +119,11 @@ class SlicedGatedConv(torch.autograd.Function):
 
 def gated_conv_forward(
     u_BTD: Tensor,
-    gate_BTD: Tensor,
+    gate_BTD: Tensor | None,
     weight_DK: Tensor,
     halo_BhD: Tensor | None,
     ids_BS: Tensor | None,
+    bias_D: Tensor | None = None,
     tile: Tile = FORWARD_TILE,
 ) -> Tensor:
     """y_BTD, laid out like u; last strides are 1."""
@@ -111,14 +133,17 @@ def gated_conv_forward(
     grid = (triton.cdiv(D, tile.channels), B, triton.cdiv(T, tile.tokens))
     triton_kernels.forward_kernel[grid](
         operand(u_BTD),
-        operand(gate_BTD),
+        operand(u_BTD if gate_BTD is None else gate_BTD),
         weight_DK.contiguous(),
+        weight_DK if bias_D is None else bias_D,
         operand(u_BTD if halo_BhD is None else halo_BhD),
         ids_operand(ids_BS, u_BTD),
         operand(y_BTD),
         T,
         D,
         K=K,
+        HAS_GATE=gate_BTD is not None,
+        HAS_BIAS=bias_D is not None,
         HAS_HALO=halo_BhD is not None,
         HAS_IDS=ids_BS is not None,
         TILE_TOKENS=tile.tokens,
@@ -130,26 +155,29 @@ def gated_conv_forward(
 
 def gated_conv_backward(
     u_BTD: Tensor,
-    gate_BTD: Tensor,
+    gate_BTD: Tensor | None,
     weight_DK: Tensor,
     halo_BhD: Tensor | None,
     ids_BS: Tensor | None,
     dy_BTD: Tensor,
+    bias_D: Tensor | None = None,
     tile: Tile = BACKWARD_TILE,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """([du | dgate], laid out like u, dweight, dhalo); last strides are 1."""
+    """([du | dgate] or du alone, laid out like u, [dweight | dbias] or dweight alone, dhalo); last strides are 1."""
     B, T, D = u_BTD.shape
     K = weight_DK.shape[1]
     assert tile.tokens >= K - 1, (tile, K)
-    dprojected_BTE = laid_out_like(u_BTD, 2 * D)
-    du_BTD, dgate_BTD = dprojected_BTE.chunk(2, dim=-1)
+    dprojected_BTE = laid_out_like(u_BTD, D if gate_BTD is None else 2 * D)
+    du_BTD, dgate_BTD = dprojected_BTE[..., :D], dprojected_BTE[..., -D:]
     dhalo_BhD = None if halo_BhD is None else torch.empty(B, K - 1, D, dtype=halo_BhD.dtype, device=u_BTD.device)
     grid = (triton.cdiv(D, tile.channels), B, triton.cdiv(T, tile.tokens))
-    partial_dweight = torch.empty(grid[1] * grid[2], K, D, dtype=torch.float32, device=u_BTD.device)
+    rows = K if bias_D is None else K + 1
+    partial_dweight = torch.empty(grid[1] * grid[2], rows, D, dtype=torch.float32, device=u_BTD.device)
     triton_kernels.backward_kernel[grid](
         operand(u_BTD),
-        operand(gate_BTD),
+        operand(u_BTD if gate_BTD is None else gate_BTD),
         weight_DK.contiguous(),
+        weight_DK if bias_D is None else bias_D,
         operand(u_BTD if halo_BhD is None else halo_BhD),
         ids_operand(ids_BS, u_BTD),
         operand(dy_BTD),
@@ -160,6 +188,8 @@ def gated_conv_backward(
         T,
         D,
         K=K,
+        HAS_GATE=gate_BTD is not None,
+        HAS_BIAS=bias_D is not None,
         HAS_HALO=halo_BhD is not None,
         HAS_IDS=ids_BS is not None,
         TILE_TOKENS=tile.tokens,

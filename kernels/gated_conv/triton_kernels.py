@@ -4,7 +4,7 @@
 Legend: B batch, T tokens, D channels, K taps.
 
 Lag j = 0 .. K - 1 is the distance back from an output to an input: c_t = sum_j w_j u_{t-j}, w_j = weight[:, K - 1 - j].
-A halo has K - 1 inputs, and document ids begin with theirs.
+A halo has K - 1 inputs, and document ids begin with theirs. Based has a gate and no bias, Mamba a bias and no gate.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def _channels_if(condition, d, D):
 
 @triton.jit
 def forward_kernel(
-    u, gate, weight_ptr, halo, ids, y, T, D,
-    K: tl.constexpr, HAS_HALO: tl.constexpr, HAS_IDS: tl.constexpr, TILE_TOKENS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
+    u, gate, weight_ptr, bias_ptr, halo, ids, y, T, D,
+    K: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_HALO: tl.constexpr, HAS_IDS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile [TILE_TOKENS, TILE_CHANNELS] of y. The K shifted tiles of u overlap, so all but the first come from cache."""
     b = tl.program_id(1).to(tl.int64)
@@ -39,7 +40,8 @@ def forward_kernel(
     u_ptr, gate_ptr, y_ptr = u.ptr + b * u.stride_b, gate.ptr + b * gate.stride_b, y.ptr + b * y.stride_b
     halo_ptr, ids_ptr = halo.ptr + b * halo.stride_b, ids.ptr + b * ids.stride_b
     inside = (t < T)[:, None] & (d < D)[None, :]
-    gate_tile = tl.load(gate_ptr + t[:, None] * gate.stride_t + d[None, :], mask=inside, other=0).to(tl.float32)
+    if HAS_GATE:
+        gate_tile = tl.load(gate_ptr + t[:, None] * gate.stride_t + d[None, :], mask=inside, other=0).to(tl.float32)
     if HAS_IDS:
         document = _document(ids_ptr, t, T, K, HAS_HALO)
     c = tl.zeros((TILE_TOKENS, TILE_CHANNELS), tl.float32)
@@ -61,15 +63,19 @@ def forward_kernel(
             )
         w = tl.load(weight_ptr + d * K + (K - 1 - lag), mask=d < D, other=0).to(tl.float32)
         c += term.to(tl.float32) * w[None, :]
-    out = c * tl.sigmoid(c) * gate_tile
+    if HAS_BIAS:
+        c += tl.load(bias_ptr + d, mask=d < D, other=0).to(tl.float32)[None, :]
+    out = c * tl.sigmoid(c)
+    if HAS_GATE:
+        out *= gate_tile
     tl.store(y_ptr + t[:, None] * y.stride_t + d[None, :], out.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    u, gate, weight_ptr, halo, ids, dy, du, dgate, dhalo_ptr, partial_dweight_ptr, T, D,
-    K: tl.constexpr, HAS_HALO: tl.constexpr, HAS_IDS: tl.constexpr, TILE_TOKENS: tl.constexpr, TILE_ROWS: tl.constexpr,
-    TILE_CHANNELS: tl.constexpr,
+    u, gate, weight_ptr, bias_ptr, halo, ids, dy, du, dgate, dhalo_ptr, partial_dweight_ptr, T, D,
+    K: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_HALO: tl.constexpr, HAS_IDS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_TOKENS tokens of one sequence, in order, with the last K - 1 inputs and the unfinished du in registers.
 
@@ -86,6 +92,9 @@ def backward_kernel(
     dhalo_ptr += b * (K - 1) * D + d
     zero = tl.zeros((TILE_CHANNELS,), tl.float32)
 
+    bias, dbias = zero, zero
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=inside, other=0).to(tl.float32)
     w, dw, pending, past, past_documents = (), (), (), (), ()
     for lag in tl.static_range(K):
         w = w + (tl.load(weight_ptr + d * K + (K - 1 - lag), mask=inside, other=0).to(tl.float32),)
@@ -110,7 +119,8 @@ def backward_kernel(
             t = start + first + row
             loaded = _channels_if((t < T) & (t < end + K - 1), d, D)
             u_rows = u_rows + (tl.load(u_ptr + t * u.stride_t, mask=loaded, other=0),)
-            gate_rows = gate_rows + (tl.load(gate_ptr + t * gate.stride_t, mask=loaded, other=0),)
+            if HAS_GATE:
+                gate_rows = gate_rows + (tl.load(gate_ptr + t * gate.stride_t, mask=loaded, other=0),)
             dy_rows = dy_rows + (tl.load(dy_ptr + t * dy.stride_t, mask=loaded, other=0),)
 
         for row in tl.static_range(TILE_ROWS):
@@ -125,17 +135,22 @@ def backward_kernel(
                     seen_inputs = seen_inputs + (tl.where(seen, inputs[lag], 0.0),)
             else:
                 seen_inputs = inputs
-            c = zero
+            c = bias
             for lag in tl.static_range(K):
                 c += w[lag] * seen_inputs[lag]
             sigmoid = tl.sigmoid(c)
             dy_silu = dy_rows[row].to(tl.float32) * sigmoid
-            dc = dy_silu * gate_rows[row].to(tl.float32) * (1 + c * (1 - sigmoid))
-            own = _channels_if((t < T) & (t < end), d, D)
-            tl.store(dgate_ptr + t * dgate.stride_t, (dy_silu * c).to(dgate_ptr.dtype.element_ty), mask=own)
+            dsilu = dy_silu
+            if HAS_GATE:
+                dsilu *= gate_rows[row].to(tl.float32)
+            dc = dsilu * (1 + c * (1 - sigmoid))
+            if HAS_GATE:
+                own = _channels_if((t < T) & (t < end), d, D)
+                tl.store(dgate_ptr + t * dgate.stride_t, (dy_silu * c).to(dgate_ptr.dtype.element_ty), mask=own)
 
             # du of this token starts here, and that of the token K - 1 before is complete.
             own_dc = tl.where(t < end, dc, 0.0)
+            dbias += own_dc
             started, new_dw = (), ()
             for lag in tl.static_range(K):
                 new_dw = new_dw + (dw[lag] + own_dc * seen_inputs[lag],)
@@ -159,5 +174,8 @@ def backward_kernel(
                 past_documents = documents[: K - 1]
 
     program = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + b
+    partial_dweight_ptr += program * (K + HAS_BIAS) * D + d
     for lag in tl.static_range(K):
-        tl.store(partial_dweight_ptr + (program * K + (K - 1 - lag)) * D + d, dw[lag], mask=inside)
+        tl.store(partial_dweight_ptr + (K - 1 - lag) * D, dw[lag], mask=inside)
+    if HAS_BIAS:
+        tl.store(partial_dweight_ptr + K * D, dbias, mask=inside)

@@ -2,10 +2,13 @@
 
 Legend: B batch, T tokens, C channels, N states of a channel.
 
-    h_t = exp(step_t rate) h_{t-1} + step_t x_t b_t,   y_t = sum_n c_tn h_tn
+    step_t = softplus(raw_t + bias),   h_t = exp(step_t rate) h_{t-1} + step_t x_t b_t
+    y_t = (sum_n c_tn h_tn + skip x_t) silu(gate_t)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +21,14 @@ __all__ = ["selective_scan"]
 
 def selective_scan(
     x_BTC: Tensor,
-    step_BTC: Tensor,
+    raw_step_BTC: Tensor,
     rate_CN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
+    gate_BTC: Tensor,
     *,
+    step_bias_C: Tensor,
+    skip_C: Tensor,
     initial_state_BCN: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
     backend: str = "reference",
@@ -31,27 +37,31 @@ def selective_scan(
 
     Args:
         x_BTC: inputs.
-        step_BTC: step sizes, at least 0.
+        raw_step_BTC, step_bias_C: step sizes are the softplus of their sum.
         rate_CN: rates of decay, at most 0, fp32 or wider.
         b_BTN, c_BTN: how a token enters the states, and how it reads them; the same for all channels.
+        gate_BTC, skip_C: what outputs are multiplied by, after a silu, and what share of the inputs they have.
         initial_state_BCN: the state before the first token, which its document goes on from; zero if None.
         document_ids_BT: ids that change where documents begin: there the state is zero. None: one document a row.
-        backend: a name from `resolve_backend`. The Triton kernel computes in fp32; fp64 runs in the reference.
+        backend: a name from `resolve_backend`. The Triton kernels compute in fp32; fp64 runs in the reference.
 
     Returns: gradients flow to all but the ids, from both outputs.
 
-    >>> x_BTC, step_BTC, (b_BTN, c_BTN) = torch.randn(2, 5, 6), torch.rand(2, 5, 6), torch.randn(2, 2, 5, 3)
-    >>> y_BTC, state_BCN = selective_scan(x_BTC, step_BTC, -torch.rand(6, 3), b_BTN, c_BTN)
+    >>> x_BTC, raw_step_BTC, gate_BTC = torch.randn(3, 2, 5, 6).unbind()
+    >>> rate_CN, (b_BTN, c_BTN) = -torch.rand(6, 3), torch.randn(2, 2, 5, 3)
+    >>> shared = {"step_bias_C": torch.zeros(6), "skip_C": torch.ones(6)}
+    >>> y_BTC, state_BCN = selective_scan(x_BTC, raw_step_BTC, rate_CN, b_BTN, c_BTN, gate_BTC, **shared)
     >>> y_BTC.shape, state_BCN.shape
     (torch.Size([2, 5, 6]), torch.Size([2, 6, 3]))
     """
     run = implementation("selective_scan", backend, {"reference": reference.selective_scan, "triton": _triton})
-    return run(x_BTC, step_BTC, rate_CN, b_BTN, c_BTN, initial_state_BCN, document_ids_BT)
+    tokens = (x_BTC, raw_step_BTC, rate_CN, b_BTN, c_BTN, gate_BTC)
+    return run(*tokens, step_bias_C, skip_C, initial_state_BCN, document_ids_BT)
 
 
-def _triton(x_BTC: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+def _triton(x_BTC: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     if x_BTC.dtype == torch.float64:
-        return reference.selective_scan(x_BTC, *others)  # type: ignore[arg-type]
+        return reference.selective_scan(x_BTC, *others)
     from based_megatron.kernels.selective_scan import triton_scan  # Triton is there on machines with a GPU only.
 
-    return triton_scan.selective_scan(x_BTC, *others)  # type: ignore[arg-type]
+    return triton_scan.selective_scan(x_BTC, *others)

@@ -28,6 +28,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 KNOWN = mixers_of(ModelConfig(mixers="based_megatron.baselines")).values()
 TENSOR = tuple(mixer.name for mixer in KNOWN if mixer.shards and mixer.name in SYSTEMS)
 """Systems whose heads or channels tensor parallel ranks share."""
+SLICED = tuple(mixer.name for mixer in KNOWN if mixer.slices and mixer.name in SYSTEMS)
+"""Systems that can work on slices of sequences."""
 MIXES_DOCUMENTS = ("h3", "hyena")
 """Systems that cannot keep documents apart."""
 WITHOUT_STATE = ("hyena",)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_cases import MIXES_DOCUMENTS, SYSTEMS, TENSOR, WITHOUT_STATE, config_of
+from baseline_cases import MIXES_DOCUMENTS, SLICED, SYSTEMS, TENSOR, WITHOUT_STATE, config_of
 
 from based_megatron.baselines import __all__ as names
 from based_megatron.config import ModelConfig, ParallelConfig
@@ -29,6 +29,7 @@ LAYOUTS = {
     "pp2": ParallelConfig(pipeline=2),
     "tp2": ParallelConfig(tensor=2),
     "tp2-without-sequence-parallel": ParallelConfig(tensor=2, sequence_parallel=False, zero_stage=2),
+    "cp2": ParallelConfig(context=2),
 }
 TOKENS = 70
 """More than a chunk of 64."""
@@ -143,7 +144,8 @@ def single(worker_pool) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def double(worker_pool) -> dict[Any, Any]:
-    cases = [(name, layout) for name in SYSTEMS for layout in LAYOUTS if "tp2" not in layout or name in TENSOR]
+    some = {"tp2": TENSOR, "cp2": SLICED}
+    cases = [(name, layout) for name in SYSTEMS for layout in LAYOUTS if name in some.get(layout[:3], SYSTEMS)]
     return worker_pool(2).run(each, trained, cases)[0]
 
 
@@ -152,7 +154,7 @@ def double(worker_pool) -> dict[Any, Any]:
 def test_a_layout_equals_the_single_process(single, double, name, layout):
     """Losses, norms, and weights after AdamW, which moves each by the sign of its gradient first: a wrong gradient shows."""
     if (name, layout) not in double:
-        pytest.skip("refused: see test_tensor_ranks_that_a_mixer_cannot_use_are_refused")
+        pytest.skip("refused: see test_tensor_ranks_that_a_mixer_cannot_use_are_refused and test_slices_are_refused")
     (steps, weights), (expected_steps, expected) = double[name, layout], single[name]
     assert steps[0] == pytest.approx(expected_steps[0], rel=1e-5)
     assert steps[1] == pytest.approx(expected_steps[1], rel=1e-3)
@@ -209,5 +211,8 @@ def test_decoding_without_a_state_is_refused(name):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_slices_are_refused(name):
+    config = config_of(name, LAYOUTS["cp2"])
+    if name in SLICED:
+        return check_mixers(config)
     with pytest.raises(ConfigError, match=r"parallel\.context 2 cuts sequences"):
-        check_mixers(config_of(name, ParallelConfig(context=2)))
+        check_mixers(config)

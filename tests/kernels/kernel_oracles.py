@@ -96,14 +96,19 @@ def attention_oracle(
 
 
 def conv_oracle(
-    u_BTD: Tensor, gate_BTD: Tensor, weight_DK: Tensor, halo_BhD: Tensor | None = None, ids_BS: Tensor | None = None
+    u_BTD: Tensor,
+    gate_BTD: Tensor | float,
+    weight_DK: Tensor,
+    halo_BhD: Tensor | None = None,
+    ids_BS: Tensor | None = None,
+    bias_D: Tensor | float = 0.0,
 ) -> Tensor:
     """The gated convolution, one token and one tap at a time."""
     u_BSD = u_BTD if halo_BhD is None else torch.cat([halo_BhD, u_BTD], dim=1)
     S, T, K = u_BSD.shape[1], u_BTD.shape[1], weight_DK.shape[1]
     outputs = []
     for position in range(S - T, S):
-        c_BD = torch.zeros_like(u_BTD[:, 0])
+        c_BD = torch.zeros_like(u_BTD[:, 0]) + bias_D
         for back in range(min(K, position + 1)):
             term_BD = u_BSD[:, position - back] * weight_DK[:, K - 1 - back]
             if ids_BS is not None:

@@ -5,7 +5,7 @@ import torch
 from kernel_oracles import assert_same_gradients, conv_oracle, document_ids, saved_elements
 from torch import Tensor
 
-from based_megatron.kernels.gated_conv import gated_conv, gated_conv_fused
+from based_megatron.kernels.gated_conv import gated_conv, gated_conv_fused, silu_conv
 
 FP64_TOLERANCE = 1e-12
 TOLERANCE = {"reference": FP64_TOLERANCE, "triton": 1e-5}
@@ -65,6 +65,30 @@ def test_halo_values_and_gradients(tokens: int, documents: str, backend: str) ->
     output = conv(backend, u, gate, weight, halo, ids)
     expected = conv_oracle(u, gate, weight, halo, ids)
     assert_same_gradients((output,), (expected,), (u, gate, weight, halo), TOLERANCE[backend])
+
+
+@BACKENDS
+@pytest.mark.parametrize("documents", ["none", "random"])
+@pytest.mark.parametrize("has_halo", [False, True])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_with_a_bias_and_without_a_gate(tokens: int, has_halo: bool, documents: str, backend: str) -> None:
+    u, _, weight, halo = make_inputs(2, tokens, taps=4)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    rows = 3 + tokens if has_halo else tokens
+    initial, ids = halo if has_halo else None, document_ids(documents, 2, rows)
+    dtype, device = (torch.float64, "cpu") if backend == "reference" else (torch.float32, DEVICE)
+    output = silu_conv(
+        u.to(device, dtype),
+        weight.to(device, dtype),
+        bias.to(device, dtype),
+        halo_BhD=initial if initial is None else initial.to(device, dtype),
+        key_document_ids_BS=ids if ids is None else ids.to(device),
+        backend=backend,
+    )
+    assert output.dtype == dtype
+    expected = conv_oracle(u, 1.0, weight, initial, ids, bias)
+    wanted = (u, weight, bias, halo) if has_halo else (u, weight, bias)
+    assert_same_gradients((output.to("cpu", torch.float64),), (expected,), wanted, TOLERANCE[backend])
 
 
 @BACKENDS

@@ -34,14 +34,3 @@ def few_taps(
             term = term * same[..., None]
         total = total + term
     return total
-
-
-def short_convolution(u_BTC: Tensor, taps_CK: Tensor, bias_C: Tensor, **options: Tensor | None) -> Tensor:
-    """silu of `few_taps`, whose options it takes, in the dtype of u: what the Mamba mixers do to their inputs.
-
-    >>> short_convolution(torch.ones(1, 3, 1), torch.ones(1, 2), torch.zeros(1)).squeeze().tolist() == [
-    ...     functional.silu(torch.tensor(x)).item() for x in (1.0, 2.0, 2.0)
-    ... ]
-    True
-    """
-    return functional.silu(few_taps(u_BTC, taps_CK, bias_C, **options)).to(u_BTC.dtype)
