@@ -13,7 +13,7 @@ Checked against deepspeed 0.19.8: these names are not a public interface. Nothin
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from based_megatron.config import OptimizerConfig, ParallelConfig
+from based_megatron.parallel.buckets import Bucket, Gathers, Reductions, owned_range
 from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.megatron import megatron_runs
@@ -31,18 +32,32 @@ from based_megatron.parallel.topology import Topology
 
 Place = tuple[int, int, int, int]
 """(partition, offset in it, start in the parameter, elements) of a parameter's range."""
+Readers = Sequence[tuple[nn.Module, Sequence[nn.Parameter]]]
+"""Modules, and the parameters that nobody reads before their forward."""
 
 
 def build_zero_engine(
-    module: nn.Module, optimizer: PartitionedOptimizer, topology: Topology, settings: dict[str, Any]
+    module: nn.Module,
+    optimizer: PartitionedOptimizer,
+    topology: Topology,
+    parallel: ParallelConfig,
+    settings: dict[str, Any],
+    readers: Readers,
 ) -> "ZeroEngine":
     """An engine over the model chunks of this rank. All ranks call it."""
     for parameter in module.parameters():
         # It is left out of the gradient norm.
         parameter.ds_pipe_replicated = is_tied_copy(parameter)  # type: ignore[attr-defined]
+    if _sums_in_fp32(settings) and topology.data_context.size > 1:
+        # ZeRO makes one flat tensor of a group.
+        optimizer.cut_groups(parallel.zero_bucket_elements)
     with deepspeed_runs(topology.device), _initializes(topology.device):
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
 
+        for reader, _ in readers if parallel.overlap_zero and parallel.zero_stage == 3 else ():
+            # Gathered and reduced at once: work for each part of it keeps the host from running ahead of the device.
+            set_z3_leaf_module(reader, reader is not module)
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer.client,
@@ -50,15 +65,19 @@ def build_zero_engine(
             dist_init_required=False,
             config=settings,
         )
-    return ZeroEngine(engine, optimizer)
+    if not _sums_in_fp32(settings):
+        return ZeroEngine(engine, optimizer, topology)
+    return BucketedEngine(engine, optimizer, topology, parallel.overlap_zero, readers)
 
 
 class ZeroEngine:
     """A module whose gradients, optimizer and, in stage 3, weights are sharded by ZeRO."""
 
-    def __init__(self, engine: Any, optimizer: PartitionedOptimizer) -> None:
+    def __init__(self, engine: Any, optimizer: PartitionedOptimizer, topology: Topology) -> None:
         """engine: what deepspeed.initialize returned for the client of `optimizer`."""
         self._engine, self.optimizer = engine, optimizer
+        self.mean_over: int = topology.data_context.size
+        """The reduction divides sums of gradients by this."""
         self.module: nn.Module = engine.module
         self.stage: int = engine.zero_optimization_stage()
         self._device: torch.device = engine.device
@@ -76,6 +95,21 @@ class ZeroEngine:
         """Backward, for ZeRO-2 and 3: gradients are reduced as they are made."""
         with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
+
+    def begin(self, backward_passes: int) -> None:
+        """Begin a step of so many backward passes outside of the engine, for ZeRO-1."""
+
+    def end_backward(self) -> None:
+        """All backward passes of the step are done."""
+
+    def sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Gradients that are summed over what was outside of the reduction, to be changed between `end_backward` and `step`."""
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                yield parameter, parameter.grad
+
+    def settle(self) -> None:
+        """Wait until the weights of the last step are everywhere: before they are read outside of a forward pass."""
 
     def step(
         self,
@@ -204,6 +238,67 @@ class ZeroEngine:
         return (partition, offset, start, numel) if numel > 0 else None
 
 
+class BucketedEngine(ZeroEngine):
+    """ZeRO-1 in bf16: DeepSpeed keeps flat tensors and steps; gradients are reduced and weights sent in buckets of ours.
+
+    Each rank has the whole sums of its own partitions only, and the norm is a sum over the partitions of all ranks.
+    """
+
+    def __init__(
+        self, engine: Any, optimizer: PartitionedOptimizer, topology: Topology, overlap: bool, readers: Readers
+    ) -> None:
+        super().__init__(engine, optimizer, topology)
+        self.mean_over = 1
+        self._axis = topology.data_context
+        zero = engine.optimizer
+        flats = zip(zero.bf16_groups, zero.fp32_groups_gradients_flat, zero.bf16_groups_flat, strict=True)
+        place_of = {id(parameter): place for place, parameter in enumerate(self.module.parameters())}
+        buckets = [Bucket(tuple(parameters), gradients, weights) for parameters, gradients, weights in flats]
+        buckets.sort(key=lambda bucket: min(place_of[id(parameter)] for parameter in bucket.parameters))
+        self._reductions = Reductions(buckets, self._axis, overlap)
+        self._gathers = Gathers(buckets, self._axis, overlap, readers)
+        engine.enable_backward_allreduce = False
+        zero.mpu, zero.get_grads_for_norm = NormGroups(topology), self._gradients_for_norm
+        zero.update_lp_params = self._send_weights
+
+    def begin(self, backward_passes: int) -> None:
+        self._reductions.begin(backward_passes)
+
+    def end_backward(self) -> None:
+        self._reductions.end_backward()
+
+    def sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        self._reductions.wait()
+        for (parameter, _), (_, flat) in zip(self._pieces, self.gradients(), strict=True):
+            yield parameter, flat
+
+    def settle(self) -> None:
+        self._gathers.wait()
+
+    def step(self, *hooks: Any) -> bool:
+        self.settle()
+        return super().step(*hooks)
+
+    def masters_to_weights(self) -> None:
+        super().masters_to_weights()
+        self.settle()
+
+    def _gradients_for_norm(self, for_clipping: bool = False) -> Any:
+        """In place of DeepSpeed's function, which takes gradients for whole."""
+        if for_clipping:
+            return self._engine.optimizer.fp32_groups_gradient_flat_partition
+        owned = [flat for piece, flat in self.gradients() if piece.owned]
+        return owned or [torch.zeros(1, device=self._device)], {}
+
+    @torch.no_grad()
+    def _send_weights(self) -> None:
+        """In place of DeepSpeed's function, which waits for them."""
+        zero = self._engine.optimizer
+        for weights, master in zip(zero.bf16_groups_flat, zero.fp32_groups_flat_partition, strict=True):
+            owned_range(weights, self._axis).copy_(master)
+        self._gathers.begin()
+
+
 def _place(parameter: Any) -> Place | None:
     """The place of a parameter under stages 1 and 2; None if another rank holds all of it."""
     mapping = parameter._hp_mapping
@@ -212,12 +307,6 @@ def _place(parameter: Any) -> Place | None:
     assert tuple(parameter.shape) == shard_spec(parameter).local_shape, shard_spec(parameter)
     lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
     return mapping.param_group_index, hp.start, lp.start, lp.numel
-
-
-def gradient(parameter: Tensor) -> Tensor | None:
-    """The summed gradient that ZeRO-1 keeps: an fp32 buffer for bf16 parameters, `.grad` for fp32 ones."""
-    high_precision = getattr(parameter, "_hp_grad", None)
-    return parameter.grad if high_precision is None else high_precision
 
 
 def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf16: bool) -> dict[str, Any]:
@@ -233,8 +322,8 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": parallel.zero_stage,
-            # Refused by DeepSpeed for stage 1 with unmanaged accumulation.
-            "overlap_comm": False,
+            # Refused by DeepSpeed for stage 1 with unmanaged accumulation, where we do it ourselves.
+            "overlap_comm": parallel.overlap_zero and parallel.zero_stage > 1,
             "reduce_bucket_size": parallel.zero_bucket_elements,
             "allgather_bucket_size": parallel.zero_bucket_elements,
             "stage3_prefetch_bucket_size": parallel.zero_bucket_elements,
@@ -245,6 +334,11 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def _sums_in_fp32(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer."""
+    return "bf16" in settings and settings["zero_optimization"]["stage"] == 1
 
 
 @contextmanager
@@ -328,3 +422,11 @@ class DeepSpeedGroups:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self.topology.data_context.group)
+
+
+class NormGroups(DeepSpeedGroups):
+    """The groups of a norm whose parts lie on all ranks."""
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
