@@ -9,7 +9,7 @@ rank owns an equal range of both:
 All ranks reduce buckets in one order, that of the backward pass, whatever the order in which their gradients come.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,20 +18,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from based_megatron.parallel.gradient_sums import GradientSum
 from based_megatron.parallel.topology import Axis
 
 EMBEDDING = "embedding.weight"
+Readers = Sequence[tuple[nn.Module, Sequence[nn.Parameter]]]
+"""Modules, and the parameters that nobody reads before their forward."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters that travel together."""
+    """Parameters that travel together: a group of ZeRO, with its flat tensors, padded to equal ranges of all ranks."""
 
     parameters: tuple[nn.Parameter, ...]
+    sums: tuple[GradientSum, ...]
+    """The gradient of each, as a view of the flat tensor."""
     gradients: Tensor
-    """Sums of this rank's micro batches, flat, a multiple of the ranks long; after the reduction only the owned range counts."""
+    """fp32 and flat; after the reduction only this rank's range counts."""
     weights: Tensor
-    """The weights, flat, which the parameters are views of."""
+    """Flat; the parameters are views of it."""
+    axis: Axis
+    """The ranks that share the bucket."""
+
+    @property
+    def own_gradients(self) -> Tensor:
+        """This rank's range of the gradients."""
+        return self._own(self.gradients)
+
+    @property
+    def own_weights(self) -> Tensor:
+        """This rank's range of the weights, whose masters and optimizer state it holds."""
+        return self._own(self.weights)
+
+    def _own(self, flat: Tensor) -> Tensor:
+        share = flat.numel() // self.axis.size
+        return flat.narrow(0, self.axis.rank * share, share)
 
 
 def cut_into_buckets(sizes: Sequence[tuple[str, int]], elements: int) -> list[range]:
@@ -51,37 +72,43 @@ def cut_into_buckets(sizes: Sequence[tuple[str, int]], elements: int) -> list[ra
 
 
 class Reductions:
-    """Sums the gradients of a step over the ranks; each rank gets the ranges that it owns."""
+    """Sums the gradients of each step over the ranks; each rank gets its own ranges."""
 
-    def __init__(self, buckets: Sequence[Bucket], axis: Axis, overlap: bool) -> None:
+    def __init__(self, buckets: Sequence[Bucket], overlap: bool) -> None:
         """buckets: in the order of the forward pass. overlap: begin inside the last backward, not after it."""
-        self._buckets, self._axis = tuple(reversed(buckets)), axis
+        self._buckets = tuple(reversed(buckets))
         self._works: list[dist.Work] = []
-        self._next = len(self._buckets)
-        self._missing = [[0] * len(bucket.parameters) for bucket in self._buckets]
-        """Backward passes that each parameter of each bucket is still to take part in."""
+        self._next = 0
+        """Buckets whose reduction has begun."""
+        self._missing: list[list[int]] = []
+        """Backward passes that each parameter of each bucket is still to take part in; empty if nobody knows."""
+        hooked = [(i, bucket) for i, bucket in enumerate(self._buckets) if overlap and bucket.axis.size > 1]
         # A hook on a node that nobody holds is lost with it.
         self._nodes = [
             self._hook(parameter, number, place)
-            for number, bucket in enumerate(self._buckets if overlap and axis.size > 1 else ())
+            for number, bucket in hooked
             for place, parameter in enumerate(bucket.parameters)
         ]
 
-    def begin(self, passes: int) -> None:
+    def expect(self, passes: int) -> None:
         """Begin a step of so many backward passes over every parameter."""
-        assert not self._works, "the last step's reductions were not waited for"
-        self._next = 0
+        assert self._next == 0, "gradients of two steps in one"
         self._missing = [[passes] * len(bucket.parameters) for bucket in self._buckets]
 
     def end_backward(self) -> None:
-        """Reduce what no backward pass has completed: all of it without overlap, else the gradients of unused parameters."""
+        """Reduce what no backward pass has completed."""
         while self._next < len(self._buckets):
             self._reduce_next()
 
     def wait(self) -> None:
         """Wait for all reductions, on the device if it is a GPU."""
+        self.end_backward()
         while self._works:
             self._works.pop(0).wait()
+
+    def end_step(self) -> None:
+        """The sums are used up: the next gradients are of another step."""
+        self._next, self._missing = 0, []
 
     def _hook(self, parameter: nn.Parameter, number: int, place: int) -> Any:
         # The hooks of the parameter, which may move its gradient to the flat tensor, come before those of the node. The node runs
@@ -91,50 +118,44 @@ class Reductions:
         return node
 
     def _passed(self, number: int, place: int) -> None:
-        missing = self._missing[number]
-        missing[place] -= 1
-        assert missing[place] >= 0, "a gradient came after its bucket was complete"
+        if not self._missing:
+            return
+        self._missing[number][place] -= 1
+        assert self._missing[number][place] >= 0, "a gradient came after its bucket was complete"
         while self._next < len(self._buckets) and not any(self._missing[self._next]):
             self._reduce_next()
 
     def _reduce_next(self) -> None:
-        gradients = self._buckets[self._next].gradients
+        bucket = self._buckets[self._next]
         self._next += 1
-        if self._axis.size > 1:
-            own = owned_range(gradients, self._axis)
-            work = dist.reduce_scatter_tensor(own, gradients, group=self._axis.group, async_op=True)
+        for total in bucket.sums:
+            total.complete()
+        if bucket.axis.size > 1:
+            group = bucket.axis.group
+            work = dist.reduce_scatter_tensor(bucket.own_gradients, bucket.gradients, group=group, async_op=True)
             self._works.append(work)
 
 
 class Gathers:
     """Sends the weights that each rank owns to all; modules wait for those that they read."""
 
-    def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        axis: Axis,
-        overlap: bool,
-        readers: Iterable[tuple[nn.Module, Sequence[nn.Parameter]]],
-    ) -> None:
-        """buckets: in the order of the forward pass. readers: modules, and the parameters that nobody reads before their forward.
-
-        overlap: wait there, not after the update.
-        """
-        self._buckets, self._axis, self._overlap = tuple(buckets), axis, overlap
+    def __init__(self, buckets: Sequence[Bucket], overlap: bool, readers: Readers) -> None:
+        """buckets: in the order of the forward pass. overlap: let `readers` wait, which then name every parameter."""
+        self._buckets, self._overlap = tuple(buckets), overlap
         self._works: dict[int, dist.Work] = {}
-        number_of = {id(parameter): number for number, bucket in enumerate(buckets) for parameter in bucket.parameters}
-        for module, parameters in readers:
-            numbers = sorted({number_of[id(parameter)] for parameter in parameters})
+        number_of = {parameter: number for number, bucket in enumerate(buckets) for parameter in bucket.parameters}
+        for module, parameters in readers if overlap else ():
+            numbers = sorted({number_of[parameter] for parameter in parameters})
             module.register_forward_pre_hook(lambda *_, numbers=numbers: self._wait(numbers))
+        assert not overlap or number_of.keys() == {parameter for _, parameters in readers for parameter in parameters}
 
     def begin(self) -> None:
         """Send the weights that this rank owns, and receive all others."""
-        if self._axis.size == 1:
-            return
         for number, bucket in enumerate(self._buckets):
-            own = owned_range(bucket.weights, self._axis)
-            work = dist.all_gather_into_tensor(bucket.weights, own, group=self._axis.group, async_op=True)
-            self._works[number] = work
+            if bucket.axis.size > 1:
+                group = bucket.axis.group
+                work = dist.all_gather_into_tensor(bucket.weights, bucket.own_weights, group=group, async_op=True)
+                self._works[number] = work
         if not self._overlap:
             self.wait()
 
@@ -146,9 +167,3 @@ class Gathers:
         for number in numbers:
             if number in self._works:
                 self._works.pop(number).wait()
-
-
-def owned_range(flat: Tensor, axis: Axis) -> Tensor:
-    """This rank's range of a flat tensor."""
-    share = flat.numel() // axis.size
-    return flat.narrow(0, axis.rank * share, share)

@@ -13,7 +13,7 @@ Checked against deepspeed 0.19.8: these names are not a public interface. Nothin
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from based_megatron.config import OptimizerConfig, ParallelConfig
-from based_megatron.parallel.buckets import Bucket, Gathers, Reductions, owned_range
+from based_megatron.parallel.buckets import Bucket, Gathers, Readers, Reductions
+from based_megatron.parallel.flat_step import FlatStep
+from based_megatron.parallel.gradient_sums import keep_sum
 from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.partitions import Partition, PartitionedOptimizer, Piece
-from based_megatron.parallel.topology import Topology
+from based_megatron.parallel.topology import Topology, axis_of
 
 Place = tuple[int, int, int, int]
 """(partition, offset in it, start in the parameter, elements) of a parameter's range."""
-Readers = Sequence[tuple[nn.Module, Sequence[nn.Parameter]]]
-"""Modules, and the parameters that nobody reads before their forward."""
 
 
 def build_zero_engine(
@@ -65,19 +65,15 @@ def build_zero_engine(
             dist_init_required=False,
             config=settings,
         )
-    if not _sums_in_fp32(settings):
-        return ZeroEngine(engine, optimizer, topology)
-    return BucketedEngine(engine, optimizer, topology, parallel.overlap_zero, readers)
+    return zero_engine(engine, optimizer, parallel.overlap_zero, readers)
 
 
 class ZeroEngine:
     """A module whose gradients, optimizer and, in stage 3, weights are sharded by ZeRO."""
 
-    def __init__(self, engine: Any, optimizer: PartitionedOptimizer, topology: Topology) -> None:
+    def __init__(self, engine: Any, optimizer: PartitionedOptimizer) -> None:
         """engine: what deepspeed.initialize returned for the client of `optimizer`."""
         self._engine, self.optimizer = engine, optimizer
-        self.mean_over: int = topology.data_context.size
-        """The reduction divides sums of gradients by this."""
         self.module: nn.Module = engine.module
         self.stage: int = engine.zero_optimization_stage()
         self._device: torch.device = engine.device
@@ -96,20 +92,25 @@ class ZeroEngine:
         with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
 
-    def begin(self, backward_passes: int) -> None:
+    def expect(self, backward_passes: int) -> None:
         """Begin a step of so many backward passes outside of the engine, for ZeRO-1."""
 
     def end_backward(self) -> None:
         """All backward passes of the step are done."""
 
+    def scale_gradients(self, scale: Tensor) -> None:
+        """Multiply the gradients that ZeRO-1 has summed up, after the last backward of a step. It averages them over ranks."""
+        grads = [grad for _, grad in self.sums()]
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+
     def sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Gradients that are summed over what was outside of the reduction, to be changed between `end_backward` and `step`."""
+        """Gradients of ZeRO-1 on this rank, after the last backward: what they lack may be added before `step`."""
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 yield parameter, parameter.grad
 
     def settle(self) -> None:
-        """Wait until the weights of the last step are everywhere: before they are read outside of a forward pass."""
+        """Wait for the weights of the last step, before they are read outside of a forward pass."""
 
     def step(
         self,
@@ -141,9 +142,7 @@ class ZeroEngine:
         """Surroundings in which DeepSpeed takes a norm that is judged bad for an infinite one, and skips the step."""
         # The last function that the norm goes through, where the optimizer's file looks it up.
         file = sys.modules[type(self._engine.optimizer).__module__]
-        bf16 = "get_global_norm_of_tensors"
-        name = bf16 if hasattr(file, bf16) else "combine_grad_norm_groups"
-        find_norm = getattr(file, name)
+        find_norm = file.combine_grad_norm_groups
 
         def judged(*args: Any, **kwargs: Any) -> Tensor:
             found = find_norm(*args, **kwargs)
@@ -152,14 +151,14 @@ class ZeroEngine:
             verdict = judge(norm)
             return norm if verdict is None else torch.where(verdict, torch.inf, norm)
 
-        with replaced(file, **{name: judged}):
+        with replaced(file, combine_grad_norm_groups=judged):
             yield
 
     @contextmanager
     def _told_of_skip(self, on_skip: Callable[[], None] | None) -> Iterator[None]:
         """Surroundings in which `on_skip` is called before DeepSpeed drops the gradients of a step that it skips."""
         zero = self._engine.optimizer
-        name = next(name for name in ("clear_hp_grads", "_overflow_clean_up", "zero_grad") if hasattr(zero, name))
+        name = "_overflow_clean_up" if self.stage == 3 else "zero_grad"
         drop, told = getattr(zero, name), on_skip is None
 
         def dropping(*args: Any, **kwargs: Any) -> Any:
@@ -186,9 +185,7 @@ class ZeroEngine:
                 yield piece, flat.view(-1)[: piece.numel]
                 continue
             flat = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
-            # BF16_Optimizer keeps whole parameters, the other one pieces of them.
-            whole = flat.numel() == parameter.numel() != piece.numel
-            yield piece, flat.narrow(0, piece.start, piece.numel) if whole else flat[: piece.numel]
+            yield piece, flat[: piece.numel]
 
     def get_global_grad_norm(self) -> Any:
         """Norm of the whole gradient of the last step, before clipping: a number or a tensor, infinite if it was not finite."""
@@ -238,65 +235,84 @@ class ZeroEngine:
         return (partition, offset, start, numel) if numel > 0 else None
 
 
-class BucketedEngine(ZeroEngine):
-    """ZeRO-1 in bf16: DeepSpeed keeps flat tensors and steps; gradients are reduced and weights sent in buckets of ours.
+class FlatEngine(ZeroEngine):
+    """ZeRO-1 in bf16. Of DeepSpeed's BF16_Optimizer it takes the flat buffers; the step over them is ours."""
 
-    Each rank has the whole sums of its own partitions only, and the norm is a sum over the partitions of all ranks.
-    """
-
-    def __init__(
-        self, engine: Any, optimizer: PartitionedOptimizer, topology: Topology, overlap: bool, readers: Readers
-    ) -> None:
-        super().__init__(engine, optimizer, topology)
-        self.mean_over = 1
-        self._axis = topology.data_context
+    def __init__(self, engine: Any, optimizer: PartitionedOptimizer, overlap: bool, readers: Readers) -> None:
+        super().__init__(engine, optimizer)
         zero = engine.optimizer
-        flats = zip(zero.bf16_groups, zero.fp32_groups_gradients_flat, zero.bf16_groups_flat, strict=True)
-        place_of = {id(parameter): place for place, parameter in enumerate(self.module.parameters())}
-        buckets = [Bucket(tuple(parameters), gradients, weights) for parameters, gradients, weights in flats]
-        buckets.sort(key=lambda bucket: min(place_of[id(parameter)] for parameter in bucket.parameters))
-        self._reductions = Reductions(buckets, self._axis, overlap)
-        self._gathers = Gathers(buckets, self._axis, overlap, readers)
-        engine.enable_backward_allreduce = False
-        zero.mpu, zero.get_grads_for_norm = NormGroups(topology), self._gradients_for_norm
-        zero.update_lp_params = self._send_weights
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        axis = axis_of(zero.dp_process_group)
+        flats = zip(
+            zero.bf16_groups,
+            zero.fp32_groups_gradients,
+            zero.fp32_groups_gradients_flat,
+            zero.bf16_groups_flat,
+            strict=True,
+        )
+        buckets = [
+            Bucket(tuple(parameters), tuple(map(keep_sum, parameters, sums)), gradients, weights, axis)
+            for parameters, sums, gradients, weights in flats
+        ]
+        places = {parameter: place for place, parameter in enumerate(self.module.parameters())}
+        ordered = sorted(buckets, key=lambda bucket: min(places[parameter] for parameter in bucket.parameters))
+        self._reductions, self._gathers = Reductions(ordered, overlap), Gathers(ordered, overlap, readers)
+        model = zero.mpu.get_model_parallel_group()
+        self._step = FlatStep(buckets, optimizer, zero.clip_grad, self._reductions, self._gathers, model)
+        own = {
+            piece: piece.of(bucket.own_gradients)
+            for bucket, partition in zip(buckets, optimizer.partitions, strict=True)
+            for piece in partition.pieces
+        }
+        self._sums = [(parameter, own[piece]) for parameter, piece in self._pieces]
 
-    def begin(self, backward_passes: int) -> None:
-        self._reductions.begin(backward_passes)
+    def expect(self, backward_passes: int) -> None:
+        """As in the base class."""
+        self._reductions.expect(backward_passes)
 
     def end_backward(self) -> None:
+        """As in the base class; reductions that have not begun begin now."""
         self._reductions.end_backward()
 
     def sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """This rank's ranges of the sums over ranks, for which it waits."""
         self._reductions.wait()
-        for (parameter, _), (_, flat) in zip(self._pieces, self.gradients(), strict=True):
-            yield parameter, flat
+        yield from self._sums
 
     def settle(self) -> None:
+        """As in the base class."""
         self._gathers.wait()
 
-    def step(self, *hooks: Any) -> bool:
-        self.settle()
-        return super().step(*hooks)
-
     def masters_to_weights(self) -> None:
-        super().masters_to_weights()
+        """As in the base class."""
         self.settle()
+        super().masters_to_weights()
 
-    def _gradients_for_norm(self, for_clipping: bool = False) -> Any:
-        """In place of DeepSpeed's function, which takes gradients for whole."""
-        if for_clipping:
-            return self._engine.optimizer.fp32_groups_gradient_flat_partition
-        owned = [flat for piece, flat in self.gradients() if piece.owned]
-        return owned or [torch.zeros(1, device=self._device)], {}
+    def scale_gradients(self, scale: Tensor) -> None:
+        """As in the base class; nothing is multiplied before the update."""
+        self._step.scale_by(scale)
 
-    @torch.no_grad()
-    def _send_weights(self) -> None:
-        """In place of DeepSpeed's function, which waits for them."""
-        zero = self._engine.optimizer
-        for weights, master in zip(zero.bf16_groups_flat, zero.fp32_groups_flat_partition, strict=True):
-            owned_range(weights, self._axis).copy_(master)
-        self._gathers.begin()
+    def step(self, *hooks: Any) -> bool:
+        """As in the base class. The host waits once, while the update runs."""
+        return self._step(*hooks)
+
+    def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
+        """As in the base class, from the reduction until the next step begins."""
+        return self._step.gradients()
+
+    def get_global_grad_norm(self) -> Tensor:
+        """As in the base class, on the device."""
+        return self._step.norm
+
+
+def zero_engine(
+    engine: Any, optimizer: PartitionedOptimizer, overlap: bool = False, readers: Readers = ()
+) -> ZeroEngine:
+    """The engine over what deepspeed.initialize returned for the client of `optimizer`."""
+    if hasattr(engine.optimizer, "fp32_groups_gradients_flat"):
+        return FlatEngine(engine, optimizer, overlap, readers)
+    return ZeroEngine(engine, optimizer)
 
 
 def _place(parameter: Any) -> Place | None:
@@ -422,11 +438,3 @@ class DeepSpeedGroups:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self.topology.data_context.group)
-
-
-class NormGroups(DeepSpeedGroups):
-    """The groups of a norm whose parts lie on all ranks."""
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD

@@ -22,6 +22,7 @@ from based_megatron.parallel.megatron import pipeline_schedule
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
+from based_megatron.parallel.transfer import to_device
 from based_megatron.train.batch_metrics import record_batches, record_sources
 
 
@@ -143,7 +144,7 @@ class Step:
         return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carried)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.topology.device, non_blocking=True)
+        return to_device(tensor, self.topology.device)
 
     def loss_sum(self, loss_BL: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(summed loss, tokens, both as an fp64 row, above those of slices), the form that Megatron's schedules take."""
@@ -179,7 +180,7 @@ class ScheduledStep(Step):
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         self._own.begin_own()
-        self.engine.begin(backward_passes=len(micro_batches))
+        self.engine.expect(backward_passes=len(micro_batches))
         losses = self._run(micro_batches, self.loss_sum, forward_only=False)
         # After the reductions, which all ranks would begin later if they met here before.
         loss = self.global_sum(losses)
@@ -234,11 +235,9 @@ class ScheduledStep(Step):
     @torch.no_grad()
     def _sum_gradients(self) -> None:
         """Make means over tokens of the sums, and sum over ranks that hold the same parameter, but no part of the same reduction."""
-        topology, sums = self.topology, list(self.engine.sums())
-        if not sums:
-            return
-        scale = self.engine.mean_over / self._tokens.clamp(min=1)
-        torch._foreach_mul_([grad for _, grad in sums], scale.to(sums[0][1].dtype))
+        topology = self.topology
+        self.engine.scale_gradients(topology.data_context.size / self._tokens.clamp(min=1))
+        sums = list(self.engine.sums())
         # Norms and biases outside the tensor parallel regions saw only this rank's tokens.
         partial = [grad for parameter, grad in sums if getattr(parameter, "sequence_parallel", False)]
         if topology.tensor.size > 1 and partial:
