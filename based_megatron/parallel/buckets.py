@@ -149,6 +149,7 @@ class Gathers:
             module.register_forward_pre_hook(lambda *_, numbers=numbers: self._wait(numbers))
         assert not overlap or number_of.keys() == {parameter for _, parameters in readers for parameter in parameters}
 
+    @torch.no_grad()
     def begin(self) -> None:
         """Send the weights that this rank owns, and receive all others."""
         for number, bucket in enumerate(self._buckets):
@@ -163,6 +164,7 @@ class Gathers:
         """Wait for all weights, on the device if it is a GPU."""
         self._wait(list(self._works))
 
+    @torch.no_grad()
     def _wait(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             if number in self._works:

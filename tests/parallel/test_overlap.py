@@ -32,7 +32,6 @@ class Late:
     def __init__(self, collective: Any, args: Any, kwargs: Any) -> None:
         self._call = lambda: collective(*args, **kwargs)
 
-    @torch.no_grad()
     def wait(self) -> None:
         self._call()
 
