@@ -53,6 +53,7 @@ class FlatStep:
         """Multiply the gradient of this step by a scale, and average it over ranks."""
         self._factor = scale.double() / dist.get_world_size(self._data)
 
+    @torch.no_grad()
     def __call__(
         self,
         on_gradients: Callable[[], None] | None = None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,9 +22,10 @@ def _update_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GOOD: tl.constexpr, TILE_ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of elements. Divisions and roots are rounded as IEEE has it, as torch's are."""
-    good = tl.load(good_ptr) != 0 if HAS_GOOD else True
     n = tl.program_id(0).to(tl.int64) * TILE_ELEMENTS + tl.arange(0, TILE_ELEMENTS)
-    inside = (n < N) & good
+    if HAS_GOOD:
+        N = tl.where(tl.load(good_ptr) != 0, N, 0)
+    inside = n < N
     g = tl.load(gradient_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if HAS_SCALE:
         g *= tl.load(scale_ptr)
@@ -58,7 +60,7 @@ def adamw(
         square_N,
         master_N if weight_N is None else weight_N,
         master_N if scale is None else scale,
-        master_N if is_good is None else is_good,
+        master_N if is_good is None else is_good.view(torch.uint8),
         master_N.numel(),
         1 - numbers.lr * numbers.weight_decay,
         numbers.beta1,
