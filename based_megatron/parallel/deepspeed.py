@@ -5,7 +5,7 @@ an optimizer step. Forward and backward stay outside of it for ZeRO-1. It keeps 
 
     its optimizer                  stages                  master partitions                  place of a parameter
     DeepSpeedZeroOptimizer         1 and 2                 single_partition_of_fp32_groups    _hp_mapping
-    BF16_Optimizer                 1 in bf16, fp32 sums    fp32_groups_flat_partition         _hp_mapping
+    BF16_Optimizer                 1 in bf16, fp32 sums    fp32_groups_flat_partition         _hp_mapping; its step is ours (flat_step.py)
     DeepSpeedZeroOptimizer_Stage3  3                       fp32_partitioned_groups_flat       grad_position
 
 Checked against deepspeed 0.19.8: these names are not a public interface. Nothing else of ours knows them.
@@ -346,7 +346,7 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
         },
     }
     if bf16:
-        # immediate_grad_update adds each micro batch's gradient into an fp32 buffer as it is made.
+        # immediate_grad_update: gradients are added to fp32 buffers as they are made, by hooks that FlatEngine replaces.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
