@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from based_megatron.config import OptimizerConfig, ParallelConfig
 from based_megatron.parallel.buckets import Bucket, Gathers, Readers, Reductions
 from based_megatron.parallel.flat_step import FlatStep
-from based_megatron.parallel.gradient_sums import keep_sum
+from based_megatron.parallel.gradient_sums import gradient, keep_sum
 from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.megatron import megatron_runs
@@ -106,8 +106,8 @@ class ZeroEngine:
     def sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Gradients of ZeRO-1 on this rank, after the last backward: what they lack may be added before `step`."""
         for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                yield parameter, parameter.grad
+            if (grad := gradient(parameter)) is not None:
+                yield parameter, grad
 
     def settle(self) -> None:
         """Wait for the weights of the last step, before they are read outside of a forward pass."""
