@@ -176,7 +176,6 @@ class ScheduledStep(Step):
         super().__init__(*args)
         self.schedule = pipeline_schedule()
         self.chunks[0].config.finalize_model_grads_func = self._end_backward
-        self._tokens = torch.ones(())
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         self._own.begin_own()
@@ -184,7 +183,7 @@ class ScheduledStep(Step):
         losses = self._run(micro_batches, self.loss_sum, forward_only=False)
         # After the reductions, which all ranks would begin later if they met here before.
         loss = self.global_sum(losses)
-        self._tokens = loss.tokens
+        self.engine.scale_gradients(self.topology.data_context.size / loss.tokens.clamp(min=1))
         return loss
 
     def update(self, *hooks: Any) -> Update:
@@ -234,10 +233,8 @@ class ScheduledStep(Step):
 
     @torch.no_grad()
     def _sum_gradients(self) -> None:
-        """Make means over tokens of the sums, and sum over ranks that hold the same parameter, but no part of the same reduction."""
-        topology = self.topology
-        self.engine.scale_gradients(topology.data_context.size / self._tokens.clamp(min=1))
-        sums = list(self.engine.sums())
+        """Sum over ranks that hold the same parameter, but no part of the same reduction."""
+        topology, sums = self.topology, list(self.engine.sums())
         # Norms and biases outside the tensor parallel regions saw only this rank's tokens.
         partial = [grad for parameter, grad in sums if getattr(parameter, "sequence_parallel", False)]
         if topology.tensor.size > 1 and partial:
