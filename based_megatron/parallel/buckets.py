@@ -91,8 +91,9 @@ class Reductions:
         ]
 
     def expect(self, passes: int) -> None:
-        """Begin a step of so many backward passes over every parameter."""
-        assert self._next == 0, "gradients of two steps in one"
+        """Begin a step of so many backward passes over every parameter. Sums that no update has used are dropped."""
+        if self._next:
+            self.end_step()
         self._missing = [[passes] * len(bucket.parameters) for bucket in self._buckets]
 
     def end_backward(self) -> None:
@@ -108,6 +109,10 @@ class Reductions:
 
     def end_step(self) -> None:
         """The sums are used up: the next gradients are of another step."""
+        self.wait()
+        for bucket in self._buckets:
+            for total in bucket.sums:
+                total.begin()
         self._next, self._missing = 0, []
 
     def _hook(self, parameter: nn.Parameter, number: int, place: int) -> Any:

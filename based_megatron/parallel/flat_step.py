@@ -74,8 +74,6 @@ class FlatStep:
             self._gathers.begin()
         elif on_skip is not None:
             on_skip()
-        for total in (total for bucket in self._buckets for total in bucket.sums):
-            total.begin()
         self._reductions.end_step()
         return applied
 
