@@ -124,6 +124,9 @@ class ParallelConfig:
     """DeepSpeed ZeRO: 1 shards optimizer state over data x context ranks; 2 adds gradients, 3 parameters (pipeline=1 only)."""
     zero_bucket_elements: Annotated[int, Range(at_least=2, multiple_of=2)] = 50_000_000
     """Elements of one gradient reduction or parameter all-gather bucket; an even number, as DeepSpeed wants."""
+    overlap_zero: Annotated[bool, FREE] = True
+    """Hide what ZeRO sends behind computation: gradients are reduced inside backward passes, weights gathered ahead of forward
+    passes. Stage 1 does so in bf16. No value changes."""
     timeout_seconds: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 600
     """A collective that takes longer ends the run instead of hanging it."""
 

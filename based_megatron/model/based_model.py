@@ -79,6 +79,13 @@ class BasedModel(MegatronModule):
         logits = self._logits(self.final_norm(residual, update)[1])
         return self._without_padding(logits) if labels_BL is None else self._loss(logits, labels_BL)
 
+    def readers(self) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+        """Modules, in the order of the forward pass, and the parameters that nobody reads before the call of each; all parameters."""
+        later = [*self.layers.values(), *([self.final_norm, self.output] if self.post_process else [])]
+        read_later = {parameter for module in later for parameter in module.parameters()}
+        first = [parameter for parameter in self.parameters() if parameter not in read_later]
+        return [(self, first), *((module, list(module.parameters())) for module in later)]
+
     def zero_states(self, batch: int) -> ModelStates:
         """States of `batch` empty sequences. Raises ConfigError if a layer has no state of constant size."""
         device = self.embedding.weight.device

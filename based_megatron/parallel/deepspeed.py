@@ -23,28 +23,41 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from based_megatron.config import OptimizerConfig, ParallelConfig
-from based_megatron.parallel.flat_step import FlatGroup, FlatStep
-from based_megatron.parallel.gradient_sums import GradientSum, gradient, keep_sum
+from based_megatron.parallel.buckets import Bucket, Gathers, Readers, Reductions
+from based_megatron.parallel.flat_step import FlatStep
+from based_megatron.parallel.gradient_sums import gradient, keep_sum
 from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.partitions import Partition, PartitionedOptimizer, Piece
-from based_megatron.parallel.topology import Topology
+from based_megatron.parallel.topology import Topology, axis_of
 
 Place = tuple[int, int, int, int]
 """(partition, offset in it, start in the parameter, elements) of a parameter's range."""
 
 
 def build_zero_engine(
-    module: nn.Module, optimizer: PartitionedOptimizer, topology: Topology, settings: dict[str, Any]
+    module: nn.Module,
+    optimizer: PartitionedOptimizer,
+    topology: Topology,
+    parallel: ParallelConfig,
+    settings: dict[str, Any],
+    readers: Readers,
 ) -> "ZeroEngine":
     """An engine over the model chunks of this rank. All ranks call it."""
     for parameter in module.parameters():
         # It is left out of the gradient norm.
         parameter.ds_pipe_replicated = is_tied_copy(parameter)  # type: ignore[attr-defined]
+    if _sums_in_fp32(settings) and topology.data_context.size > 1:
+        # ZeRO makes one flat tensor of a group.
+        optimizer.cut_groups(parallel.zero_bucket_elements)
     with deepspeed_runs(topology.device), _initializes(topology.device):
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
 
+        for reader, _ in readers if parallel.overlap_zero and parallel.zero_stage == 3 else ():
+            # Gathered and reduced at once: work for each part of it keeps the host from running ahead of the device.
+            set_z3_leaf_module(reader, reader is not module)
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer.client,
@@ -52,7 +65,7 @@ def build_zero_engine(
             dist_init_required=False,
             config=settings,
         )
-    return zero_engine(engine, optimizer)
+    return zero_engine(engine, optimizer, parallel.overlap_zero, readers)
 
 
 class ZeroEngine:
@@ -79,10 +92,25 @@ class ZeroEngine:
         with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
 
+    def expect(self, backward_passes: int) -> None:
+        """Begin a step of so many backward passes outside of the engine, for ZeRO-1."""
+
+    def end_backward(self) -> None:
+        """All backward passes of the step are done."""
+
     def scale_gradients(self, scale: Tensor) -> None:
         """Multiply the gradients that ZeRO-1 has summed up, after the last backward of a step. It averages them over ranks."""
-        grads = [grad for parameter in self.module.parameters() if (grad := gradient(parameter)) is not None]
+        grads = [grad for _, grad in self.sums()]
         torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+
+    def sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Gradients of ZeRO-1 on this rank, after the last backward: what they lack may be added before `step`."""
+        for parameter in self.module.parameters():
+            if (grad := gradient(parameter)) is not None:
+                yield parameter, grad
+
+    def settle(self) -> None:
+        """Wait for the weights of the last step, before they are read outside of a forward pass."""
 
     def step(
         self,
@@ -210,24 +238,60 @@ class ZeroEngine:
 class FlatEngine(ZeroEngine):
     """ZeRO-1 in bf16. Of DeepSpeed's BF16_Optimizer it takes the flat buffers; the step over them is ours."""
 
-    def __init__(self, engine: Any, optimizer: PartitionedOptimizer) -> None:
+    def __init__(self, engine: Any, optimizer: PartitionedOptimizer, overlap: bool, readers: Readers) -> None:
         super().__init__(engine, optimizer)
         zero = engine.optimizer
         for hook in zero._grad_acc_hooks:
             hook.remove()
-        groups: list[FlatGroup] = []
-        sums: list[GradientSum] = []
-        for number, master in enumerate(zero.fp32_groups_flat_partition):
-            weights, gradients = zero.bf16_groups_flat[number], zero.fp32_groups_gradients_flat[number]
-            first = dist.get_rank(zero.dp_process_group) * master.numel()
-            groups.append(FlatGroup(weights, gradients, first, master.numel()))
-            sums += map(keep_sum, zero.bf16_groups[number], zero.fp32_groups_gradients[number])
-        ranks = zero.dp_process_group, zero.mpu.get_model_parallel_group()
-        self._step = FlatStep(groups, sums, optimizer, zero.clip_grad, *ranks)
+        axis = axis_of(zero.dp_process_group)
+        flats = zip(
+            zero.bf16_groups,
+            zero.fp32_groups_gradients,
+            zero.fp32_groups_gradients_flat,
+            zero.bf16_groups_flat,
+            strict=True,
+        )
+        buckets = [
+            Bucket(tuple(parameters), tuple(map(keep_sum, parameters, sums)), gradients, weights, axis)
+            for parameters, sums, gradients, weights in flats
+        ]
+        places = {parameter: place for place, parameter in enumerate(self.module.parameters())}
+        ordered = sorted(buckets, key=lambda bucket: min(places[parameter] for parameter in bucket.parameters))
+        self._reductions, self._gathers = Reductions(ordered, overlap), Gathers(ordered, overlap, readers)
+        model = zero.mpu.get_model_parallel_group()
+        self._step = FlatStep(buckets, optimizer, zero.clip_grad, self._reductions, self._gathers, model)
+        own = {
+            piece: piece.of(bucket.own_gradients)
+            for bucket, partition in zip(buckets, optimizer.partitions, strict=True)
+            for piece in partition.pieces
+        }
+        self._sums = [(parameter, own[piece]) for parameter, piece in self._pieces]
+
+    def expect(self, backward_passes: int) -> None:
+        """As in the base class."""
+        self._reductions.expect(backward_passes)
+
+    def end_backward(self) -> None:
+        """As in the base class; reductions that have not begun begin now."""
+        self._reductions.end_backward()
+
+    def sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """This rank's ranges of the sums over ranks, for which it waits."""
+        self._reductions.wait()
+        yield from self._sums
+
+    def settle(self) -> None:
+        """As in the base class."""
+        self._gathers.wait()
+
+    def masters_to_weights(self) -> None:
+        """As in the base class."""
+        self.settle()
+        super().masters_to_weights()
 
     def scale_gradients(self, scale: Tensor) -> None:
         """As in the base class; nothing is multiplied before the update."""
-        self._step.finish_sums(scale)
+        self._step.scale_by(scale)
 
     def step(self, *hooks: Any) -> bool:
         """As in the base class. The host waits once, while the update runs."""
@@ -242,10 +306,13 @@ class FlatEngine(ZeroEngine):
         return self._step.norm
 
 
-def zero_engine(engine: Any, optimizer: PartitionedOptimizer) -> ZeroEngine:
+def zero_engine(
+    engine: Any, optimizer: PartitionedOptimizer, overlap: bool = False, readers: Readers = ()
+) -> ZeroEngine:
     """The engine over what deepspeed.initialize returned for the client of `optimizer`."""
-    cls = FlatEngine if hasattr(engine.optimizer, "fp32_groups_gradients_flat") else ZeroEngine
-    return cls(engine, optimizer)
+    if hasattr(engine.optimizer, "fp32_groups_gradients_flat"):
+        return FlatEngine(engine, optimizer, overlap, readers)
+    return ZeroEngine(engine, optimizer)
 
 
 def _place(parameter: Any) -> Place | None:
@@ -271,8 +338,8 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": parallel.zero_stage,
-            # Refused by DeepSpeed for stage 1 with unmanaged accumulation.
-            "overlap_comm": False,
+            # Refused by DeepSpeed for stage 1 with unmanaged accumulation, where we do it ourselves.
+            "overlap_comm": parallel.overlap_zero and parallel.zero_stage > 1,
             "reduce_bucket_size": parallel.zero_bucket_elements,
             "allgather_bucket_size": parallel.zero_bucket_elements,
             "stage3_prefetch_bucket_size": parallel.zero_bucket_elements,
@@ -283,6 +350,11 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def _sums_in_fp32(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer."""
+    return "bf16" in settings and settings["zero_optimization"]["stage"] == 1
 
 
 @contextmanager

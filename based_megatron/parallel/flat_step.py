@@ -9,41 +9,17 @@ it runs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from based_megatron.kernels.square_sum import square_sum, stretches
-from based_megatron.parallel.gradient_sums import GradientSum
+from based_megatron.parallel.buckets import Bucket, Gathers, Reductions
 from based_megatron.parallel.partitions import Judged, PartitionedOptimizer, Piece
 
 CLIP_EPS = 1e-6
 """Added to the norm that clipping divides by, as torch's clip_grad_norm_ and DeepSpeed do."""
-
-
-@dataclass(frozen=True)
-class FlatGroup:
-    """The flat buffers of one group of parameters, padded to equal ranges of all ranks."""
-
-    weights: Tensor
-    """The bf16 weights of the model are views of it."""
-    gradients: Tensor
-    """fp32; the sums of gradients are views of it."""
-    first: int
-    numel: int
-    """This rank's range, whose masters and optimizer state it holds."""
-
-    @property
-    def own_weights(self) -> Tensor:
-        """This rank's range of the weights."""
-        return self.weights.narrow(0, self.first, self.numel)
-
-    @property
-    def own_gradients(self) -> Tensor:
-        """This rank's range of the gradients: all that is right after they are reduced."""
-        return self.gradients.narrow(0, self.first, self.numel)
 
 
 class FlatStep:
@@ -51,17 +27,18 @@ class FlatStep:
 
     def __init__(
         self,
-        groups: Sequence[FlatGroup],
-        sums: Sequence[GradientSum],
+        buckets: Sequence[Bucket],
         optimizer: PartitionedOptimizer,
         clip_norm: float,
-        data: dist.ProcessGroup,
+        reductions: Reductions,
+        gathers: Gathers,
         model: dist.ProcessGroup,
     ) -> None:
-        """sums: of all parameters; clip_norm: 0 does not clip; data: ranks that share the buffers; model: those of its parts."""
-        self.groups, self._sums, self._optimizer, self._clip_norm = groups, sums, optimizer, clip_norm
-        self._data, self._model = data, model
-        device = groups[0].gradients.device
+        """buckets: in the order of the partitions; clip_norm: 0 does not clip; model: ranks that hold the parts of the model."""
+        self._buckets, self._optimizer, self._clip_norm = buckets, optimizer, clip_norm
+        self._reductions, self._gathers = reductions, gathers
+        self._data, self._model = buckets[0].axis.group, model
+        device = buckets[0].gradients.device
         self._kernels = "triton" if device.type == "cuda" else "reference"
         self._factor = torch.ones((), dtype=torch.float64, device=device) / dist.get_world_size(self._data)
         """What the sums over micro batches and ranks are multiplied by, before clipping."""
@@ -72,10 +49,8 @@ class FlatStep:
             for partition in optimizer.partitions
         ]
 
-    def finish_sums(self, scale: Tensor) -> None:
-        """Take what the sums hold as the gradient of this step, to be multiplied by a scale and averaged over ranks."""
-        for total in self._sums:
-            total.complete()
+    def scale_by(self, scale: Tensor) -> None:
+        """Multiply the gradient of this step by a scale, and average it over ranks."""
         self._factor = scale.double() / dist.get_world_size(self._data)
 
     @torch.no_grad()
@@ -86,29 +61,27 @@ class FlatStep:
         on_skip: Callable[[], None] | None = None,
     ) -> bool:
         """See ZeroEngine.step."""
-        for total in self._sums:
-            total.complete()
-        self._reduce()
+        self._reductions.wait()
+        self._gathers.wait()
         if on_gradients is not None:
             on_gradients()
         applied = self._optimizer.update(
-            [group.own_gradients for group in self.groups],
-            [group.own_weights for group in self.groups],
+            [bucket.own_gradients for bucket in self._buckets],
+            [bucket.own_weights for bucket in self._buckets],
             self._judged(judge),
         )
         if applied:
-            self._gather()
+            self._gathers.begin()
         elif on_skip is not None:
             on_skip()
-        for total in self._sums:
-            total.begin()
+        self._reductions.end_step()
         return applied
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
         """The reduced gradient of each piece of this rank's partitions, flat, before clipping; between reduction and next step."""
-        for group, partition in zip(self.groups, self._optimizer.partitions, strict=True):
+        for bucket, partition in zip(self._buckets, self._optimizer.partitions, strict=True):
             for piece in partition.pieces:
-                yield piece, piece.of(group.own_gradients) * self._factor.float()
+                yield piece, piece.of(bucket.own_gradients) * self._factor.float()
 
     def _judged(self, judge: Callable[[Tensor], Tensor | None]) -> Judged:
         """What the norm makes of the gradient: the number it is multiplied by, and whether it is good."""
@@ -125,23 +98,11 @@ class FlatStep:
 
     def _global_norm(self) -> Tensor:
         squares = [
-            square_sum(group.own_gradients, counted, backend=self._kernels)
-            for group, counted in zip(self.groups, self._counted, strict=True)
+            square_sum(bucket.own_gradients, counted, backend=self._kernels)
+            for bucket, counted in zip(self._buckets, self._counted, strict=True)
         ]
         total = torch.stack(squares).sum()
         for ranks in (self._data, self._model):
             if dist.get_world_size(ranks) > 1:
                 dist.all_reduce(total, group=ranks)
         return total.sqrt() * self._factor.abs()
-
-    def _reduce(self) -> None:
-        """Sum the gradients over the ranks that share them; right in this rank's range."""
-        if dist.get_world_size(self._data) > 1:
-            for group in self.groups:
-                dist.all_reduce(group.gradients, group=self._data)
-
-    def _gather(self) -> None:
-        """Bring every rank's new weights to all others."""
-        if dist.get_world_size(self._data) > 1:
-            for group in self.groups:
-                dist.all_gather_into_tensor(group.weights, group.own_weights, group=self._data)

@@ -165,6 +165,8 @@ def megatron_settings(
         gradient_accumulation_fusion=False,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # A message is waited for on the device; the host would wait once more, for versions of PyTorch before 2.
+        batch_p2p_sync=False,
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not frees_too_early,
         calculate_per_token_loss=True,
     )

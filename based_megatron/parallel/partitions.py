@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from based_megatron.parallel.buckets import cut_into_buckets
+from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.sharding import ShardSpec
 from based_megatron.parallel.transfer import HostCopy
 
@@ -65,6 +67,22 @@ class PartitionedOptimizer(ABC):
         self.client = client
         """The torch optimizer that ZeRO steps. Its groups hold parameters at first, and from then on the partitions."""
         self.partitions: tuple[Partition, ...] = ()
+
+    def cut_groups(self, elements: int) -> None:
+        """Cut groups into buckets of so many elements, before ZeRO partitions each group."""
+        self.client.param_groups = [part for group in self.client.param_groups for part in self._parts(group, elements)]
+
+    def _parts(self, group: dict[str, Any], elements: int) -> list[dict[str, Any]]:
+        if not self.may_cut(group):
+            return [group]
+        parameters = group["params"]
+        sizes = [(shard_spec(parameter).name, parameter.numel()) for parameter in parameters]
+        cut = cut_into_buckets(sizes, elements)
+        return [{**group, "params": parameters[places.start : places.stop]} for places in cut]
+
+    def may_cut(self, group: dict[str, Any]) -> bool:
+        """Whether a group may become several."""
+        return True
 
     def place(self, partitions: Sequence[Partition]) -> None:
         """Take the partitions of this rank; called once, before the first step, by all ranks."""

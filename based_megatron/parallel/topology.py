@@ -116,8 +116,8 @@ def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: i
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.timeout_seconds / 60,  # it makes a timedelta of them
     )
-    pipeline = _axis(parallel_state.get_pipeline_model_parallel_group())
-    context = _axis(parallel_state.get_context_parallel_group())
+    pipeline = axis_of(parallel_state.get_pipeline_model_parallel_group())
+    context = axis_of(parallel_state.get_context_parallel_group())
     timeout = timedelta(seconds=parallel.timeout_seconds)
     sequence = build_context_ranks(context.group, parallel.state_exchange, node_ranks, device, timeout)
     on_edge = pipeline.size > 1 and pipeline.rank in (0, pipeline.size - 1)
@@ -125,15 +125,15 @@ def build_topology(parallel: ParallelConfig, device: torch.device, node_ranks: i
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         device=device,
-        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        tensor=axis_of(parallel_state.get_tensor_model_parallel_group()),
         pipeline=pipeline,
         context=context,
         sequence=sequence,
-        data=_axis(parallel_state.get_data_parallel_group()),
-        data_context=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        model=_axis(parallel_state.get_model_parallel_group()),
-        stage=_axis(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
-        embedding=_axis(parallel_state.get_embedding_group()) if on_edge else None,
+        data=axis_of(parallel_state.get_data_parallel_group()),
+        data_context=axis_of(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        model=axis_of(parallel_state.get_model_parallel_group()),
+        stage=axis_of(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
+        embedding=axis_of(parallel_state.get_embedding_group()) if on_edge else None,
         process_groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
@@ -146,5 +146,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _axis(group: dist.ProcessGroup) -> Axis:
+def axis_of(group: dist.ProcessGroup) -> Axis:
+    """This rank's place in a group."""
     return Axis(group, dist.get_rank(group), dist.get_world_size(group))

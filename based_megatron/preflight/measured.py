@@ -37,6 +37,8 @@ HOST_SECONDS_OF_A_LAYER, HOST_SECONDS_OF_A_SLICED_LAYER = 0.096 / 36, 0.152 / 36
 alone and with sequences shared by two ranks (benchmarks/results/h100-two-ranks.json)."""
 ZERO_SHARES = {1: 1.0, 2: 100_400 / 107_500, 3: 84_400 / 107_500}
 """Tokens per second of ZeRO stages, relative to stage 1: based-1b on two GPUs."""
+HIDDEN_SHARE = 0.9
+"""Share of a pass that can hide what ZeRO sends: assumed, not measured."""
 RECOMPUTE_SHARES = {"none": 1.0, "mixer": 6 / 7, "full": 3 / 4}
 """By arithmetic, not measured: a forward of all (full) or of about half (mixer) of a block is done again."""
 

@@ -20,6 +20,7 @@ from based_megatron.config import Config
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.model.build import DTYPES
 from based_megatron.model.mixers import layer_mixers
+from based_megatron.parallel.buckets import cut_into_buckets
 from based_megatron.preflight.activations import (
     ChunkActivations,
     chunk_activations,
@@ -30,8 +31,6 @@ from based_megatron.train.carried import carried_bytes
 
 FP32_BYTES = 4
 ADAM_MOMENTS, MUON_MOMENTS = 2, 1
-REDUCED_TOGETHER_ELEMENTS = 500_000_000
-"""BF16_Optimizer's groups of gradients are copied into one buffer to be reduced, until there are more elements than this."""
 LIVE_ELEMENTS = 1_000_000_000
 """Elements of gathered parameters that ZeRO-3 keeps at most (DeepSpeed's stage3_max_live_parameters)."""
 WORKSPACE_BYTES = 64 * 2**20
@@ -125,23 +124,27 @@ def model_memory(config: Config, shards: int, parameters: list[LocalParameter]) 
     """What ZeRO keeps of these parameters on each of `shards` ranks."""
     stage, b = config.parallel.zero_stage, DTYPES[config.train.precision].itemsize
     is_muon = config.optimizer.name == "muon"
-    # In the optimizer's order: decayed parameters, or matrices, come first.
-    groups: dict[bool, list[int]] = {True: [], False: []}
+    groups: dict[bool, list[LocalParameter]] = {True: [], False: []}
     for parameter in parameters:
-        groups[parameter.is_matrix_of_block if is_muon else parameter.decayed].append(parameter.numel)
+        groups[parameter.is_matrix_of_block if is_muon else parameter.decayed].append(parameter)
     if stage == 3:
-        shares = {key: sum(-(-n // shards) for n in numels) for key, numels in groups.items()}
-        elements = {key: share * shards for key, share in shares.items()}
+        shares = {key: sum(-(-p.numel // shards) for p in group) for key, group in groups.items()}
     else:
-        elements = {key: -(-sum(numels) // (2 * shards)) * 2 * shards for key, numels in groups.items()}
-        shares = {key: numel // shards for key, numel in elements.items()}
+        cuts = stage == 1 and b == 2 and shards > 1
+        shares = {
+            key: _padded_share(
+                group, shards, config.parallel.zero_bucket_elements if cuts and not (is_muon and key) else 0
+            )
+            for key, group in groups.items()
+        }
+    elements = {key: share * shards for key, share in shares.items()}
     whole, share = sum(elements.values()), sum(shares.values())
     moments = sum(shares[key] * (MUON_MOMENTS if is_muon and key else ADAM_MOMENTS) for key in shares)
     bucket = min(config.parallel.zero_bucket_elements, whole)
     sends_fp32 = FP32_BYTES if b != FP32_BYTES else 0
     copy = buckets = 0
     if stage == 1 and b == 2:
-        gradients, copy = FP32_BYTES * whole, FP32_BYTES * _copied_together(list(elements.values()))
+        gradients = FP32_BYTES * whole
     elif stage == 1:
         gradients, copy = b * whole, b * config.parallel.zero_bucket_elements + FP32_BYTES * share
     else:
@@ -217,11 +220,8 @@ def _saved_in_flight(chunks: list[ChunkActivations], in_flight: int) -> int:
     return whole * sum(chunk.saved for chunk in chunks) + sum(chunk.saved for chunk in chunks[:rest])
 
 
-def _copied_together(groups: list[int]) -> int:
-    """Elements of the largest bucket of several groups; one group alone is reduced in place."""
-    largest, bucket = 0, []
-    for numel in groups:
-        bucket.append(numel)
-        if sum(bucket) > REDUCED_TOGETHER_ELEMENTS:
-            largest, bucket = max(largest, sum(bucket) if len(bucket) > 1 else 0), []
-    return max(largest, sum(bucket) if len(bucket) > 1 else 0)
+def _padded_share(parameters: list[LocalParameter], shards: int, bucket_elements: int) -> int:
+    """Elements that each of `shards` ranks owns of the flat tensors of a group, cut into buckets if they have a size."""
+    sizes = [(parameter.name, parameter.numel) for parameter in parameters]
+    buckets = cut_into_buckets(sizes, bucket_elements) if bucket_elements else [range(len(sizes))]
+    return sum(2 * -(-sum(sizes[place][1] for place in places) // (2 * shards)) for places in buckets)

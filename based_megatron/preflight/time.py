@@ -7,6 +7,7 @@ from based_megatron.config import Config
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
+from based_megatron.parallel.buckets import EMBEDDING
 from based_megatron.preflight import measured
 from based_megatron.preflight.gpus import Gpu
 from based_megatron.preflight.shapes import local_parameters
@@ -120,18 +121,32 @@ def _step_seconds(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu, mfu:
     if parallel.pipeline > 1:
         micro_batch /= measured.PIPELINE_SHARE
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline
-    passes = (micro_batches + bubble) * micro_batch / measured.ZERO_SHARES[parallel.zero_stage]
-    return passes + _reduction_seconds(config, data * parallel.context, gpus_per_node, nodes)
+    micro_batch /= measured.ZERO_SHARES[parallel.zero_stage]
+    reduction = _reduction_seconds(config, data * parallel.context, gpus_per_node, nodes, micro_batch)
+    return (micro_batches + bubble) * micro_batch + reduction
 
 
-def _reduction_seconds(config: Config, shards: int, gpus_per_node: int, nodes: int) -> float:
-    """An all-reduce of fp32 gradients and an all-gather of bf16 weights, after the last backward; nothing hides them."""
+def _reduction_seconds(
+    config: Config, shards: int, gpus_per_node: int, nodes: int, micro_batch_seconds: float
+) -> float:
+    """What is exposed of the reduction of fp32 gradients, beside the last backward, and the gathering of weights, beside the next forward.
+
+    Nothing hides the embedding's part, whose gradient is complete last and which is read first.
+    """
     if shards == 1:
         return 0.0
-    elements = max(sum(p.numel for p in local_parameters(config, stage)) for stage in range(config.parallel.pipeline))
-    sent = (2 * FP32_BYTES + WEIGHT_BYTES) * elements * (shards - 1) / shards
-    if nodes == 1:
-        return sent / measured.NODE_BYTES_PER_SECOND
+    stages = [local_parameters(config, stage) for stage in range(config.parallel.pipeline)]
+    parameters = max(stages, key=lambda parameters: sum(p.numel for p in parameters))
+    elements = sum(p.numel for p in parameters)
+    embedding = sum(p.numel for p in parameters if p.name == EMBEDDING)
     # The tensor parallel groups of a node reduce their own parts over the same adapters.
     together = min(config.parallel.tensor, gpus_per_node)
-    return sent * together / measured.NETWORK_BYTES_PER_SECOND
+    rate = measured.NODE_BYTES_PER_SECOND if nodes == 1 else measured.NETWORK_BYTES_PER_SECOND / together
+    hidden_share = measured.HIDDEN_SHARE if config.parallel.overlap_zero else 0.0
+
+    def exposed_seconds(number_bytes: int, pass_seconds: float) -> float:
+        second = number_bytes * (shards - 1) / shards / rate
+        return embedding * second + max(0.0, (elements - embedding) * second - hidden_share * pass_seconds)
+
+    forward = FORWARD_SHARE * micro_batch_seconds
+    return exposed_seconds(FP32_BYTES, micro_batch_seconds - forward) + exposed_seconds(WEIGHT_BYTES, forward)

@@ -17,7 +17,6 @@ from based_megatron.data.batch import MicroBatch
 from based_megatron.data.slices import MOST_SLICES
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.recorder import SILENT, Recorder
-from based_megatron.parallel.gradient_sums import gradient
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import pipeline_schedule
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
@@ -163,22 +162,33 @@ class Step:
         """Sum rows of (loss, tokens) of this rank's micro batches over data and context ranks; the last stage knows them."""
         none = torch.zeros(1 + slices, 2, dtype=torch.float64, device=self.topology.device)
         sums = torch.stack([none, *losses]).sum(0)
-        dist.all_reduce(sums, group=self.topology.data_context.group)
-        dist.broadcast(sums, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
+        if self.topology.data_context.size > 1:
+            dist.all_reduce(sums, group=self.topology.data_context.group)
+        if self.topology.pipeline.size > 1:
+            dist.broadcast(sums, src=self.topology.last_stage_rank, group=self.topology.pipeline.group)
         return LossSum(sums[0, 0], sums[0, 1], sums[1:] if slices else None)
 
 
 class ScheduledStep(Step):
-    """ZeRO-1: Megatron's pipeline schedules (one stage, 1F1B, interleaved), then one reduction."""
+    """ZeRO-1: Megatron's pipeline schedules (one stage, 1F1B, interleaved), then one reduction, which begins in the last backward."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.schedule = pipeline_schedule()
-        self.chunks[0].config.finalize_model_grads_func = self._finalize
+        self.chunks[0].config.finalize_model_grads_func = self._end_backward
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> LossSum:
         self._own.begin_own()
-        return self.global_sum(self._run(micro_batches, self.loss_sum, forward_only=False))
+        self.engine.expect(backward_passes=len(micro_batches))
+        losses = self._run(micro_batches, self.loss_sum, forward_only=False)
+        # After the reductions, which all ranks would begin later if they met here before.
+        loss = self.global_sum(losses)
+        self.engine.scale_gradients(self.topology.data_context.size / loss.tokens.clamp(min=1))
+        return loss
+
+    def update(self, *hooks: Any) -> Update:
+        self._sum_gradients()
+        return super().update(*hooks)
 
     def _evaluate(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
         return self._run(micro_batches, self.loss_sum, forward_only=True)
@@ -216,19 +226,23 @@ class ScheduledStep(Step):
         output = chunk(self.to_device(batch.tokens_BL), self.plan(batch), labels_BL, self.recorder)
         return output, lambda output: loss(output, batch)
 
-    def _finalize(self, chunks: list[BasedModel], num_tokens: Tensor | None, *_: Any, **__: Any) -> None:
-        """Megatron's hook after the last backward: what must be summed before DeepSpeed averages over data x context ranks."""
-        assert num_tokens is not None
+    def _end_backward(self, *_: Any, **__: Any) -> None:
+        """Megatron's hook after the last backward."""
         self._own.end_own()
-        topology = self.topology
-        dist.broadcast(num_tokens, src=topology.last_stage_rank, group=topology.pipeline.group)
-        dist.all_reduce(num_tokens, group=topology.data_context.group)
-        self.engine.scale_gradients(topology.data_context.size / num_tokens.clamp(min=1).double())
-        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
-        _sum_sequence_parallel(grouped_by(parameters, "sequence_parallel"), topology)
+        self.engine.end_backward()
+
+    @torch.no_grad()
+    def _sum_gradients(self) -> None:
+        """Sum over ranks that hold the same parameter, but no part of the same reduction."""
+        topology, sums = self.topology, list(self.engine.sums())
+        # Norms and biases outside the tensor parallel regions saw only this rank's tokens.
+        partial = [grad for parameter, grad in sums if getattr(parameter, "sequence_parallel", False)]
+        if topology.tensor.size > 1 and partial:
+            _sum_over(topology.tensor.group, partial)
         if topology.embedding is not None and self.chunks[0].config.model.tie_embeddings:
-            tied = self.chunks[-1] if topology.pipeline.rank else self.chunks[0]
-            dist.all_reduce(gradient(tied.embedding.weight), group=topology.embedding.group)
+            tied = (self.chunks[-1] if topology.pipeline.rank else self.chunks[0]).embedding.weight
+            for grad in (grad for parameter, grad in sums if parameter is tied):
+                dist.all_reduce(grad, group=topology.embedding.group)
 
 
 class EngineStep(Step):
@@ -292,12 +306,9 @@ def _slice_sums(loss_BL: Tensor, slices_BL: Tensor) -> Tensor:
     return is_in @ torch.stack([loss, torch.ones_like(loss)], 1)
 
 
-def _sum_sequence_parallel(parameters: list[Any], topology: Topology) -> None:
-    """Norms and biases outside the tensor parallel regions saw only this rank's tokens."""
-    if topology.tensor.size == 1 or not parameters:
-        return
-    grads = [grad for parameter in parameters if (grad := gradient(parameter)) is not None]
+def _sum_over(group: dist.ProcessGroup, grads: list[Tensor]) -> None:
+    """Sum gradients over ranks in one all-reduce."""
     flat = _flatten_dense_tensors(grads)
-    dist.all_reduce(flat, group=topology.tensor.group)
+    dist.all_reduce(flat, group=group)
     for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
         grad.copy_(summed)

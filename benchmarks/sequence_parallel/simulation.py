@@ -92,19 +92,18 @@ def simulate(
 
 
 def gradients_exposed_ms(
-    links: Links, ranks: int, parameters: float, forward_ms: float, backward_ms: float,
-    buckets: int = 8, usable: float = 0.9,
-) -> float:  # fmt: skip
+    links: Links, ranks: int, buckets: Sequence[int], forward_ms: float, backward_ms: float, usable: float = 0.9
+) -> float:
     """Time of ZeRO-1's communication that is not hidden: fp32 gradients are reduced and scattered during backward, bf16 parameters gathered
-    during the next forward pass. The last bucket has nothing to hide behind.
+    during the next forward pass.
 
-    usable: share of a pass that can hide it.
+    buckets: elements of each, in the order of the forward pass. The first has nothing to hide behind: its gradients are complete
+    last, its parameters are read first.
+    usable: share of a pass that can hide the others.
     """
-    if ranks == 1:
-        return 0.0
-    reduce_ms = links.reduce_scatter_us(ranks, 4 * parameters / ranks, buckets) / 1e3
-    gather_ms = links.reduce_scatter_us(ranks, 2 * parameters / ranks, buckets) / 1e3
-    return sum(
-        max(ms / buckets, ms - usable * compute_ms)
-        for ms, compute_ms in ((reduce_ms, backward_ms), (gather_ms, forward_ms))
-    )
+
+    def exposed_ms(number_bytes: int, compute_ms: float) -> float:
+        first, *others = (links.reduce_scatter_us(ranks, number_bytes * n / ranks) / 1e3 for n in buckets)
+        return first + max(0.0, sum(others) - usable * compute_ms)
+
+    return exposed_ms(4, backward_ms) + exposed_ms(2, forward_ms) if ranks > 1 else 0.0

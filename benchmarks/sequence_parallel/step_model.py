@@ -92,8 +92,8 @@ class StepModel:
     def gradients_ms(self) -> float:
         """Exposed part of the gradients' reduction."""
         forward = self._forward(Sharing.WHOLE)
-        parameters = self.measured.parameters()
-        return gradients_exposed_ms(self.links, self.gpus, parameters, forward, self.alone_ms - forward)
+        buckets = self.traffic.zero_buckets(self.gpus)
+        return gradients_exposed_ms(self.links, self.gpus, buckets, forward, self.alone_ms - forward)
 
     def step_ms(self, way: Way, seed: int, jitter: float = JITTER) -> float:
         """Time until the last rank is done; the mean over some draws."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from based_megatron.config import ModelConfig
+from based_megatron.config import Config, ModelConfig, ParallelConfig
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.kernels.packing import packed_rows
+from based_megatron.parallel.buckets import cut_into_buckets
+from based_megatron.preflight.shapes import local_parameters
 
 STATE_NUMBER_BYTES = 4
 """States are fp32 on the wire."""
+BUCKET_ELEMENTS_OF_A_RANK = 400_000
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class LayerTraffic:
     conv_taps: int
     number_bytes: int = 2
     """Bytes of a number of the activations."""
+    groups: tuple[tuple[tuple[str, int], ...], ...] = ()
+    """Name and elements of each parameter, in the groups of the optimizer; the embedding comes first."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> LayerTraffic:
@@ -40,7 +45,14 @@ class LayerTraffic:
             model.window_left,
             model.hidden_size * model.conv_expand // 2,
             model.conv_kernel,
+            groups=_groups(Config(model=model)),
         )
+
+    def zero_buckets(self, ranks: int) -> list[int]:
+        """Elements of each bucket of ZeRO-1, of the size that docs/parallelism.md advises for so many ranks."""
+        elements = max(ParallelConfig().zero_bucket_elements, BUCKET_ELEMENTS_OF_A_RANK * ranks)
+        cut = ((sizes, places) for sizes in self.groups for places in cut_into_buckets(sizes, elements))
+        return [sum(sizes[place][1] for place in places) for sizes, places in cut]
 
     @property
     def state_bytes(self) -> int:
@@ -92,3 +104,8 @@ class LayerTraffic:
 
     def _token_bytes(self, numbers_of_a_head: int) -> int:
         return self.number_bytes * self.heads * numbers_of_a_head
+
+
+def _groups(config: Config) -> tuple[tuple[tuple[str, int], ...], ...]:
+    parameters = local_parameters(config, 0)
+    return tuple(tuple((p.name, p.numel) for p in parameters if p.decayed == decayed) for decayed in (False, True))

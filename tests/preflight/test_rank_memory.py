@@ -9,7 +9,6 @@ import torch
 from based_megatron.checkpoint.host_memory import copy_bytes
 from based_megatron.checkpoint.zero import zero_fragments
 from based_megatron.config import Config, ParallelConfig
-from based_megatron.parallel.gradient_sums import gradient
 from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.preflight.activations import chunk_activations
 from based_megatron.preflight.memory import model_memory, rank_memory, states_bytes
@@ -41,7 +40,7 @@ def kept(parallel: ParallelConfig, precision: str) -> dict[str, tuple[int, int]]
     parameters = list(run.engine.module.parameters())
     zero = run.engine._engine.optimizer
     if parallel.zero_stage == 1:
-        gradients = [gradient(parameter) for parameter in parameters]
+        gradients = [gradient for _, gradient in run.engine.sums()]
     elif parallel.zero_stage == 2:
         gradients = [x for group in zero.averaged_gradients.values() for x in group]
     else:

@@ -162,6 +162,7 @@ def gather_unsharded(pieces: dict[str, tuple[Any, Tensor]]) -> dict[str, Tensor]
 
 def parameters_of(run: Run) -> dict[str, tuple[Any, Tensor]]:
     """Local parameters by global name."""
+    run.engine.settle()
     return {
         shard_spec(p).name: (shard_spec(p), p.detach().clone()) for chunk in run.step.chunks for p in chunk.parameters()
     }

@@ -95,6 +95,7 @@ def checked_steps(parallel: ParallelConfig, gradients: dict[str, Tensor]) -> dic
             note("moments", torch.cat([now[name]["exp_avg"], now[name]["exp_avg_sq"]]), torch.cat([mean, square]))
             # What it moves by: the weight itself is a thousand times that.
             note("update", now[name]["model"] - old["model"], master - old["model"])
+        run.engine.settle()
         weights = {shard_spec(p).name: p.detach().flatten() for p in run.engine.module.parameters()}
         for theirs in together(
             {(run.topology.model.rank, f.spec.name): (f.start, f.tensors["model"]) for f in zero_fragments(run.engine)}

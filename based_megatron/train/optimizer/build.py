@@ -21,7 +21,8 @@ def build_engine(chunks: list[BasedModel], config: Config, topology: Topology) -
     optimizer = build_optimizer(module, config.optimizer, topology)
     _check_equal_groups(optimizer.param_groups, topology)
     settings = deepspeed_settings(config.parallel, config.optimizer, bf16=config.train.precision == "bf16")
-    return build_zero_engine(module, optimizer, topology, settings)
+    readers = [reader for chunk in chunks for reader in chunk.readers()]
+    return build_zero_engine(module, optimizer, topology, config.parallel, settings, readers)
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, topology: Topology) -> PartitionedOptimizer:

@@ -43,7 +43,7 @@ class Optimizer(PartitionedOptimizer):
 
     @classmethod
     def build(cls, module: nn.Module, config: OptimizerConfig, topology: Topology) -> "Optimizer":
-        """Over the parameters of this rank, in a group of matrices and one of all others, on every stage."""
+        """Over the parameters of this rank, in a group of matrices and, after it, one of all others, on every stage."""
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for parameter in module.parameters():
@@ -51,6 +51,10 @@ class Optimizer(PartitionedOptimizer):
         groups = [{"params": matrices, "matrices": True}, {"params": others, "matrices": False}]
         client = _Client(groups, config, is_fused(config.implementation, topology.device))
         return cls(client, decayed_names(module, config.weight_decay_mode), topology)
+
+    def may_cut(self, group: dict[str, Any]) -> bool:
+        """Not the matrices, which are dealt to all ranks together."""
+        return not group["matrices"]
 
     def place(self, partitions: Sequence[Partition]) -> None:
         """As in the base class; the ranks of a stage also exchange where the pieces of their matrices lie."""
@@ -62,17 +66,21 @@ class Optimizer(PartitionedOptimizer):
                 group["dealt"] = DealtMatrices(partition.pieces, self._topology.stage.group)
 
     def state(self, master: Tensor) -> dict[str, Tensor]:
-        """The momentum of the partition of matrices, the moments of the other one."""
+        """The momentum of the partition of matrices, the moments of the other ones."""
         of_matrices = master is self.partitions[0].master
         return {MOMENTUM: self.client.momentum(master)} if of_matrices else adam_moments(self.client, master)
 
     def scalars(self) -> dict[str, int]:
         """AdamW's number of steps."""
-        return {"step": adam_steps(self.client, [self.partitions[1].master])}
+        return {"step": adam_steps(self.client, self._masters_of_adamw)}
 
     def load_scalars(self, values: Mapping[str, int]) -> None:
         """Set AdamW's number of steps."""
-        set_adam_steps(self.client, [self.partitions[1].master], values["step"])
+        set_adam_steps(self.client, self._masters_of_adamw, values["step"])
+
+    @property
+    def _masters_of_adamw(self) -> list[Tensor]:
+        return [partition.master for partition in self.partitions[1:]]
 
 
 class _Client(torch.optim.AdamW):
