@@ -24,6 +24,7 @@ from based_megatron.parallel.megatron import (
     tensor_parallel_dim,
 )
 from based_megatron.parallel.sharding import ShardSpec
+from based_megatron.parallel.tensor_overlap import ColumnProduct, RowProduct, TensorRanks
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,31 @@ Body = Callable[[Projection], Tensor]
 
 
 class SplitColumnLinear(ColumnParallelLinear):
-    """Megatron's layer, which can hand its projection to a `body` that orders the parts of it.
+    """Megatron's layer, which can hand its projection to a `body` that orders the parts of it, and overlaps products and messages.
 
     The body runs inside of the layer's forward: there ZeRO-3 has the weight, and tensor parallel ranks gather x once.
     """
 
     def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **options: Any) -> Any:
-        """Megatron's forward; with a body, the result is (what the body returns, None)."""
+        """Megatron's forward; with a body, which needs all rows before it begins, the result is (what the body returns, None)."""
+        if body is None and self.config.tp_comm_overlap:
+            weight = self.weight if weight is None else weight
+            return ColumnProduct.apply(x, weight, self.bias, TensorRanks(self.tp_group)), None
         if body is None:
             return super().forward(x, weight, **options)
         enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
         return body(Projection(enter(x, group=self.tp_group), self.weight, self.bias)), None
+
+
+class SplitRowLinear(RowParallelLinear):
+    """Megatron's layer, which overlaps products and messages."""
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        """Megatron's forward."""
+        if not self.config.tp_comm_overlap:
+            return super().forward(x, **options)
+        product = RowProduct.apply(x, self.weight, TensorRanks(self.tp_group))
+        return product if self.bias is None else product + self.bias, None
 
 
 class WholeColumnLinear(ColumnParallelLinear):
@@ -86,7 +101,7 @@ class WholeRowLinear(RowParallelLinear):
 
 
 WHOLE = {ColumnParallelLinear: WholeColumnLinear, RowParallelLinear: WholeRowLinear}
-SPLIT = {ColumnParallelLinear: SplitColumnLinear}
+SPLIT = {ColumnParallelLinear: SplitColumnLinear, RowParallelLinear: SplitRowLinear}
 
 
 def column_linear(

@@ -139,6 +139,7 @@ def megatron_settings(
     The residual stream crosses pipeline stages in fp32, as it runs inside them.
     """
     interleaved = parallel.virtual_pipeline > 1
+    sequence_parallel = parallel.sequence_parallel and parallel.tensor > 1
     # Batched messages of two chunks between the same two ranks arrive swapped (Megatron-LM issue 1450): the interleaved
     # schedule always sends them one by one. Before 0.17 its outputs were freed while still being sent (Megatron-LM pull 4047);
     # gloo reads the tensor later than NCCL and loses that race on every version.
@@ -154,7 +155,8 @@ def megatron_settings(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
+        sequence_parallel=sequence_parallel,
+        tp_comm_overlap=sequence_parallel and parallel.overlap_tensor,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=torch.promote_types(dtype, torch.float32),

@@ -3,7 +3,8 @@
 Counted from the tensors that each autograd function saves. With N tokens of a rank (N / tensor for norms and residuals under
 sequence parallelism), D hidden size, F MLP width and b bytes of a number of the weights:
 
-    block    two norms: fp32 sum 4 N D, scales 4 N, output b N D;  MLP: b N (2 F + F);  mixer: Mixer.saved_bytes
+    block    two norms: fp32 sum 4 N D, scales 4 N, output b N D (of all tensor parallel ranks if parallel.overlap_tensor);
+             MLP: b N (2 F + F);  mixer: Mixer.saved_bytes
     mixer    recomputed: as a block without what the mixer saves
     full     recomputed: the fp32 residual, 4 N D
     head     final norm 4 N D + 4 N + b N D, and the logits b N U, which their gradient overwrites
@@ -50,12 +51,14 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
     """Tokens of norms and residuals on this rank."""
 
     norm_bytes = held * D * (RESIDUAL_BYTES + b) + held * RESIDUAL_BYTES
-    mlp_bytes = 3 * N * F // tensor * b
+    gathered_bytes = (N - held) * D * b
+    """Rows of other ranks that a column layer keeps beside this rank's output of the norm."""
+    keeps_gathered = config.parallel.overlap_tensor
+    mlp_bytes = 3 * N * F // tensor * b + keeps_gathered * gathered_bytes
     mixers = [layer_mixers(model)[i] for i in stage.layers]
     mixed = [mixer.saved_bytes(model, piece) for mixer in mixers]
-    if shares and config.parallel.context > 1:
-        # Over slices, the gathered input of the first projection is kept whole.
-        mixed = [size + (N - held) * D * b for size in mixed]
+    if keeps_gathered or config.parallel.context > 1:
+        mixed = [size + gathered_bytes for size in mixed]
     outside_mixer = 2 * norm_bytes + mlp_bytes
     residual = held * D * RESIDUAL_BYTES
     saved = {
@@ -71,7 +74,7 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
         saved=saved,
         rematerialised=again,
         block_work=block_work,
-        head_saved=(norm_bytes + N * (INDEX_BYTES + 2 * RESIDUAL_BYTES)) if head else 0,
+        head_saved=(norm_bytes + keeps_gathered * gathered_bytes + N * (INDEX_BYTES + 2 * RESIDUAL_BYTES)) if head else 0,
         logits=N * columns * b if head else 0,
         head_work=(N * D * b + columns * D * b) if head else 0,
     )
