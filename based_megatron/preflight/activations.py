@@ -51,14 +51,14 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
     """Tokens of norms and residuals on this rank."""
 
     norm_bytes = held * D * (RESIDUAL_BYTES + b) + held * RESIDUAL_BYTES
-    gathered_bytes = (N - held) * D * b
+    others = (N - held) * D * b
     """Rows of other ranks that a column layer keeps beside this rank's output of the norm."""
-    keeps_gathered = config.parallel.overlap_tensor
-    mlp_bytes = 3 * N * F // tensor * b + keeps_gathered * gathered_bytes
+    overlaps = config.parallel.overlap_tensor
+    mlp_bytes = 3 * N * F // tensor * b + overlaps * others
     mixers = [layer_mixers(model)[i] for i in stage.layers]
     mixed = [mixer.saved_bytes(model, piece) for mixer in mixers]
-    if keeps_gathered or config.parallel.context > 1:
-        mixed = [size + gathered_bytes for size in mixed]
+    if overlaps or config.parallel.context > 1:
+        mixed = [size + others for size in mixed]
     outside_mixer = 2 * norm_bytes + mlp_bytes
     residual = held * D * RESIDUAL_BYTES
     saved = {
@@ -74,7 +74,7 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
         saved=saved,
         rematerialised=again,
         block_work=block_work,
-        head_saved=(norm_bytes + keeps_gathered * gathered_bytes + N * (INDEX_BYTES + 2 * RESIDUAL_BYTES)) if head else 0,
+        head_saved=(norm_bytes + overlaps * others + N * (INDEX_BYTES + 2 * RESIDUAL_BYTES)) if head else 0,
         logits=N * columns * b if head else 0,
         head_work=(N * D * b + columns * D * b) if head else 0,
     )
