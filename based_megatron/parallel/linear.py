@@ -23,7 +23,7 @@ from based_megatron.parallel.megatron import (
     reduce_from_tensor_model_parallel_region,
     tensor_parallel_dim,
 )
-from based_megatron.parallel.sharding import ShardSpec
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, ShardSpec, rows_of_rank
 from based_megatron.parallel.tensor_overlap import ColumnProduct, RowProduct, TensorRanks
 
 
@@ -151,17 +151,27 @@ def row_linear(
 
 
 def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGroup) -> VocabParallelEmbedding:
-    """Embedding with its rows cut over the tensor parallel ranks, padded to a multiple of them in memory."""
+    """Embedding with its rows cut over the tensor parallel ranks, and padded in memory."""
     size = dist.get_world_size(group)
     layer = VocabParallelEmbedding(
-        -(-rows // size) * size,
+        size * rows_of_rank(rows, size, VOCAB_MULTIPLE),
         config.hidden_size,
         init_method=_leave_as_is,
         reduce_scatter_embeddings=config.sequence_parallel,
         config=config,
         tp_group=group,
     )
-    layer.weight.parts = (rows,)
+    layer.weight.parts, layer.weight.multiple = (rows,), VOCAB_MULTIPLE
+    return layer
+
+
+def vocab_projection(config: TransformerConfig, rows: int, group: dist.ProcessGroup, *, allocate: bool) -> Any:
+    """Column layer whose rows are those of `vocab_embedding`; allocate: as `column_linear`."""
+    size = dist.get_world_size(group)
+    padded = size * rows_of_rank(rows, size, VOCAB_MULTIPLE)
+    layer = column_linear(config, (padded,), bias=False, group=group, allocate=allocate)
+    for parameter in layer.parameters():
+        parameter.parts, parameter.multiple = (rows,), VOCAB_MULTIPLE
     return layer
 
 
@@ -197,7 +207,7 @@ def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:
             continue
         parts = getattr(parameter, "parts", (parameter.shape[dim] * size,))
         shape = (*parameter.shape[:dim], sum(parts), *parameter.shape[dim + 1 :])
-        spec = ShardSpec(name, tuple(shape), dim, tuple(parts), rank, size)
+        spec = ShardSpec(name, tuple(shape), dim, tuple(parts), rank, size, getattr(parameter, "multiple", 1))
         assert spec.local_shape == tuple(parameter.shape), f"{name}: {spec} does not fit {tuple(parameter.shape)}"
         parameter.shard_spec = spec
 

@@ -16,6 +16,7 @@ from based_megatron.config import Config
 from based_megatron.model.build import DTYPES
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.model.mixers.facts import SavedPiece
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, rows_of_rank
 from based_megatron.parallel.stages import Stage
 
 RESIDUAL_BYTES = 4
@@ -69,7 +70,7 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
     again = {"none": 0, "mixer": max(mixed), "full": max(mixed) + outside_mixer}[mode]
     block_work = 2 * residual + held * D * b + max(max(mixed), mlp_bytes)
     head = stage.is_last
-    columns = -(-config.model.embedding_rows // tensor)
+    columns = rows_of_rank(config.model.embedding_rows, tensor, VOCAB_MULTIPLE)
     return ChunkActivations(
         saved=saved,
         rematerialised=again,

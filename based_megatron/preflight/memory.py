@@ -20,6 +20,7 @@ from based_megatron.config import Config
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.model.build import DTYPES
 from based_megatron.model.mixers import layer_mixers
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, rows_of_rank
 from based_megatron.preflight.activations import (
     ChunkActivations,
     chunk_activations,
@@ -191,7 +192,7 @@ def _largest_phase(config: Config, pipeline_rank: int, micro_batches: int, model
     in_flight = micro_batches_in_flight(config, pipeline_rank, micro_batches)
     saved = _saved_in_flight(chunks, in_flight)
     last = chunks[-1]
-    columns = -(-config.model.embedding_rows // config.parallel.tensor)
+    columns = rows_of_rank(config.model.embedding_rows, config.parallel.tensor, VOCAB_MULTIPLE)
     embedding = columns * config.model.hidden_size * DTYPES[config.train.precision].itemsize
     holds_embedding = pipeline_rank == 0
     tied = embedding if last.logits and config.model.tie_embeddings else 0
