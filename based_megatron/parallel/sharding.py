@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 VOCAB_MULTIPLE = 64
 """A rank's rows of a shared vocabulary are rounded up to a multiple of it: GPUs multiply by odd numbers of columns at half the rate."""
 
