@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from based_megatron.parallel.megatron import (
     ColumnParallelLinear,
+    LayerConfig,
     RowParallelLinear,
-    TransformerConfig,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -24,7 +24,7 @@ from based_megatron.parallel.megatron import (
     tensor_parallel_dim,
 )
 from based_megatron.parallel.sharding import VOCAB_MULTIPLE, ShardSpec, rows_of_rank
-from based_megatron.parallel.tensor_overlap import ColumnProduct, RowProduct, TensorRanks
+from based_megatron.parallel.tensor_overlap import ColumnProduct, RowProduct
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class SplitColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **options: Any) -> Any:
         """Megatron's forward; with a body, which needs all rows before it begins, the result is (what the body returns, None)."""
-        if body is None and self.config.tp_comm_overlap:
+        if body is None and self.config.tensor_ranks is not None:
             weight = self.weight if weight is None else weight
-            return ColumnProduct.apply(x, weight, self.bias, TensorRanks(self.tp_group)), None
+            return ColumnProduct.apply(x, weight, self.bias, self.config.tensor_ranks), None
         if body is None:
             return super().forward(x, weight, **options)
         enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
@@ -77,9 +77,9 @@ class SplitRowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor, **options: Any) -> Any:
         """Megatron's forward."""
-        if not self.config.tp_comm_overlap:
+        if self.config.tensor_ranks is None:
             return super().forward(x, **options)
-        product = RowProduct.apply(x, self.weight, TensorRanks(self.tp_group))
+        product = RowProduct.apply(x, self.weight, self.config.tensor_ranks)
         return product if self.bias is None else product + self.bias, None
 
 
@@ -105,7 +105,7 @@ SPLIT = {ColumnParallelLinear: SplitColumnLinear, RowParallelLinear: SplitRowLin
 
 
 def column_linear(
-    config: TransformerConfig,
+    config: LayerConfig,
     out_parts: tuple[int, ...],
     *,
     bias: bool,
@@ -134,9 +134,7 @@ def column_linear(
     return layer
 
 
-def row_linear(
-    config: TransformerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None
-) -> Any:
+def row_linear(config: LayerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None) -> Any:
     """Linear from features cut over the tensor parallel ranks back to the hidden size; the bias is added once, after the sum."""
     return _for_group(cls or RowParallelLinear, group)(
         in_features,
@@ -150,7 +148,7 @@ def row_linear(
     )
 
 
-def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGroup) -> VocabParallelEmbedding:
+def vocab_embedding(config: LayerConfig, rows: int, group: dist.ProcessGroup) -> VocabParallelEmbedding:
     """Embedding with its rows cut over the tensor parallel ranks, and padded in memory."""
     size = dist.get_world_size(group)
     layer = VocabParallelEmbedding(
@@ -165,7 +163,7 @@ def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGro
     return layer
 
 
-def vocab_projection(config: TransformerConfig, rows: int, group: dist.ProcessGroup, *, allocate: bool) -> Any:
+def vocab_projection(config: LayerConfig, rows: int, group: dist.ProcessGroup, *, allocate: bool) -> Any:
     """Column layer whose rows are those of `vocab_embedding`; allocate: as `column_linear`."""
     size = dist.get_world_size(group)
     padded = size * rows_of_rank(rows, size, VOCAB_MULTIPLE)
@@ -183,7 +181,7 @@ def shard_parameter(parameter: Any, dim: int, parts: tuple[int, ...] = ()) -> nn
     return parameter
 
 
-def sum_over_tensor_ranks(parameter: Any, config: TransformerConfig) -> nn.Parameter:
+def sum_over_tensor_ranks(parameter: Any, config: LayerConfig) -> nn.Parameter:
     """Mark a parameter that every tensor parallel rank holds whole and uses for its own heads: gradients of all ranks are added."""
     parameter.sequence_parallel = config.tensor_model_parallel_size > 1
     return parameter

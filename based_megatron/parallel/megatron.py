@@ -7,6 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from based_megatron.config import ParallelConfig
 from based_megatron.parallel.host import replaced, without_warnings
+from based_megatron.parallel.tensor_overlap import TensorRanks
 
 with warnings.catch_warnings():
     # It warns of every optional package that is missing, on every rank.
@@ -40,11 +42,11 @@ with warnings.catch_warnings():
 
 __all__ = [
     "ColumnParallelLinear",
+    "LayerConfig",
     "MegatronModule",
     "ModelType",
     "ProcessGroupCollection",
     "RowParallelLinear",
-    "TransformerConfig",
     "VocabParallelEmbedding",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
@@ -59,6 +61,14 @@ __all__ = [
     "tensor_parallel_dim",
     "vocab_parallel_cross_entropy",
 ]
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Megatron's TransformerConfig, with what tensor parallel layers of ours need besides."""
+
+    tensor_ranks: TensorRanks | None = None
+    """The ways of rows between tensor parallel ranks, beside products; None: Megatron's layers, which wait for them."""
 
 
 @contextmanager
@@ -139,7 +149,6 @@ def megatron_settings(
     The residual stream crosses pipeline stages in fp32, as it runs inside them.
     """
     interleaved = parallel.virtual_pipeline > 1
-    sequence_parallel = parallel.sequence_parallel and parallel.tensor > 1
     # Batched messages of two chunks between the same two ranks arrive swapped (Megatron-LM issue 1450): the interleaved
     # schedule always sends them one by one. Before 0.17 its outputs were freed while still being sent (Megatron-LM pull 4047);
     # gloo reads the tensor later than NCCL and loses that race on every version.
@@ -155,8 +164,7 @@ def megatron_settings(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context,
-        sequence_parallel=sequence_parallel,
-        tp_comm_overlap=sequence_parallel and parallel.overlap_tensor,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=torch.promote_types(dtype, torch.float32),

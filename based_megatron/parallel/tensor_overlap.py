@@ -1,15 +1,15 @@
 """Products of tensor parallel layers beside the messages that they need or make, under Megatron's sequence parallelism.
 
 A column layer multiplies the rows of all ranks: it begins with its own, while those of the others are on their way. A row layer
-sums its products over the ranks: the first half is on its way while the second is computed. In backward each does what the other does
-in forward, and weight gradients are computed beside the last message. Rows are gathered once: backward keeps them.
+sums its products over the ranks: what is done is on its way while the rest is computed. In backward each does what the other does in
+forward, and weight gradients are computed beside the last message. Rows are gathered once: backward keeps them.
 
 Legend: L tokens of this rank's share, B sequences, P ranks, T = L B rows of a rank, t rows of a piece of them; X and Y are the widths
 before and after a product.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,61 +18,47 @@ from torch.autograd.function import once_differentiable
 
 from based_megatron.parallel.sequence.channel import Pending
 
-PIECES = 2
-"""Pieces of a product that is sent as it is made, where nothing else can be computed beside it: the message of the last is waited for."""
 
-
-@dataclass(frozen=True)
-class TensorRanks:
+class TensorRanks(Protocol):
     """Ranks that hold a share of the rows each, and multiply all of them by a part of a weight each."""
 
-    group: dist.ProcessGroup
+    size: int
 
-    def gathered_product(self, x_LBX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(rows of all ranks [P L, B, X], their product with the weight [P L, B, Y]); the bias is added in the product."""
-        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        x_LBX = x_LBX.contiguous()
-        rows_PTX = x_LBX.new_empty(size, x_LBX[..., 0].numel(), x_LBX.shape[-1])
-        work = dist.all_gather_into_tensor(rows_PTX.flatten(0, 1), x_LBX.flatten(0, 1), group=self.group, async_op=True)
-        product_PTY = rows_PTX.new_empty(*rows_PTX.shape[:2], weight_XY.shape[1])
-        _multiply(x_LBX.flatten(0, 1), weight_XY, bias_Y, out_TY=product_PTY[rank])
+    def gathering(self, x_TX: Tensor, rows_PTX: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Fill `rows` with those of all ranks. Gives (places in it, their rows): this rank's at once, the others' when they are there."""
+
+    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor) -> Pending[Tensor]:
+        """This rank's rows [T, Y] of the products of all ranks, summed, on their way. They are waited for before anything else is sent."""
+
+
+class CollectiveRanks:
+    """Ranks that send by collectives: NCCL on GPUs, gloo on CPUs."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+
+    def gathering(self, x_TX: Tensor, rows_PTX: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        work = dist.all_gather_into_tensor(rows_PTX.flatten(0, 1), x_TX, group=self.group, async_op=True)
+        yield slice(self.rank, self.rank + 1), x_TX[None]
         work.wait()
-        for others in (slice(0, rank), slice(rank + 1, size)):
-            if others.start < others.stop:
-                out_TY = product_PTY[others].flatten(0, 1)
-                _multiply(rows_PTX[others].flatten(0, 1), weight_XY, bias_Y, out_TY=out_TY)
-        shape = (-1, x_LBX.shape[1])
-        return rows_PTX.flatten(0, 1).unflatten(0, shape), product_PTY.flatten(0, 1).unflatten(0, shape)
+        for others in places_of_others(self.rank, self.size):
+            yield others, rows_PTX[others]
 
-    def summed_product(self, x_LBX: Tensor, weight_XY: Tensor, pieces: int = 1) -> Pending[Tensor]:
-        """This rank's share [L / P, B, Y] of the products [L, B, Y] of all ranks, summed, on its way; x holds the rows of all ranks.
-
-        pieces: each is on its way while the next is computed.
-        """
-        size = dist.get_world_size(self.group)
-        length, batch, _ = x_LBX.shape
-        x_PTX = x_LBX.reshape(size, length // size * batch, -1)
-        sum_TY = x_LBX.new_empty(x_PTX.shape[1], weight_XY.shape[1])
-        rows = -(-len(sum_TY) // pieces)
-        under_way = [
-            self._send_piece(x_PtX, weight_XY, sum_tY)
-            for x_PtX, sum_tY in zip(x_PTX.split(rows, 1), sum_TY.split(rows), strict=True)
-        ]
+    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor) -> Pending[Tensor]:
+        product = x_PTX.flatten(0, 1) @ weight_XY
+        sum_TY = product.new_empty(x_PTX.shape[1], weight_XY.shape[1])
+        work = dist.reduce_scatter_tensor(sum_TY, product, group=self.group, async_op=True)
 
         def finish() -> Tensor:
-            for work, _ in under_way:
-                work.wait()
-            under_way.clear()
-            return sum_TY.unflatten(0, (-1, batch))
+            work.wait()
+            return sum_TY
 
         return Pending(finish)
 
-    def _send_piece(self, x_PtX: Tensor, weight_XY: Tensor, sum_tY: Tensor) -> tuple[Any, Tensor]:
-        """Start to sum a product over the ranks; (what to wait for, the product, which must live until then)."""
-        product_PtY = torch.bmm(x_PtX, weight_XY.expand(len(x_PtX), -1, -1))
-        return dist.reduce_scatter_tensor(
-            sum_tY, product_PtY.flatten(0, 1), group=self.group, async_op=True
-        ), product_PtY
+
+def places_of_others(rank: int, size: int) -> list[slice]:
+    """Places of all ranks but one, in the order of ranks."""
+    return [places for places in (slice(0, rank), slice(rank + 1, size)) if places.start < places.stop]
 
 
 class ColumnProduct(torch.autograd.Function):
@@ -80,46 +66,58 @@ class ColumnProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_LBX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, ranks: TensorRanks) -> Tensor:
-        rows, product = ranks.gathered_product(x_LBX, weight_YX.t(), bias_Y)
-        ctx.save_for_backward(rows, weight_YX)
+        x_TX = x_LBX.contiguous().flatten(0, 1)
+        rows_PTX = x_TX.new_empty(ranks.size, *x_TX.shape)
+        product_PTY = x_TX.new_empty(ranks.size, len(x_TX), len(weight_YX))
+        for places, there in ranks.gathering(x_TX, rows_PTX):
+            _multiply(there, weight_YX.t(), bias_Y, out=product_PTY[places])
+        ctx.save_for_backward(rows_PTX, weight_YX)
         ctx.ranks, ctx.has_bias = ranks, bias_Y is not None
-        return product
+        return product_PTY.view(-1, x_LBX.shape[1], len(weight_YX))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight_YX = ctx.saved_tensors
-        grad = grad.contiguous()
-        arriving = ctx.ranks.summed_product(grad, weight_YX)
-        weight_grad = weight_gradient(grad, rows)
-        bias_grad = grad.sum((0, 1)) if ctx.has_bias else None
-        return arriving.wait(), weight_grad, bias_grad, None
+    def backward(ctx: Any, grad_LBY: Tensor) -> tuple[Tensor | None, ...]:
+        rows_PTX, weight_YX = ctx.saved_tensors
+        grad_PTY = grad_LBY.reshape(*rows_PTX.shape[:2], -1)
+        arriving = ctx.ranks.product_sum(grad_PTY, weight_YX)
+        weight_grad = _weight_gradient(grad_PTY, rows_PTX)
+        bias_grad = grad_PTY.sum((0, 1)) if ctx.has_bias else None
+        return arriving.wait().view(-1, grad_LBY.shape[1], weight_YX.shape[1]), weight_grad, bias_grad, None
 
 
 class RowProduct(torch.autograd.Function):
-    """This rank's share of the rows of a product that is summed over the ranks, each of which has a part of the weight's columns."""
+    """This rank's rows of a product that is summed over the ranks, each of which has a part of the weight's columns."""
 
     @staticmethod
     def forward(ctx: Any, x_LBX: Tensor, weight_YX: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.save_for_backward(x_LBX, weight_YX)
+        x_PTX = x_LBX.reshape(ranks.size, -1, x_LBX.shape[-1])
+        ctx.save_for_backward(x_PTX, weight_YX)
         ctx.ranks = ranks
-        return ranks.summed_product(x_LBX, weight_YX.t(), PIECES).wait()
+        return ranks.product_sum(x_PTX, weight_YX.t()).wait().view(-1, x_LBX.shape[1], len(weight_YX))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_LBX, weight_YX = ctx.saved_tensors
-        grads, x_grad = ctx.ranks.gathered_product(grad, weight_YX)
-        return x_grad, weight_gradient(grads, x_LBX), None
+    def backward(ctx: Any, grad_LBY: Tensor) -> tuple[Tensor | None, ...]:
+        x_PTX, weight_YX = ctx.saved_tensors
+        grad_TY = grad_LBY.contiguous().flatten(0, 1)
+        grads_PTY = grad_TY.new_empty(len(x_PTX), *grad_TY.shape)
+        x_grad_PTX = torch.empty_like(x_PTX)
+        for places, there in ctx.ranks.gathering(grad_TY, grads_PTY):
+            _multiply(there, weight_YX, None, out=x_grad_PTX[places])
+        weight_grad = _weight_gradient(grads_PTY, x_PTX)
+        return x_grad_PTX.view(-1, grad_LBY.shape[1], x_PTX.shape[-1]), weight_grad, None
 
 
-def weight_gradient(grad_LBY: Tensor, x_LBX: Tensor) -> Tensor:
-    """[Y, X], of a product of these inputs with a weight, from the gradient of the product."""
-    return grad_LBY.flatten(0, 1).t() @ x_LBX.flatten(0, 1)
-
-
-def _multiply(x_TX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None, *, out_TY: Tensor) -> None:
+def _multiply(x_PTX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None, *, out: Tensor) -> None:
+    """The product, [P, T, Y], with the bias added in it."""
+    x, out = x_PTX.flatten(0, 1), out.flatten(0, 1)
     if bias_Y is None:
-        torch.mm(x_TX, weight_XY, out=out_TY)
+        torch.mm(x, weight_XY, out=out)
     else:
-        torch.addmm(bias_Y, x_TX, weight_XY, out=out_TY)
+        torch.addmm(bias_Y, x, weight_XY, out=out)
+
+
+def _weight_gradient(grad_PTY: Tensor, x_PTX: Tensor) -> Tensor:
+    """[Y, X], of a product of these inputs with a weight."""
+    return grad_PTY.flatten(0, 1).t() @ x_PTX.flatten(0, 1)
