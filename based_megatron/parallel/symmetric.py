@@ -36,9 +36,9 @@ class SharedBuffer(Protocol):
 class MemoryRanks:
     """Ranks that write into inboxes of each other.
 
-    Each has two inboxes, for exchanges in turn, and an exchange has one barrier, between writing and reading. An inbox is so written
-    again after the barrier of the exchange between, which no rank passes before all have read theirs: what an exchange brings is
-    read, on the stream of the products, before the next one begins.
+    Each has two inboxes, for exchanges in turn, and an exchange has one barrier, between writing and reading. That is enough: an inbox
+    is written again after the barrier of the exchange between, which no rank passes before all have begun that exchange, on the stream of
+    the products, and so have read what the one before it brought.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, allocate: Callable[[int], SharedBuffer]) -> None:
@@ -49,18 +49,19 @@ class MemoryRanks:
         self._copies = _SideStream(device)
 
     def gathering(self, x_TX: Tensor, rows_PTX: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        inbox = self._next_inbox(rows_PTX.shape, rows_PTX.dtype)
+        inbox, places = self._next_inbox(rows_PTX.shape, rows_PTX.dtype), places_of_others(self.rank, self.size)
         with self._copies.beside():
             for other in self._others():
                 inbox.get_buffer(other, rows_PTX.shape, rows_PTX.dtype)[self.rank].copy_(x_TX)
+            rows_PTX[self.rank].copy_(x_TX)
+            inbox.barrier()
+            arrived_PTX = inbox.get_buffer(self.rank, rows_PTX.shape, rows_PTX.dtype)
+            for others in places:
+                rows_PTX[others].copy_(arrived_PTX[others])
         yield slice(self.rank, self.rank + 1), x_TX[None]
         self._copies.join()
-        inbox.barrier()
-        arrived_PTX = inbox.get_buffer(self.rank, rows_PTX.shape, rows_PTX.dtype)
-        for others in places_of_others(self.rank, self.size):
-            rows_PTX[others].copy_(arrived_PTX[others])
+        for others in places:
             yield others, rows_PTX[others]
-        rows_PTX[self.rank].copy_(x_TX)
 
     def product_sum(self, x_PTX: Tensor, weight_XY: Tensor) -> Pending[Tensor]:
         shape, dtype = (self.size, x_PTX.shape[1], weight_XY.shape[1]), x_PTX.dtype

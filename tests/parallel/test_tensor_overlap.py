@@ -183,8 +183,8 @@ def test_products_run_beside_messages_and_rows_are_gathered_once(worker_pool, tm
 @pytest.mark.skipif(on_gpu(), reason="the memory of a GPU keeps no log")
 def test_inboxes_take_turns(worker_pool, tmp_path):
     """One barrier an exchange is enough only then."""
-    row_backward, column_backward = "product barrier 1 product product", "product product product barrier 0"
-    expected = f"product barrier 1 product | product product barrier 0 | {row_backward} {column_backward}"
+    row_backward, column_backward = "barrier 1 product product product", "product product product barrier 0"
+    expected = f"barrier 1 product product | product product barrier 0 | {row_backward} {column_backward}"
     assert [log for _, log in worker_pool(2).run(column_then_row, "memory", tmp_path, Products)] == [expected] * 2
 
 
