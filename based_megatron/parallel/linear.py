@@ -79,8 +79,7 @@ class SplitRowLinear(RowParallelLinear):
         """Megatron's forward."""
         if self.config.tensor_ranks is None:
             return super().forward(x, **options)
-        product = RowProduct.apply(x, self.weight, self.config.tensor_ranks)
-        return product if self.bias is None else product + self.bias, None
+        return RowProduct.apply(x, self.weight, self.bias, self.config.tensor_ranks), None
 
 
 class WholeColumnLinear(ColumnParallelLinear):

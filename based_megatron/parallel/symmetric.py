@@ -20,7 +20,7 @@ from torch import Tensor
 from based_megatron.config import ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.parallel.sequence.channel import Pending
-from based_megatron.parallel.tensor_overlap import CollectiveRanks, TensorRanks, places_of_others
+from based_megatron.parallel.tensor_overlap import CollectiveRanks, TensorRanks, multiply, places_of_others
 
 
 class SharedBuffer(Protocol):
@@ -63,12 +63,13 @@ class MemoryRanks:
         for others in places:
             yield others, rows_PTX[others]
 
-    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor) -> Pending[Tensor]:
+    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None = None) -> Pending[Tensor]:
         shape, dtype = (self.size, x_PTX.shape[1], weight_XY.shape[1]), x_PTX.dtype
         inbox = self._next_inbox(shape, dtype)
         for other in self._others():
             torch.mm(x_PTX[other], weight_XY, out=inbox.get_buffer(other, shape, dtype)[self.rank])
-        sum_TY = x_PTX[self.rank] @ weight_XY
+        sum_TY = x_PTX.new_empty(shape[1:])
+        multiply(x_PTX[self.rank], weight_XY, bias_Y, out=sum_TY)
 
         def finish() -> Tensor:
             inbox.barrier()

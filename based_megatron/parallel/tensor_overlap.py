@@ -4,7 +4,7 @@ A column layer multiplies the rows of all ranks: it begins with its own, while t
 sums its products over the ranks: what is done is on its way while the rest is computed. In backward each does what the other does in
 forward, and weight gradients are computed beside the last message. Rows are gathered once: backward keeps them.
 
-Legend: L tokens of this rank's share, B sequences, P ranks, T = L B rows of a rank, t rows of a piece of them; X and Y are the widths
+Legend: L tokens of this rank's share, B sequences, P ranks, T = L B rows of a rank; X and Y are the widths
 before and after a product.
 """
 
@@ -27,8 +27,11 @@ class TensorRanks(Protocol):
     def gathering(self, x_TX: Tensor, rows_PTX: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Fill `rows` with those of all ranks. Gives (places in it, their rows): this rank's at once, the others' when they are there."""
 
-    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor) -> Pending[Tensor]:
-        """This rank's rows [T, Y] of the products of all ranks, summed, on their way. They are waited for before anything else is sent."""
+    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None = None) -> Pending[Tensor]:
+        """This rank's rows [T, Y] of the products of all ranks, summed, and the bias; on their way.
+
+        They are waited for before anything else is sent.
+        """
 
 
 class CollectiveRanks:
@@ -44,14 +47,14 @@ class CollectiveRanks:
         for others in places_of_others(self.rank, self.size):
             yield others, rows_PTX[others]
 
-    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor) -> Pending[Tensor]:
+    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None = None) -> Pending[Tensor]:
         product = x_PTX.flatten(0, 1) @ weight_XY
         sum_TY = product.new_empty(x_PTX.shape[1], weight_XY.shape[1])
         work = dist.reduce_scatter_tensor(sum_TY, product, group=self.group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
-            return sum_TY
+            return sum_TY if bias_Y is None else sum_TY.add_(bias_Y)
 
         return Pending(finish)
 
@@ -59,6 +62,14 @@ class CollectiveRanks:
 def places_of_others(rank: int, size: int) -> list[slice]:
     """Places of all ranks but one, in the order of ranks."""
     return [places for places in (slice(0, rank), slice(rank + 1, size)) if places.start < places.stop]
+
+
+def multiply(x_TX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None, *, out: Tensor) -> None:
+    """The product [T, Y], with the bias added in it."""
+    if bias_Y is None:
+        torch.mm(x_TX, weight_XY, out=out)
+    else:
+        torch.addmm(bias_Y, x_TX, weight_XY, out=out)
 
 
 class ColumnProduct(torch.autograd.Function):
@@ -70,7 +81,7 @@ class ColumnProduct(torch.autograd.Function):
         rows_PTX = x_TX.new_empty(ranks.size, *x_TX.shape)
         product_PTY = x_TX.new_empty(ranks.size, len(x_TX), len(weight_YX))
         for places, there in ranks.gathering(x_TX, rows_PTX):
-            _multiply(there, weight_YX.t(), bias_Y, out=product_PTY[places])
+            multiply(there.flatten(0, 1), weight_YX.t(), bias_Y, out=product_PTY[places].flatten(0, 1))
         ctx.save_for_backward(rows_PTX, weight_YX)
         ctx.ranks, ctx.has_bias = ranks, bias_Y is not None
         return product_PTY.view(-1, x_LBX.shape[1], len(weight_YX))
@@ -90,11 +101,11 @@ class RowProduct(torch.autograd.Function):
     """This rank's rows of a product that is summed over the ranks, each of which has a part of the weight's columns."""
 
     @staticmethod
-    def forward(ctx: Any, x_LBX: Tensor, weight_YX: Tensor, ranks: TensorRanks) -> Tensor:
+    def forward(ctx: Any, x_LBX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, ranks: TensorRanks) -> Tensor:
         x_PTX = x_LBX.reshape(ranks.size, -1, x_LBX.shape[-1])
         ctx.save_for_backward(x_PTX, weight_YX)
-        ctx.ranks = ranks
-        return ranks.product_sum(x_PTX, weight_YX.t()).wait().view(-1, x_LBX.shape[1], len(weight_YX))
+        ctx.ranks, ctx.has_bias = ranks, bias_Y is not None
+        return ranks.product_sum(x_PTX, weight_YX.t(), bias_Y).wait().view(-1, x_LBX.shape[1], len(weight_YX))
 
     @staticmethod
     @once_differentiable
@@ -102,20 +113,12 @@ class RowProduct(torch.autograd.Function):
         x_PTX, weight_YX = ctx.saved_tensors
         grad_TY = grad_LBY.contiguous().flatten(0, 1)
         grads_PTY = grad_TY.new_empty(len(x_PTX), *grad_TY.shape)
-        x_grad_PTX = torch.empty_like(x_PTX)
+        x_grad_PTX = x_PTX.new_empty(x_PTX.shape)
         for places, there in ctx.ranks.gathering(grad_TY, grads_PTY):
-            _multiply(there, weight_YX, None, out=x_grad_PTX[places])
+            torch.mm(there.flatten(0, 1), weight_YX, out=x_grad_PTX[places].flatten(0, 1))
         weight_grad = _weight_gradient(grads_PTY, x_PTX)
-        return x_grad_PTX.view(-1, grad_LBY.shape[1], x_PTX.shape[-1]), weight_grad, None
-
-
-def _multiply(x_PTX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None, *, out: Tensor) -> None:
-    """The product, [P, T, Y], with the bias added in it."""
-    x, out = x_PTX.flatten(0, 1), out.flatten(0, 1)
-    if bias_Y is None:
-        torch.mm(x, weight_XY, out=out)
-    else:
-        torch.addmm(bias_Y, x, weight_XY, out=out)
+        bias_grad = grad_TY.sum(0) if ctx.has_bias else None  # of this rank's rows: the step sums it over the ranks
+        return x_grad_PTX.view(-1, grad_LBY.shape[1], x_PTX.shape[-1]), weight_grad, bias_grad, None
 
 
 def _weight_gradient(grad_PTY: Tensor, x_PTX: Tensor) -> Tensor:
