@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.parallel.gradient_sums import GradientSum, gradient_sum
 from based_megatron.parallel.sequence.channel import Pending
 
 
@@ -84,6 +85,7 @@ class ColumnProduct(torch.autograd.Function):
             multiply(there.flatten(0, 1), weight_YX.t(), bias_Y, out=product_PTY[places].flatten(0, 1))
         ctx.save_for_backward(rows_PTX, weight_YX)
         ctx.ranks, ctx.has_bias = ranks, bias_Y is not None
+        ctx.of_weight, ctx.of_bias = gradient_sum(weight_YX), gradient_sum(bias_Y)
         return product_PTY.view(-1, x_LBX.shape[1], len(weight_YX))
 
     @staticmethod
@@ -92,8 +94,9 @@ class ColumnProduct(torch.autograd.Function):
         rows_PTX, weight_YX = ctx.saved_tensors
         grad_PTY = grad_LBY.reshape(*rows_PTX.shape[:2], -1)
         arriving = ctx.ranks.product_sum(grad_PTY, weight_YX)
-        weight_grad = _weight_gradient(grad_PTY, rows_PTX)
-        bias_grad = grad_PTY.sum((0, 1)) if ctx.has_bias else None
+        grad_TY, rows_TX = grad_PTY.flatten(0, 1), rows_PTX.flatten(0, 1)
+        weight_grad = _add_product(ctx.of_weight, grad_TY, rows_TX)
+        bias_grad = _add_rows(ctx.of_bias, grad_TY) if ctx.has_bias else None
         return arriving.wait().view(-1, grad_LBY.shape[1], weight_YX.shape[1]), weight_grad, bias_grad, None
 
 
@@ -105,6 +108,7 @@ class RowProduct(torch.autograd.Function):
         x_PTX = x_LBX.reshape(ranks.size, -1, x_LBX.shape[-1])
         ctx.save_for_backward(x_PTX, weight_YX)
         ctx.ranks, ctx.has_bias = ranks, bias_Y is not None
+        ctx.of_weight, ctx.of_bias = gradient_sum(weight_YX), gradient_sum(bias_Y)
         return ranks.product_sum(x_PTX, weight_YX.t(), bias_Y).wait().view(-1, x_LBX.shape[1], len(weight_YX))
 
     @staticmethod
@@ -116,11 +120,23 @@ class RowProduct(torch.autograd.Function):
         x_grad_PTX = x_PTX.new_empty(x_PTX.shape)
         for places, there in ctx.ranks.gathering(grad_TY, grads_PTY):
             torch.mm(there.flatten(0, 1), weight_YX, out=x_grad_PTX[places].flatten(0, 1))
-        weight_grad = _weight_gradient(grads_PTY, x_PTX)
-        bias_grad = grad_TY.sum(0) if ctx.has_bias else None  # of this rank's rows: the step sums it over the ranks
+        weight_grad = _add_product(ctx.of_weight, grads_PTY.flatten(0, 1), x_PTX.flatten(0, 1))
+        # Of this rank's rows: the step sums it over the ranks.
+        bias_grad = _add_rows(ctx.of_bias, grad_TY) if ctx.has_bias else None
         return x_grad_PTX.view(-1, grad_LBY.shape[1], x_PTX.shape[-1]), weight_grad, bias_grad, None
 
 
-def _weight_gradient(grad_PTY: Tensor, x_PTX: Tensor) -> Tensor:
-    """[Y, X], of a product of these inputs with a weight."""
-    return grad_PTY.flatten(0, 1).t() @ x_PTX.flatten(0, 1)
+def _add_product(total: GradientSum | None, grad_TY: Tensor, x_TX: Tensor) -> Tensor | None:
+    """The gradient of a weight, [Y, X]; None if it has been added to the sum that the weight keeps."""
+    if total is None:
+        return grad_TY.t() @ x_TX
+    total.add_product(grad_TY, x_TX)
+    return None
+
+
+def _add_rows(total: GradientSum | None, grad_TY: Tensor) -> Tensor | None:
+    """The gradient of a bias, [Y]; None if it has been added to the sum that the bias keeps."""
+    if total is None:
+        return grad_TY.sum(0)
+    total.add_rows(grad_TY)
+    return None
