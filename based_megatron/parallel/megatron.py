@@ -68,7 +68,7 @@ class LayerConfig(TransformerConfig):
     """Megatron's TransformerConfig, with what tensor parallel layers of ours need besides."""
 
     tensor_ranks: TensorRanks | None = None
-    """The ways of rows between tensor parallel ranks, beside products; None: Megatron's layers, which wait for them."""
+    """The ways of rows between tensor parallel ranks while others are multiplied; None: Megatron's layers, which wait for them."""
 
 
 @contextmanager

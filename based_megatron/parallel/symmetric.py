@@ -4,7 +4,7 @@ NCCL's kernels need multiprocessors, which a matrix product leaves to nobody bef
 product of another rank's rows is stored into that rank's memory by the product itself, and rows that others need are copied without
 a kernel.
 
-Legend: P ranks, T rows of a rank; X and Y are the widths before and after a product.
+Legend: P ranks, T rows of a rank; X input and O output features of a product.
 """
 
 import math
@@ -50,7 +50,7 @@ class MemoryRanks:
 
     def gathering(self, x_TX: Tensor, rows_PTX: Tensor) -> Iterator[tuple[slice, Tensor]]:
         inbox, places = self._next_inbox(rows_PTX.shape, rows_PTX.dtype), places_of_others(self.rank, self.size)
-        with self._copies.beside():
+        with self._copies.aside():
             for other in self._others():
                 inbox.get_buffer(other, rows_PTX.shape, rows_PTX.dtype)[self.rank].copy_(x_TX)
             rows_PTX[self.rank].copy_(x_TX)
@@ -63,20 +63,20 @@ class MemoryRanks:
         for others in places:
             yield others, rows_PTX[others]
 
-    def product_sum(self, x_PTX: Tensor, weight_XY: Tensor, bias_Y: Tensor | None = None) -> Pending[Tensor]:
-        shape, dtype = (self.size, x_PTX.shape[1], weight_XY.shape[1]), x_PTX.dtype
+    def product_sum(self, x_PTX: Tensor, weight_XO: Tensor, bias_O: Tensor | None = None) -> Pending[Tensor]:
+        shape, dtype = (self.size, x_PTX.shape[1], weight_XO.shape[1]), x_PTX.dtype
         inbox = self._next_inbox(shape, dtype)
         for other in self._others():
-            torch.mm(x_PTX[other], weight_XY, out=inbox.get_buffer(other, shape, dtype)[self.rank])
-        sum_TY = x_PTX.new_empty(shape[1:])
-        multiply(x_PTX[self.rank], weight_XY, bias_Y, out=sum_TY)
+            torch.mm(x_PTX[other], weight_XO, out=inbox.get_buffer(other, shape, dtype)[self.rank])
+        sum_TO = x_PTX.new_empty(shape[1:])
+        multiply(x_PTX[self.rank], weight_XO, bias_O, out=sum_TO)
 
         def finish() -> Tensor:
             inbox.barrier()
-            arrived_PTY = inbox.get_buffer(self.rank, shape, dtype)
+            arrived_PTO = inbox.get_buffer(self.rank, shape, dtype)
             for other in self._others():
-                sum_TY.add_(arrived_PTY[other])
-            return sum_TY
+                sum_TO.add_(arrived_PTO[other])
+            return sum_TO
 
         return Pending(finish)
 
@@ -95,20 +95,20 @@ class MemoryRanks:
 
 
 class _SideStream:
-    """Work beside that of the current stream; on a CPU, work that is done at once."""
+    """Work that runs at the same time as that of the current stream; on a CPU, work that is done at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def beside(self) -> AbstractContextManager[object]:
-        """What is launched in this block waits for what the current stream has so far, and runs beside what comes then."""
+    def aside(self) -> AbstractContextManager[object]:
+        """What is launched in this block waits for what the current stream has so far, and runs at the same time as what comes then."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
 
     def join(self) -> None:
-        """The current stream waits for the work beside it."""
+        """The current stream waits for that work."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 

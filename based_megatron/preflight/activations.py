@@ -53,7 +53,7 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
 
     norm_bytes = held * D * (RESIDUAL_BYTES + b) + held * RESIDUAL_BYTES
     others = (N - held) * D * b
-    """Rows of other ranks that a column layer keeps beside this rank's output of the norm."""
+    """Rows of other ranks that a column layer keeps with this rank's output of the norm."""
     overlaps = config.parallel.overlap_tensor != "off"
     mlp_bytes = 3 * N * F // tensor * b + overlaps * others
     mixers = [layer_mixers(model)[i] for i in stage.layers]

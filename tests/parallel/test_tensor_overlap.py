@@ -1,4 +1,4 @@
-"""Products beside messages are those of Megatron's layers, bit for bit, and wait for what they read.
+"""Products at the same time as messages are those of Megatron's layers, bit for bit, and wait for what they read.
 
 Inputs are whole numbers: their sums are exact in any order, so that nothing needs a tolerance. Memory that other ranks write to is in
 files, and that of GPUs under BASED_TEST_DEVICE=cuda.
@@ -173,7 +173,7 @@ def test_overlap_changes_no_bit_of_values_and_gradients(worker_pool, tmp_path, w
             assert plain[name].count_nonzero() and torch.equal(value, plain[name]), name
 
 
-def test_products_run_beside_messages_and_rows_are_gathered_once(worker_pool, tmp_path):
+def test_products_run_during_messages_and_rows_are_gathered_once(worker_pool, tmp_path):
     """In backward the row layer gathers first, then the column layer sums; a weight gradient is the last product of each."""
     row_backward, column_backward = "gather product wait product product", "product sum product wait"
     expected = f"gather product wait product | product sum wait | {row_backward} {column_backward}"
