@@ -94,9 +94,12 @@ class ColumnProduct(torch.autograd.Function):
         rows_PTX, weight_OX = ctx.saved_tensors
         grad_PTO = grad_LBO.reshape(*rows_PTX.shape[:2], -1)
         arriving = ctx.ranks.product_sum(grad_PTO, weight_OX)
-        grad_TO, rows_TX = grad_PTO.flatten(0, 1), rows_PTX.flatten(0, 1)
-        weight_grad = _add_product(ctx.of_weight, grad_TO, rows_TX)
-        bias_grad = _add_rows(ctx.of_bias, grad_TO) if ctx.has_bias else None
+        weight_grad = None
+        if ctx.of_weight is None:
+            weight_grad = _weight_gradient(grad_PTO, rows_PTX)
+        else:
+            ctx.of_weight.add_product(grad_PTO.flatten(0, 1), rows_PTX.flatten(0, 1))
+        bias_grad = _bias_gradient(ctx.of_bias, grad_PTO.flatten(0, 1)) if ctx.has_bias else None
         return arriving.wait().view(-1, grad_LBO.shape[1], weight_OX.shape[1]), weight_grad, bias_grad, None
 
 
@@ -120,22 +123,21 @@ class RowProduct(torch.autograd.Function):
         x_grad_PTX = x_PTX.new_empty(x_PTX.shape)
         for places, there in ctx.ranks.gathering(grad_TO, grads_PTO):
             torch.mm(there.flatten(0, 1), weight_OX, out=x_grad_PTX[places].flatten(0, 1))
-        weight_grad = _add_product(ctx.of_weight, grads_PTO.flatten(0, 1), x_PTX.flatten(0, 1))
+            if ctx.of_weight is not None:  # fp32, which adding in parts does not round
+                ctx.of_weight.add_product(there.flatten(0, 1), x_PTX[places].flatten(0, 1))
+        weight_grad = _weight_gradient(grads_PTO, x_PTX) if ctx.of_weight is None else None
         # Of this rank's rows: the step sums it over the ranks.
-        bias_grad = _add_rows(ctx.of_bias, grad_TO) if ctx.has_bias else None
+        bias_grad = _bias_gradient(ctx.of_bias, grad_TO) if ctx.has_bias else None
         return x_grad_PTX.view(-1, grad_LBO.shape[1], x_PTX.shape[-1]), weight_grad, bias_grad, None
 
 
-def _add_product(total: GradientSum | None, grad_TO: Tensor, x_TX: Tensor) -> Tensor | None:
-    """The gradient of a weight, [O, X]; None if it has been added to the sum that the weight keeps."""
-    if total is None:
-        return grad_TO.t() @ x_TX
-    total.add_product(grad_TO, x_TX)
-    return None
+def _weight_gradient(grad_PTO: Tensor, x_PTX: Tensor) -> Tensor:
+    """[O, X], of a weight that keeps no sum."""
+    return grad_PTO.flatten(0, 1).t() @ x_PTX.flatten(0, 1)
 
 
-def _add_rows(total: GradientSum | None, grad_TO: Tensor) -> Tensor | None:
-    """The gradient of a bias, [O]; None if it has been added to the sum that the bias keeps."""
+def _bias_gradient(total: GradientSum | None, grad_TO: Tensor) -> Tensor | None:
+    """[O]; None if it has been added to the sum that the bias keeps."""
     if total is None:
         return grad_TO.sum(0)
     total.add_rows(grad_TO)

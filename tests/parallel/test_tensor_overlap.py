@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.config import based_config
+from based_megatron.parallel.gradient_sums import gradient, keep_sum
 from based_megatron.parallel.linear import column_linear, row_linear
 from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.symmetric import MemoryRanks, memory_ranks, overlapping_ranks
@@ -80,8 +81,8 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
     return torch.randint(-4, 5, shape, generator=generator).to(rank_device(dist.get_rank()), torch.float32)
 
 
-def build(way: str, folder: Path, log: list[str]) -> tuple[Any, Any]:
-    """A column and a row layer with biases, the same ones with each way to overlap."""
+def build(way: str, folder: Path, log: list[str], sums: bool) -> tuple[Any, Any]:
+    """A column and a row layer with biases, the same ones with each way to overlap; sums: parameters keep sums of gradients."""
     parallel = ParallelConfig(tensor=dist.get_world_size())
     model = ModelConfig(layer_pattern="c", hidden_size=HIDDEN, ffn_hidden_size=8, num_heads=4)
     group = topology_of(parallel).tensor.group
@@ -96,6 +97,8 @@ def build(way: str, folder: Path, log: list[str]) -> tuple[Any, Any]:
         layer.to(rank_device(dist.get_rank()))
         for seed, parameter in enumerate(layer.parameters()):
             parameter.data.copy_(whole_numbers(*parameter.shape, seed=10 * dist.get_rank() + seed))
+            if sums:
+                keep_sum(parameter, torch.full_like(parameter, float("nan")))
     return layers
 
 
@@ -104,10 +107,12 @@ def nothing(log: list[str]) -> AbstractContextManager[Any]:
 
 
 @megatron_runs()
-def column_then_row(way: str, folder: Path, surroundings: Surroundings = nothing) -> tuple[dict[str, Tensor], str]:
-    """row(column(x)^2), of which the bias is added twice: its value and all gradients, and what happened in which order."""
+def column_then_row(
+    way: str, folder: Path, surroundings: Surroundings = nothing, sums: bool = False
+) -> tuple[dict[str, Tensor], str]:
+    """row(column(x)^2): its value and all gradients, and what happened in which order."""
     log: list[str] = []
-    column, row = build(way, folder, log)
+    column, row = build(way, folder, log, sums)
     x = whole_numbers(LENGTH // dist.get_world_size(), BATCH, HIDDEN, seed=100 + dist.get_rank()).requires_grad_()
     with surroundings(log):
         middle = column(x)[0]
@@ -118,7 +123,7 @@ def column_then_row(way: str, folder: Path, surroundings: Surroundings = nothing
     assert loose_bias is None and x.grad is not None
     found = {"value": y.detach(), "input": x.grad}
     for name, layer in (("column", column), ("row", row)):
-        found |= {f"{name}.{key}": parameter.grad for key, parameter in layer.named_parameters()}
+        found |= {f"{name}.{key}": gradient(parameter) for key, parameter in layer.named_parameters()}
     return {key: value.cpu() for key, value in found.items()}, " ".join(log)
 
 
@@ -162,11 +167,11 @@ def observed(log: list[str]) -> Iterator[None]:
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("way", WAYS)
 def test_overlap_changes_no_bit_of_values_and_gradients(worker_pool, tmp_path, way, ranks):
-    """Messages are late, and bring nothing before they are waited for."""
-    surroundings = observed if way == "collectives" else nothing
+    """Messages are late, and bring nothing before they are waited for. Four ranks add their gradients to sums."""
+    surroundings, sums = observed if way == "collectives" else nothing, ranks == 4
     expected = worker_pool(ranks).run(column_then_row, "off", tmp_path)
     for (found, _), (plain, _) in zip(
-        worker_pool(ranks).run(column_then_row, way, tmp_path, surroundings), expected, strict=True
+        worker_pool(ranks).run(column_then_row, way, tmp_path, surroundings, sums), expected, strict=True
     ):
         assert found.keys() == plain.keys() and len(found) == 6
         for name, value in found.items():
