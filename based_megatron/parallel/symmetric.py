@@ -125,13 +125,13 @@ def overlapping_ranks(parallel: ParallelConfig, group: dist.ProcessGroup, device
     """
     if group.size() == 1 or not parallel.sequence_parallel or parallel.overlap_tensor == "off":
         return None
-    if parallel.overlap_tensor == "collectives" or not _are_neighbours(group, device):
-        if parallel.overlap_tensor == "memory":
-            raise ConfigError(
-                f"parallel.overlap_tensor is memory, but {group.size()} tensor parallel ranks do not all reach each other's GPU memory "
-                f"(one host, peer access); set parallel.overlap_tensor=auto"
-            )
+    if parallel.overlap_tensor != "memory":
         return CollectiveRanks(group)
+    if not _are_neighbours(group, device):
+        raise ConfigError(
+            f"parallel.overlap_tensor is memory, but {group.size()} tensor parallel ranks do not all reach each other's GPU memory "
+            f"(one host, peer access); set parallel.overlap_tensor=auto"
+        )
     return memory_ranks(group, device)
 
 

@@ -119,9 +119,9 @@ def rank_memory(config: Config, world_size: int, pipeline_rank: int) -> RankMemo
 
 
 def _inbox_bytes(config: Config) -> int:
-    """Two buffers of the rows of all tensor parallel ranks (parallel/symmetric.py), as if all of them were on one host."""
+    """Two buffers of the rows of all tensor parallel ranks (parallel/symmetric.py)."""
     parallel, piece = config.parallel, micro_batch_piece(config)
-    if parallel.tensor == 1 or not parallel.sequence_parallel or parallel.overlap_tensor in ("off", "collectives"):
+    if parallel.tensor == 1 or not parallel.sequence_parallel or parallel.overlap_tensor != "memory":
         return 0
     return 2 * piece.sequences * piece.tokens * config.model.hidden_size * piece.number_bytes
 
