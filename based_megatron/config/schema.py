@@ -120,6 +120,9 @@ class ParallelConfig:
     chain from neighbour to neighbour (debugging); auto looks at ranks, nodes and the size of a state."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tensor parallel ranks; no effect with tensor=1."""
+    overlap_tensor: Literal["auto", "memory", "collectives", "off"] = "auto"
+    """Send and receive rows of tensor parallel layers while others are multiplied: by writing into the memory of other GPUs, or by
+    collectives, which auto takes. Needs sequence_parallel, no effect with tensor=1."""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 1 shards optimizer state over data x context ranks; 2 adds gradients, 3 parameters (pipeline=1 only)."""
     zero_bucket_elements: Annotated[int, Range(at_least=2, multiple_of=2)] = 50_000_000

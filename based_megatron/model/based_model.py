@@ -18,7 +18,7 @@ from based_megatron.model.mixers import Continuation, MixerInputs, layer_mixers
 from based_megatron.model.norm import RMSNorm
 from based_megatron.model.recorder import SILENT, Recorder
 from based_megatron.model.states import ModelStates
-from based_megatron.parallel.linear import column_linear, vocab_embedding
+from based_megatron.parallel.linear import vocab_embedding, vocab_projection
 from based_megatron.parallel.megatron import (
     MegatronModule,
     ModelType,
@@ -50,7 +50,8 @@ class BasedModel(MegatronModule):
         self.layers = nn.ModuleDict({str(i): Block(config, mixers[i], i + 1, pg_collection) for i in stage.layers})
         if stage.is_last:
             self.final_norm = RMSNorm(config)
-            self.output = self._output_layer()
+            allocate = not config.model.tie_embeddings
+            self.output = vocab_projection(config, config.model.embedding_rows, self.group, allocate=allocate)
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Take the residual of the stage before; Megatron's schedules call this."""
@@ -135,16 +136,6 @@ class BasedModel(MegatronModule):
         x = self.embedding(tokens_BL)
         # Megatron's embedding turns [B, L, D] to [L, B, D] itself when it also cuts the sequence.
         return (x if self.config.sequence_parallel else x.transpose(0, 1)).to(self.config.residual_dtype).contiguous()
-
-    def _output_layer(self) -> Any:
-        rows, size = self.config.model.embedding_rows, dist.get_world_size(self.group)
-        padded = -(-rows // size) * size
-        layer = column_linear(
-            self.config, (padded,), bias=False, group=self.group, allocate=not self.config.model.tie_embeddings
-        )
-        for parameter in layer.parameters():
-            parameter.parts = (rows,)
-        return layer
 
     def _logits(self, x: Tensor) -> Tensor:
         tied = self.config.model.tie_embeddings

@@ -11,6 +11,7 @@ from based_megatron.model.init import initialize_weights
 from based_megatron.parallel.linear import attach_shard_specs
 from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.stages import split_layers
+from based_megatron.parallel.symmetric import overlapping_ranks
 from based_megatron.parallel.topology import Topology
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,6 +28,7 @@ def build_model(config: Config, topology: Topology, dtype: torch.dtype | None = 
             dtype=dtype or DTYPES[config.train.precision],
             backend=resolve_backend(config.train.backend, topology.device),
             recompute=config.train.recompute,
+            tensor_ranks=overlapping_ranks(config.parallel, topology.tensor.group, topology.device),
         )
         return [_build_chunk(config, shared, topology, stage) for stage in stages]
 

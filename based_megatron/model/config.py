@@ -8,11 +8,12 @@ import torch
 
 from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.config.pattern import parse_layer_pattern
-from based_megatron.parallel.megatron import TransformerConfig, megatron_settings
+from based_megatron.parallel.megatron import LayerConfig, megatron_settings
+from based_megatron.parallel.tensor_overlap import TensorRanks
 
 
 @dataclass
-class BasedConfig(TransformerConfig):
+class BasedConfig(LayerConfig):
     """Megatron's TransformerConfig, with the architecture as one more field."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -39,6 +40,7 @@ def based_config(
     dtype: torch.dtype,
     backend: str,
     recompute: Literal["none", "mixer", "full"],
+    tensor_ranks: TensorRanks | None = None,
 ) -> BasedConfig:
     """The shared config of one layout."""
     settings = megatron_settings(
@@ -49,4 +51,4 @@ def based_config(
         parallel=parallel,
         dtype=dtype,
     )
-    return BasedConfig(**settings, model=model, backend=backend, recompute=recompute)
+    return BasedConfig(**settings, tensor_ranks=tensor_ranks, model=model, backend=backend, recompute=recompute)

@@ -15,8 +15,8 @@ from torch.nn import functional
 from based_megatron.parallel.gradient_sums import linear
 from based_megatron.parallel.megatron import (
     ColumnParallelLinear,
+    LayerConfig,
     RowParallelLinear,
-    TransformerConfig,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -24,7 +24,8 @@ from based_megatron.parallel.megatron import (
     reduce_from_tensor_model_parallel_region,
     tensor_parallel_dim,
 )
-from based_megatron.parallel.sharding import ShardSpec
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, ShardSpec, rows_of_rank
+from based_megatron.parallel.tensor_overlap import ColumnProduct, RowProduct
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,30 @@ Body = Callable[[Projection], Tensor]
 
 
 class SplitColumnLinear(ColumnParallelLinear):
-    """Megatron's layer, which can hand its projection to a `body` that orders the parts of it.
+    """Megatron's layer, which can hand its projection to a `body` that orders the parts of it, and overlaps products and messages.
 
     The body runs inside of the layer's forward: there ZeRO-3 has the weight, and tensor parallel ranks gather x once.
     """
 
     def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **options: Any) -> Any:
-        """Megatron's forward; with a body, the result is (what the body returns, None)."""
+        """Megatron's forward; with a body, which needs all rows before it begins, the result is (what the body returns, None)."""
+        if body is None and self.config.tensor_ranks is not None:
+            weight = self.weight if weight is None else weight
+            return ColumnProduct.apply(x, weight, self.bias, self.config.tensor_ranks), None
         if body is None:
             return super().forward(x, weight, **options)
         enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
         return body(Projection(enter(x, group=self.tp_group), self.weight, self.bias)), None
+
+
+class SplitRowLinear(RowParallelLinear):
+    """Megatron's layer, which overlaps products and messages."""
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        """Megatron's forward."""
+        if self.config.tensor_ranks is None:
+            return super().forward(x, **options)
+        return RowProduct.apply(x, self.weight, self.bias, self.config.tensor_ranks), None
 
 
 class WholeColumnLinear(ColumnParallelLinear):
@@ -87,11 +101,11 @@ class WholeRowLinear(RowParallelLinear):
 
 
 WHOLE = {ColumnParallelLinear: WholeColumnLinear, RowParallelLinear: WholeRowLinear}
-SPLIT = {ColumnParallelLinear: SplitColumnLinear}
+SPLIT = {ColumnParallelLinear: SplitColumnLinear, RowParallelLinear: SplitRowLinear}
 
 
 def column_linear(
-    config: TransformerConfig,
+    config: LayerConfig,
     out_parts: tuple[int, ...],
     *,
     bias: bool,
@@ -120,9 +134,7 @@ def column_linear(
     return layer
 
 
-def row_linear(
-    config: TransformerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None
-) -> Any:
+def row_linear(config: LayerConfig, in_features: int, *, bias: bool, group: dist.ProcessGroup, cls: Any = None) -> Any:
     """Linear from features cut over the tensor parallel ranks back to the hidden size; the bias is added once, after the sum."""
     return _for_group(cls or RowParallelLinear, group)(
         in_features,
@@ -136,18 +148,28 @@ def row_linear(
     )
 
 
-def vocab_embedding(config: TransformerConfig, rows: int, group: dist.ProcessGroup) -> VocabParallelEmbedding:
-    """Embedding with its rows cut over the tensor parallel ranks, padded to a multiple of them in memory."""
+def vocab_embedding(config: LayerConfig, rows: int, group: dist.ProcessGroup) -> VocabParallelEmbedding:
+    """Embedding with its rows cut over the tensor parallel ranks, and padded in memory."""
     size = dist.get_world_size(group)
     layer = VocabParallelEmbedding(
-        -(-rows // size) * size,
+        size * rows_of_rank(rows, size, VOCAB_MULTIPLE),
         config.hidden_size,
         init_method=_leave_as_is,
         reduce_scatter_embeddings=config.sequence_parallel,
         config=config,
         tp_group=group,
     )
-    layer.weight.parts = (rows,)
+    layer.weight.parts, layer.weight.multiple = (rows,), VOCAB_MULTIPLE
+    return layer
+
+
+def vocab_projection(config: LayerConfig, rows: int, group: dist.ProcessGroup, *, allocate: bool) -> Any:
+    """Column layer whose rows are those of `vocab_embedding`; allocate: as `column_linear`."""
+    size = dist.get_world_size(group)
+    padded = size * rows_of_rank(rows, size, VOCAB_MULTIPLE)
+    layer = column_linear(config, (padded,), bias=False, group=group, allocate=allocate)
+    for parameter in layer.parameters():
+        parameter.parts, parameter.multiple = (rows,), VOCAB_MULTIPLE
     return layer
 
 
@@ -159,7 +181,7 @@ def shard_parameter(parameter: Any, dim: int, parts: tuple[int, ...] = ()) -> nn
     return parameter
 
 
-def sum_over_tensor_ranks(parameter: Any, config: TransformerConfig) -> nn.Parameter:
+def sum_over_tensor_ranks(parameter: Any, config: LayerConfig) -> nn.Parameter:
     """Mark a parameter that every tensor parallel rank holds whole and uses for its own heads: gradients of all ranks are added."""
     parameter.sequence_parallel = config.tensor_model_parallel_size > 1
     return parameter
@@ -183,7 +205,7 @@ def attach_shard_specs(model: nn.Module, group: dist.ProcessGroup) -> None:
             continue
         parts = getattr(parameter, "parts", (parameter.shape[dim] * size,))
         shape = (*parameter.shape[:dim], sum(parts), *parameter.shape[dim + 1 :])
-        spec = ShardSpec(name, tuple(shape), dim, tuple(parts), rank, size)
+        spec = ShardSpec(name, tuple(shape), dim, tuple(parts), rank, size, getattr(parameter, "multiple", 1))
         assert spec.local_shape == tuple(parameter.shape), f"{name}: {spec} does not fit {tuple(parameter.shape)}"
         parameter.shard_spec = spec
 

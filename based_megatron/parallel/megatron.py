@@ -7,6 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from based_megatron.config import ParallelConfig
 from based_megatron.parallel.host import replaced, without_warnings
+from based_megatron.parallel.tensor_overlap import TensorRanks
 
 with warnings.catch_warnings():
     # It warns of every optional package that is missing, on every rank.
@@ -40,11 +42,11 @@ with warnings.catch_warnings():
 
 __all__ = [
     "ColumnParallelLinear",
+    "LayerConfig",
     "MegatronModule",
     "ModelType",
     "ProcessGroupCollection",
     "RowParallelLinear",
-    "TransformerConfig",
     "VocabParallelEmbedding",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
@@ -59,6 +61,14 @@ __all__ = [
     "tensor_parallel_dim",
     "vocab_parallel_cross_entropy",
 ]
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Megatron's TransformerConfig, with what tensor parallel layers of ours need besides."""
+
+    tensor_ranks: TensorRanks | None = None
+    """The ways of rows between tensor parallel ranks while others are multiplied; None: Megatron's layers, which wait for them."""
 
 
 @contextmanager

@@ -10,6 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+VOCAB_MULTIPLE = 64
+"""A rank's rows of a shared vocabulary are rounded up to a multiple of it: GPUs multiply by odd numbers of columns at half the rate."""
+
+
+def rows_of_rank(rows: int, size: int, multiple: int = 1) -> int:
+    """Rows that each of `size` ranks has memory for; only the last ones may be padding.
+
+    Rounded up to the multiple if the rows are cut at all, and each rank keeps some.
+    """
+    fewest = -(-rows // size)
+    rounded = -(-fewest // multiple) * multiple
+    return rounded if size > 1 and rounded * (size - 1) < rows else fewest
+
 
 @dataclass(frozen=True)
 class Region:
@@ -44,13 +57,15 @@ class ShardSpec:
     """Tensor parallel rank."""
     size: int = 1
     """Tensor parallel size."""
+    multiple: int = 1
+    """What a rank's rows of each part are rounded up to (`rows_of_rank`)."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's tensor, padding included."""
         if self.partition_dim is None:
             return self.shape
-        rows = sum(-(-part // self.size) for part in self.parts)
+        rows = sum(rows_of_rank(part, self.size, self.multiple) for part in self.parts)
         return (*self.shape[: self.partition_dim], rows, *self.shape[self.partition_dim + 1 :])
 
     def regions(self) -> list[Region]:
@@ -60,7 +75,7 @@ class ShardSpec:
             return [Region((0,) * len(self.shape), (0,) * len(self.shape), self.shape)]
         regions, local_start, global_start = [], 0, 0
         for part in self.parts:
-            rows = -(-part // self.size)
+            rows = rows_of_rank(part, self.size, self.multiple)
             first, last = min(self.rank * rows, part), min((self.rank + 1) * rows, part)
             if last > first:
                 regions.append(

@@ -3,7 +3,8 @@
 Counted from the tensors that each autograd function saves. With N tokens of a rank (N / tensor for norms and residuals under
 sequence parallelism), D hidden size, F MLP width and b bytes of a number of the weights:
 
-    block    two norms: fp32 sum 4 N D, scales 4 N, output b N D;  MLP: b N (2 F + F);  mixer: Mixer.saved_bytes
+    block    two norms: fp32 sum 4 N D, scales 4 N, output b N D (of all tensor parallel ranks if parallel.overlap_tensor);
+             MLP: b N (2 F + F);  mixer: Mixer.saved_bytes
     mixer    recomputed: as a block without what the mixer saves
     full     recomputed: the fp32 residual, 4 N D
     head     final norm 4 N D + 4 N + b N D, and the logits b N U, which their gradient overwrites
@@ -15,6 +16,7 @@ from based_megatron.config import Config
 from based_megatron.model.build import DTYPES
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.model.mixers.facts import SavedPiece
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, rows_of_rank
 from based_megatron.parallel.stages import Stage
 
 RESIDUAL_BYTES = 4
@@ -50,12 +52,14 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
     """Tokens of norms and residuals on this rank."""
 
     norm_bytes = held * D * (RESIDUAL_BYTES + b) + held * RESIDUAL_BYTES
-    mlp_bytes = 3 * N * F // tensor * b
+    others = (N - held) * D * b
+    """Rows of other ranks that a column layer keeps with this rank's output of the norm."""
+    overlaps = config.parallel.overlap_tensor != "off"
+    mlp_bytes = 3 * N * F // tensor * b + overlaps * others
     mixers = [layer_mixers(model)[i] for i in stage.layers]
     mixed = [mixer.saved_bytes(model, piece) for mixer in mixers]
-    if shares and config.parallel.context > 1:
-        # Over slices, the gathered input of the first projection is kept whole.
-        mixed = [size + (N - held) * D * b for size in mixed]
+    if overlaps or config.parallel.context > 1:
+        mixed = [size + others for size in mixed]
     outside_mixer = 2 * norm_bytes + mlp_bytes
     residual = held * D * RESIDUAL_BYTES
     saved = {
@@ -66,12 +70,12 @@ def chunk_activations(config: Config, stage: Stage) -> ChunkActivations:
     again = {"none": 0, "mixer": max(mixed), "full": max(mixed) + outside_mixer}[mode]
     block_work = 2 * residual + held * D * b + max(max(mixed), mlp_bytes)
     head = stage.is_last
-    columns = -(-config.model.embedding_rows // tensor)
+    columns = rows_of_rank(config.model.embedding_rows, tensor, VOCAB_MULTIPLE)
     return ChunkActivations(
         saved=saved,
         rematerialised=again,
         block_work=block_work,
-        head_saved=(norm_bytes + N * (INDEX_BYTES + 2 * RESIDUAL_BYTES)) if head else 0,
+        head_saved=(norm_bytes + overlaps * others + N * (INDEX_BYTES + 2 * RESIDUAL_BYTES)) if head else 0,
         logits=N * columns * b if head else 0,
         head_work=(N * D * b + columns * D * b) if head else 0,
     )

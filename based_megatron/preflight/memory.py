@@ -21,9 +21,11 @@ from based_megatron.config.validate import data_parallel_size
 from based_megatron.model.build import DTYPES
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.parallel.buckets import cut_into_buckets
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, rows_of_rank
 from based_megatron.preflight.activations import (
     ChunkActivations,
     chunk_activations,
+    micro_batch_piece,
     micro_batches_in_flight,
 )
 from based_megatron.preflight.shapes import LocalParameter, local_parameters, stages_of_rank
@@ -55,7 +57,7 @@ class RankMemory:
     states: int
     """Received or carried states of linear attention, windows and convolutions."""
     buffers: int
-    """Copies and buckets of the reduction, gathered weights, cuBLAS."""
+    """Copies and buckets of the reduction, gathered weights, inboxes of tensor parallel ranks, cuBLAS."""
     outside: int
     """CUDA context and NCCL, outside of PyTorch's allocator."""
     host_checkpoint: int
@@ -109,10 +111,18 @@ def rank_memory(config: Config, world_size: int, pipeline_rank: int) -> RankMemo
         activations=phase.activations,
         logits=phase.logits,
         states=states_bytes(config, pipeline_rank, micro_batches),
-        buffers=phase.buffers + WORKSPACE_BYTES,
+        buffers=phase.buffers + WORKSPACE_BYTES + _inbox_bytes(config),
         outside=CONTEXT_BYTES + groups * COMMUNICATOR_BYTES,
         host_checkpoint=model.optimizer + _carried_share(config, data) if config.checkpoint.asynchronous else 0,
     )
+
+
+def _inbox_bytes(config: Config) -> int:
+    """Two buffers of the rows of all tensor parallel ranks (parallel/symmetric.py)."""
+    parallel, piece = config.parallel, micro_batch_piece(config)
+    if parallel.tensor == 1 or not parallel.sequence_parallel or parallel.overlap_tensor != "memory":
+        return 0
+    return 2 * piece.sequences * piece.tokens * config.model.hidden_size * piece.number_bytes
 
 
 def _carried_share(config: Config, data: int) -> int:
@@ -194,7 +204,7 @@ def _largest_phase(config: Config, pipeline_rank: int, micro_batches: int, model
     in_flight = micro_batches_in_flight(config, pipeline_rank, micro_batches)
     saved = _saved_in_flight(chunks, in_flight)
     last = chunks[-1]
-    columns = -(-config.model.embedding_rows // config.parallel.tensor)
+    columns = rows_of_rank(config.model.embedding_rows, config.parallel.tensor, VOCAB_MULTIPLE)
     embedding = columns * config.model.hidden_size * DTYPES[config.train.precision].itemsize
     holds_embedding = pipeline_rank == 0
     tied = embedding if last.logits and config.model.tie_embeddings else 0

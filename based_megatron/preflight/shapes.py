@@ -6,7 +6,7 @@ from math import prod
 
 from based_megatron.config import Config
 from based_megatron.model.mixers import layer_mixers, parameter_owner
-from based_megatron.parallel.sharding import ShardSpec
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, ShardSpec
 from based_megatron.parallel.stages import Stage, split_layers
 from based_megatron.train.optimizer.groups import decays_outside_mixers
 from based_megatron.train.optimizer.muon import is_matrix
@@ -45,11 +45,11 @@ def stage_parameters(config: Config, stage: Stage) -> Iterator[ShardSpec]:
     D, F, size = model.hidden_size, model.ffn_hidden_size, config.parallel.tensor
     rows = config.model.embedding_rows
 
-    def cut(name: str, shape: tuple[int, ...], dim: int) -> ShardSpec:
-        return ShardSpec(name, shape, dim, (shape[dim],), size=size)
+    def cut(name: str, shape: tuple[int, ...], dim: int, multiple: int = 1) -> ShardSpec:
+        return ShardSpec(name, shape, dim, (shape[dim],), size=size, multiple=multiple)
 
     if stage.is_first or (stage.is_last and model.tie_embeddings):
-        yield cut("embedding.weight", (rows, D), 0)
+        yield cut("embedding.weight", (rows, D), 0, VOCAB_MULTIPLE)
     for i in stage.layers:
         yield ShardSpec(f"layers.{i}.mixer_norm.weight", (D,), size=size)
         for local, shape in mixers[i].parameter_shapes(model).items():
@@ -61,7 +61,7 @@ def stage_parameters(config: Config, stage: Stage) -> Iterator[ShardSpec]:
     if stage.is_last:
         yield ShardSpec("final_norm.weight", (D,), size=size)
         if not model.tie_embeddings:
-            yield cut("output.weight", (rows, D), 0)
+            yield cut("output.weight", (rows, D), 0, VOCAB_MULTIPLE)
 
 
 def _is_decayed(config: Config, spec: ShardSpec) -> bool:

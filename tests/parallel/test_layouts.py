@@ -15,6 +15,7 @@ STEPS, CLIP, LR = 10, 0.5, 3e-3
 LAYOUTS = {
     "single": (1, ParallelConfig()),
     "tp2": (2, ParallelConfig(tensor=2)),
+    "tp2-without-overlap": (2, ParallelConfig(tensor=2, overlap_tensor="off")),
     "tp2-without-sequence-parallel": (2, ParallelConfig(tensor=2, sequence_parallel=False)),
     "pp2": (2, ParallelConfig(pipeline=2)),
     "pp2-interleaved": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),

@@ -21,7 +21,7 @@ from based_megatron.parallel.linear import (
     vocab_embedding,
 )
 from based_megatron.parallel.megatron import megatron_runs
-from based_megatron.parallel.sharding import ShardSpec
+from based_megatron.parallel.sharding import VOCAB_MULTIPLE, ShardSpec
 from based_megatron.parallel.topology import Topology, build_topology
 from support.pool import rank_device
 
@@ -131,7 +131,7 @@ def test_a_padded_embedding_looks_up_its_rows(worker_pool, sequence_parallel):
     results = worker_pool(2).run(padded_embedding, sequence_parallel)
     for rank, (output, gradient, spec, _) in enumerate(results):
         assert output < 1e-12 and gradient < 1e-12
-        assert spec == ShardSpec("weight", (7, HIDDEN), 0, (7,), rank, 2)
+        assert spec == ShardSpec("weight", (7, HIDDEN), 0, (7,), rank, 2, VOCAB_MULTIPLE)
     assert results[1][3] == [0.0] * HIDDEN
 
 

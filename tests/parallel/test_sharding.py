@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from based_megatron.parallel.sharding import ShardSpec
+from based_megatron.parallel.sharding import ShardSpec, rows_of_rank
 
 PARTS = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 OTHER_DIMS = st.lists(st.integers(1, 3), min_size=0, max_size=2).map(tuple)
@@ -18,19 +18,19 @@ def sharded(draw) -> tuple[Tensor, list[ShardSpec]]:
     parts, others = draw(PARTS), draw(OTHER_DIMS)
     dim = draw(st.integers(0, len(others)))
     shape = (*others[:dim], sum(parts), *others[dim:])
-    size = draw(st.integers(1, 5))
+    size, multiple = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     full = torch.arange(1, 1 + int(torch.tensor(shape).prod()), dtype=torch.float32).reshape(shape)
-    return full, [ShardSpec("name", shape, dim, parts, rank, size) for rank in range(size)]
+    return full, [ShardSpec("name", shape, dim, parts, rank, size, multiple) for rank in range(size)]
 
 
 def stacked_cuts(full: Tensor, spec: ShardSpec) -> Tensor:
-    """A rank's piece, made in another way: each part padded to a multiple of the ranks, chunked, and stacked."""
+    """A rank's piece, made in another way: each part padded for all ranks, chunked, and stacked."""
     dim = spec.partition_dim
     assert dim is not None
     pieces = []
     for part in full.split(list(spec.parts), dim=dim):
         padding = list(part.shape)
-        padding[dim] = -part.shape[dim] % spec.size
+        padding[dim] = spec.size * rows_of_rank(part.shape[dim], spec.size, spec.multiple) - part.shape[dim]
         pieces.append(torch.cat([part, torch.zeros(padding)], dim=dim).chunk(spec.size, dim=dim)[spec.rank])
     return torch.cat(pieces, dim=dim)
 
@@ -76,6 +76,14 @@ def test_a_fused_projection_over_two_ranks():
     """[q | k | v] of 4, 2 and 2 rows: rank 1 holds rows 2, 3 of q, then 1 of k, then 1 of v."""
     spec = ShardSpec("qkv", (8, 1), 0, (4, 2, 2), rank=1, size=2)
     assert spec.cut(torch.arange(8.0)[:, None]).flatten().tolist() == [2, 3, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"),
+    [(50_264, 1, 50_264), (50_264, 2, 25_152), (50_264, 8, 6_336), (91, 2, 64), (91, 3, 31), (64, 2, 32), (65, 2, 64)],
+)
+def test_rows_are_rounded_up_if_every_rank_keeps_some(rows, size, expected):
+    assert rows_of_rank(rows, size, 64) == expected
 
 
 def test_padding_may_leave_a_rank_with_nothing():
