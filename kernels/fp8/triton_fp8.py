@@ -1,0 +1,134 @@
+"""Matrices in e4m3 in Triton: rows are read once and cast; cast rows are turned round.
+
+Legend: T rows, X columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from based_megatron.kernels.fp8.reference import LARGEST, LEAST_COMMON_SCALE, LEAST_SCALE
+
+TILE_ROWS, TILE_COLUMNS = 128, 64
+"""Part of a matrix that a program turns round."""
+TILE_SCALES = 4096
+"""Scales that are compared at a time."""
+
+
+@triton.jit
+def power_of_two_scale(absmax, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr):
+    """The smallest power of two, but at least LEAST_SCALE, that brings numbers up to absmax to LARGEST at most."""
+    bits = (absmax / LARGEST).to(tl.int32, bitcast=True)
+    scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.maximum(scale, LEAST_SCALE)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, numbers_ptr, scale_ptr, X,
+    LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, PADDED_X: tl.constexpr,
+):  # fmt: skip
+    """One program: one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED_X)
+    inside = columns < X
+    x = tl.load(x_ptr + row * X + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = power_of_two_scale(tl.max(tl.abs(x), axis=0), LARGEST, LEAST_SCALE)
+    tl.store(scale_ptr + row, scale)
+    tl.store(numbers_ptr + row * X + columns, (x * (1 / scale)).to(numbers_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _largest_kernel(
+    scale_ptr, weight_ptr, largest_ptr, T,
+    HAS_WEIGHT: tl.constexpr, LEAST_COMMON_SCALE: tl.constexpr, TILE_SCALES: tl.constexpr,
+):  # fmt: skip
+    """One program: the largest weighted scale of all rows."""
+    largest = tl.full((TILE_SCALES,), LEAST_COMMON_SCALE, tl.float32)
+    for first in range(0, T, TILE_SCALES):
+        rows = first + tl.arange(0, TILE_SCALES)
+        scale = tl.load(scale_ptr + rows, mask=rows < T, other=0.0)
+        if HAS_WEIGHT:
+            scale *= tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
+        largest = tl.maximum(largest, scale)
+    tl.store(largest_ptr, tl.max(largest, axis=0))
+
+
+@triton.jit
+def _turn_kernel(
+    numbers_ptr, scale_ptr, weight_ptr, largest_ptr, turned_ptr, T, X, padded_T,
+    HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile [TILE_ROWS, TILE_COLUMNS], brought to the common scale and transposed."""
+    rows = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    columns = tl.program_id(0).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    inside = (rows < T)[:, None] & (columns < X)[None, :]
+    numbers = tl.load(numbers_ptr + rows[:, None] * X + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + rows, mask=rows < T, other=0.0)
+    if HAS_WEIGHT:
+        scale *= tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
+    common = (numbers * (scale / tl.load(largest_ptr))[:, None]).to(turned_ptr.dtype.element_ty)
+    written = (columns < X)[:, None] & (rows < padded_T)[None, :]
+    tl.store(turned_ptr + columns[:, None] * padded_T + rows[None, :], tl.trans(common), mask=written)
+
+
+def quantised_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers and scales of the rows; see the package's function of this name."""
+    x_TX = x_TX.contiguous()
+    T, X = x_TX.shape
+    numbers_TX = torch.empty_like(x_TX, dtype=torch.float8_e4m3fn)
+    scale_T = torch.empty(T, dtype=torch.float32, device=x_TX.device)
+    padded_X = triton.next_power_of_2(X)
+    _rows_kernel[(T,)](
+        x_TX,
+        numbers_TX,
+        scale_T,
+        X,
+        LARGEST=LARGEST,
+        LEAST_SCALE=LEAST_SCALE,
+        PADDED_X=padded_X,
+        num_warps=row_warps(padded_X),
+    )
+    return numbers_TX, scale_T
+
+
+def row_warps(padded_X: int) -> int:
+    """Warps of a program that holds a row: about 16 elements a thread."""
+    return min(16, max(1, padded_X // 512))
+
+
+def turned(numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
+    """Numbers and the one scale of the transpose; see the package's function of this name."""
+    T, X = numbers_TX.shape
+    padded_T = triton.cdiv(T, multiple) * multiple
+    numbers_XT = numbers_TX.new_empty(X, padded_T)
+    largest = scale_T.new_empty(())
+    has_weight = weight_T is not None
+    weight_T = scale_T if weight_T is None else weight_T
+    _largest_kernel[(1,)](
+        scale_T,
+        weight_T,
+        largest,
+        T,
+        HAS_WEIGHT=has_weight,
+        LEAST_COMMON_SCALE=LEAST_COMMON_SCALE,
+        TILE_SCALES=TILE_SCALES,
+    )
+    grid = (triton.cdiv(X, TILE_COLUMNS), triton.cdiv(padded_T, TILE_ROWS))
+    _turn_kernel[grid](
+        numbers_TX,
+        scale_T,
+        weight_T,
+        largest,
+        numbers_XT,
+        T,
+        X,
+        padded_T,
+        HAS_WEIGHT=has_weight,
+        TILE_ROWS=TILE_ROWS,
+        TILE_COLUMNS=TILE_COLUMNS,
+    )
+    return numbers_XT, largest

@@ -1,0 +1,109 @@
+"""Matrices in e4m3: their scales, their numbers to the last bit, what they do with the numbers that do not fit, and their products."""
+
+import pytest
+import torch
+from kernel_oracles import DEVICE
+from torch import Tensor
+
+from based_megatron.kernels.fp8 import Fp8Matrix, quantised_rows, scaled_product, turned
+
+BACKENDS = ("reference", "triton")
+MANTISSA_BITS, LEAST_EXPONENT, LARGEST = 3, -6, 448.0
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The nearest number of e4m3, ties to even, written from the definition of the format: fp64 in, fp64 out."""
+    exponent = (torch.frexp(x).exponent - 1).clamp(min=LEAST_EXPONENT)
+    step = torch.exp2(exponent.double() - MANTISSA_BITS)
+    return (x / step).round() * step
+
+
+def oracle_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(numbers, scales) in fp64: the exponent is looked for, not computed."""
+    scales = []
+    for row in x.double():
+        exponent = -100
+        while row.abs().max() > LARGEST * 2.0**exponent:
+            exponent += 1
+        scales.append(2.0**exponent)
+    scale = torch.tensor(scales, dtype=torch.float64)
+    return rounded(x.double() / scale[:, None]), scale
+
+
+def rows_of_all_sizes(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows whose sizes differ by 2^40, one of zeros, one at the edge of a scale, and one beyond it by a bit."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    x = torch.randn(rows, columns, generator=generator) * torch.exp2(
+        torch.randint(-20, 20, (rows, 1), generator=generator)
+    )
+    x[0] = 0
+    if rows > 2:
+        x[1], x[2] = 0.1, 0.1
+        x[1, -1], x[2, 0] = 448.0, -450.0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 48), (130, 70), (3, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_rounded_to_the_nearest_numbers(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = rows_of_all_sizes(*shape, dtype)
+    numbers, scale = quantised_rows(x.to(DEVICE), backend=backend)
+    wanted, wanted_scale = oracle_rows(x)
+    assert numbers.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    assert torch.equal(scale.cpu().double(), wanted_scale)
+    assert torch.equal(numbers.cpu().double(), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 48), (130, 70), (256, 130)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_turned_rows_share_the_largest_scale(backend: str, shape: tuple[int, int], weighted: bool) -> None:
+    numbers, scale = oracle_rows(rows_of_all_sizes(*shape))
+    weight = torch.exp2(torch.arange(shape[0]) % 5 - 2.0) if weighted else None
+    matrix = Fp8Matrix(numbers.to(DEVICE, torch.float8_e4m3fn), scale.to(DEVICE, torch.float32))
+    found = turned(matrix, None if weight is None else weight.to(DEVICE), backend=backend)
+    whole = scale if weight is None else scale * weight.double()
+    assert float(found.scale) == max(float(whole.max()), 2.0**-120)
+    wanted = rounded(numbers * (whole / float(found.scale))[:, None]).t()
+    columns = -(-shape[0] // 16) * 16
+    assert found.numbers.shape == (shape[1], columns) and found.numbers.is_contiguous()
+    assert torch.equal(found.numbers.cpu().double()[:, : shape[0]], wanted)
+    assert not found.numbers[:, shape[0] :].float().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_not_hidden(backend: str, bad: float) -> None:
+    """A saturating cast would make 448 of it, and the guard against bad steps would not see it."""
+    x = torch.ones(32, 16, device=DEVICE)
+    x[7, 3] = bad
+    rows = quantised_rows(x, backend=backend)
+    y = scaled_product(rows, quantised_rows(torch.ones(16, 16, device=DEVICE)), dtype=torch.float32)
+    assert not y[7].isfinite().any() and y[6].isfinite().all()
+    other = turned(quantised_rows(torch.ones(32, 16, device=DEVICE)))
+    assert not scaled_product(turned(rows, backend=backend), other, dtype=torch.float32)[3].isfinite().any()
+
+
+def some(rows: int, columns: int, seed: int) -> Fp8Matrix:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) * torch.exp2(torch.randint(-3, 3, (rows, 1), generator=generator))
+    return quantised_rows(x.to(DEVICE))
+
+
+def exact(matrix: Fp8Matrix) -> Tensor:
+    return matrix.numbers.double() * matrix.scale.double().reshape(-1, 1)
+
+
+@pytest.mark.parametrize("one_scale", ["neither", "second", "both"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_are_those_of_the_numbers(one_scale: str, fast: bool) -> None:
+    """Tensor cores keep at least 13 bits of a sum."""
+    a, b = some(48, 160, 1), some(32, 160, 2)
+    a = Fp8Matrix(a.numbers, a.scale.max()) if one_scale == "both" else a
+    b = Fp8Matrix(b.numbers, b.scale.max()) if one_scale != "neither" else b
+    bias = torch.randn(32, device=DEVICE).bfloat16()
+    found = scaled_product(a, b, bias, dtype=torch.bfloat16, fast=fast)
+    wanted = exact(a) @ exact(b).t() + bias.double()
+    assert found.dtype == torch.bfloat16 and found.shape == (48, 32)
+    assert (found.double() - wanted).norm() / wanted.norm() < 2**-8
