@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 
+from based_megatron.parallel.gradient_sums import linear
 from based_megatron.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -38,7 +38,7 @@ class Projection:
     """All tokens of the slice, also under sequence parallelism."""
     weight: Tensor
     bias: Tensor | None
-    product: Product = functional.linear
+    product: Product = linear
 
     def __call__(self) -> Tensor:
         """The whole projection, [L, B, rows of the weight]."""
@@ -77,7 +77,7 @@ class SplitColumnLinear(ColumnParallelLinear):
 class WholeColumnLinear(ColumnParallelLinear):
     """Megatron's layer on one tensor parallel rank: the bias is added inside the matrix product, not in a pass of its own."""
 
-    product: Product = staticmethod(functional.linear)
+    product: Product = staticmethod(linear)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **_: Any) -> Any:
         """x: [..., in] -> ([..., out], no loose bias). weight replaces the layer's own, if it has one; body as above."""
@@ -88,7 +88,7 @@ class WholeColumnLinear(ColumnParallelLinear):
 class WholeRowLinear(RowParallelLinear):
     """Megatron's layer on one tensor parallel rank: as `WholeColumnLinear`, for features that would be cut."""
 
-    product: Product = staticmethod(functional.linear)
+    product: Product = staticmethod(linear)
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
         """x: [..., in] -> ([..., out], no loose bias)."""

@@ -68,7 +68,13 @@ def turned(matrix: Fp8Matrix, weight_T: Tensor | None = None, *, backend: str = 
 
 
 def scaled_product(
-    a: Fp8Matrix, b: Fp8Matrix, bias_N: Tensor | None = None, *, dtype: torch.dtype, fast: bool = False
+    a: Fp8Matrix,
+    b: Fp8Matrix,
+    bias_N: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    fast: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """a b^T + bias, [M, N], summed in fp32: by the tensor cores on a GPU, else by a product of the same numbers in fp32.
 
@@ -76,6 +82,7 @@ def scaled_product(
         a, b: [M, X] and [N, X], where X and N are multiples of 16.
         bias_N: in `dtype`.
         dtype: that of the result.
+        out: where to write the result, [M, N] of that dtype.
         fast: sum in the tensor cores' own registers, which keep fewer bits than fp32: for short sums that need not be exact.
 
     >>> a, b = (quantised_rows(torch.ones(16, 16) * value) for value in (2.0, 3.0))
@@ -83,13 +90,14 @@ def scaled_product(
     96.0
     """
     if not a.numbers.is_cuda:
-        return reference.scaled_product(a.numbers, a.scale, b.numbers, b.scale, bias_N, dtype)
+        y_MN = reference.scaled_product(a.numbers, a.scale, b.numbers, b.scale, bias_N, dtype)
+        return y_MN if out is None else out.copy_(y_MN)
     scale_a, scale_b = a.scale, b.scale
     if scale_a.ndim or scale_b.ndim:  # the hardware's scales are rows' on both sides, or on none
         scale_a = scale_a.expand(a.numbers.shape[0])[:, None].contiguous()
         scale_b = scale_b.expand(b.numbers.shape[0])[None].contiguous()
     return torch._scaled_mm(
-        a.numbers, b.numbers.t(), scale_a, scale_b, bias=bias_N, out_dtype=dtype, use_fast_accum=fast
+        a.numbers, b.numbers.t(), scale_a, scale_b, bias=bias_N, out_dtype=dtype, use_fast_accum=fast, out=out
     )
 
 
