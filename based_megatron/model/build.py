@@ -46,5 +46,8 @@ def _build_chunk(config: Config, shared: BasedConfig, topology: Topology, stage)
     chunk.to(topology.device)
     if config.train.precision == "fp8":
         picked = parse_fp8_layers(config.train.fp8_layers, shared.num_layers)
-        use_fp8((block for name, block in chunk.layers.items() if int(name) in picked), shared.backend)
+        blocks = [block for name, block in chunk.layers.items() if int(name) in picked]
+        use_fp8(blocks, shared.backend, is_sharded=config.parallel.zero_stage == 3)
+        for block in blocks:
+            block.hand_on_fp8()
     return chunk

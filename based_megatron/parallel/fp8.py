@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from based_megatron.kernels.fp8 import MULTIPLE, Fp8Matrix, quantised_rows, scaled_product, turned
-from based_megatron.parallel.gradient_sums import GradientSum, gradient_sum
-from based_megatron.parallel.linear import WholeColumnLinear, WholeRowLinear
+from based_megatron.kernels.fp8.tokens import Fp8Tokens, without_memory
+from based_megatron.kernels.swiglu import swiglu_gradient_rows, swiglu_rows
+from based_megatron.parallel.gradient_sums import gradient_sum
+from based_megatron.parallel.linear import Projection, WholeColumnLinear, WholeRowLinear
 
 
 class CastWeight:
@@ -51,15 +53,20 @@ class CastWeight:
 class Fp8Product:
     """The product of one linear layer, in place of `gradient_sums.linear`."""
 
-    def __init__(self, weight: nn.Parameter, backend: str) -> None:
-        """weight: that of the layer, which is cast once inside `weights_are_kept`; other ones are cast at each use."""
-        self.backend = backend
+    def __init__(self, weight: nn.Parameter, backend: str, is_sharded: bool = False) -> None:
+        """weight: that of the layer. is_sharded: ZeRO-3 gathers it for each pass, and frees it after."""
+        self.backend, self.is_sharded = backend, is_sharded
         self._weight = weight
         self._kept: CastWeight | None = None
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor | Fp8Tokens, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: [..., K] -> x weight^T + bias, [..., N]."""
-        return _Linear.apply(x, weight, bias, self)
+        return _Linear.apply(*_parts(x, self.backend), weight, bias, self)
+
+    def swiglu(self, x: Tensor | Fp8Tokens, weight: Tensor) -> Fp8Tokens:
+        """The gate of x weight^T: [..., K] -> [..., N / 2]."""
+        stand_in, *rows = _SwiGLU.apply(*_parts(x, self.backend), weight, self)
+        return Fp8Tokens(stand_in, Fp8Matrix(*rows))
 
     def cast(self, weight_NK: Tensor) -> CastWeight:
         """The weight in e4m3."""
@@ -68,65 +75,126 @@ class Fp8Product:
         return CastWeight(weight_NK, self.backend)
 
     def keep(self) -> None:
-        """Cast the weight once until `forget`: it must not change before."""
-        self._kept = CastWeight(self._weight, self.backend, keeps=True)
+        """Cast the weight once until `forget`, if it stays where it is: it must not change before."""
+        if not self.is_sharded:
+            self._kept = CastWeight(self._weight, self.backend, keeps=True)
 
     def forget(self) -> None:
         """Drop what was kept."""
         self._kept = None
 
 
-class _Linear(torch.autograd.Function):
-    """(x, weight, bias or None, product) to x weight^T + bias. Backward keeps x in e4m3."""
+def _parts(x: Tensor | Fp8Tokens, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradient of x flows through, its numbers [T, K], and their scales."""
+    if isinstance(x, Fp8Tokens):
+        return x.stand_in, *x.rows_TD
+    return x, *quantised_rows(x.detach().flatten(0, -2), backend=backend)
+
+
+class _Layer(torch.autograd.Function):
+    """What the layers below share: the product forward, and both products backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, product: Fp8Product) -> Tensor:
-        x_TK, cast = quantised_rows(x.flatten(0, -2), backend=product.backend), product.cast(weight_NK)
-        ctx.save_for_backward(*x_TK)
-        ctx.cast, ctx.backend, ctx.weight_dtype = cast, product.backend, weight_NK.dtype
-        ctx.of_weight, ctx.of_bias = gradient_sum(weight_NK), gradient_sum(bias_N)
-        y_TN = scaled_product(x_TK, cast.rows(), bias_N, dtype=x.dtype, fast=True)
-        return y_TN.view(*x.shape[:-1], len(weight_NK))
+    def product(
+        ctx: Any, x: Tensor, x_TK: Fp8Matrix, weight_NK: Tensor, bias_N: Tensor | None, layer: Fp8Product
+    ) -> Tensor:
+        """x weight^T + bias, [T, N], in the type of x; keeps what backward needs."""
+        ctx.cast, ctx.backend, ctx.shape, ctx.dtype = layer.cast(weight_NK), layer.backend, x.shape, x.dtype
+        ctx.weight_dtype, ctx.of_weight = weight_NK.dtype, gradient_sum(weight_NK)
+        return scaled_product(x_TK, ctx.cast.rows(), bias_N, dtype=x.dtype, fast=True)
+
+    @staticmethod
+    def gradients(ctx: Any, dy_TN: Fp8Matrix, x_TK: Fp8Matrix) -> tuple[Tensor, Tensor | None]:
+        """Those of x, and of the weight if it keeps no sum to add its own to."""
+        # The first, because others wait for it.
+        dx_TK = scaled_product(dy_TN, ctx.cast.turned(), dtype=ctx.dtype)
+        # The sum over tokens needs one scale for all of them: dy takes over those of x, which keeps its numbers.
+        dy_NT = turned(dy_TN, x_TK.scale, backend=ctx.backend)
+        x_KT = turned(Fp8Matrix(x_TK.numbers, x_TK.scale.new_ones(())), backend=ctx.backend)
+        dweight_NK = None
+        if ctx.of_weight is None:
+            dweight_NK = scaled_product(dy_NT, x_KT, dtype=ctx.weight_dtype)
+        else:
+            ctx.of_weight.add_made(lambda out: scaled_product(dy_NT, x_KT, dtype=torch.float32, out=out))
+        return dx_TK.view(ctx.shape), dweight_NK
+
+
+class _Linear(_Layer):
+    """(x or its stand-in, numbers, scales, weight, bias or None, layer) to x weight^T + bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        numbers_TK: Tensor,
+        scale_T: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        layer: Fp8Product,
+    ) -> Tensor:
+        ctx.save_for_backward(numbers_TK, scale_T)
+        ctx.of_bias = gradient_sum(bias_N)
+        y_TN = _Layer.product(ctx, x, Fp8Matrix(numbers_TK, scale_T), weight_NK, bias_N, layer)
+        return y_TN.view(*x.shape[:-1], y_TN.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, dy_TN = Fp8Matrix(*ctx.saved_tensors), dy.flatten(0, -2)
+        dy_TN = dy.flatten(0, -2)
         rows_TN = quantised_rows(dy_TN, backend=ctx.backend)
-        # The first, because others wait for it.
-        dx_TK = scaled_product(rows_TN, ctx.cast.turned(), dtype=dy.dtype)
-        dweight_NK = _weight_gradient(rows_TN, x_TK, ctx.of_weight, ctx.weight_dtype, ctx.backend)
+        dx, dweight_NK = _Layer.gradients(ctx, rows_TN, Fp8Matrix(*ctx.saved_tensors))
         dbias_N = None
-        if ctx.needs_input_grad[2] and ctx.of_bias is None:
+        if ctx.needs_input_grad[4] and ctx.of_bias is None:
             dbias_N = dy_TN.sum(0)
-        elif ctx.needs_input_grad[2]:
+        elif ctx.needs_input_grad[4]:
             ctx.of_bias.add_rows(dy_TN)
-        return dx_TK.view(*dy.shape[:-1], dx_TK.shape[1]), dweight_NK, dbias_N, None
+        return dx, None, None, dweight_NK, dbias_N, None
 
 
-def _weight_gradient(
-    dy_TN: Fp8Matrix, x_TK: Fp8Matrix, total: GradientSum | None, dtype: torch.dtype, backend: str
-) -> Tensor | None:
-    """dy^T x, added to the sum that the weight keeps, if it keeps one."""
-    # The sum over tokens needs one scale for all of them: dy takes over those of x, which keeps its numbers.
-    dy_NT = turned(dy_TN, x_TK.scale, backend=backend)
-    x_KT = turned(Fp8Matrix(x_TK.numbers, torch.ones_like(x_TK.scale)), backend=backend)
-    if total is None:
-        return scaled_product(dy_NT, x_KT, dtype=dtype)
-    total.add_made(lambda out: scaled_product(dy_NT, x_KT, dtype=torch.float32, out=out))
-    return None
+class _SwiGLU(_Layer):
+    """(x or its stand-in, numbers, scales, weight, layer) to the gate of x weight^T: its stand-in, numbers and scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, numbers_TK: Tensor, scale_T: Tensor, weight_NK: Tensor, layer: Fp8Product
+    ) -> tuple[Tensor, ...]:
+        z_TN = _Layer.product(ctx, x, Fp8Matrix(numbers_TK, scale_T), weight_NK, None, layer)
+        ctx.save_for_backward(numbers_TK, scale_T, z_TN)
+        y = swiglu_rows(z_TN, backend=layer.backend)
+        ctx.mark_non_differentiable(*y)
+        return without_memory(torch.Size((*x.shape[:-1], z_TN.shape[1] // 2)), x), *y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *x_TK, z_TN = ctx.saved_tensors
+        dz_TN = swiglu_gradient_rows(z_TN, dy.flatten(0, -2), backend=ctx.backend)
+        dx, dweight_NK = _Layer.gradients(ctx, dz_TN, Fp8Matrix(*x_TK))
+        return dx, None, None, dweight_NK, None
 
 
-def use_fp8(blocks: Iterable[nn.Module], backend: str) -> list[Fp8Product]:
-    """Have the linear layers of these blocks run in e4m3, except those whose sizes the hardware cannot take."""
-    linear = (module for block in blocks for module in block.modules())
-    layers = [layer for layer in linear if isinstance(layer, WholeColumnLinear | WholeRowLinear)]
-    products = []
-    for layer in layers:
-        if all(size % MULTIPLE == 0 for size in layer.weight.shape):
-            layer.product = Fp8Product(layer.weight, backend)
-            products.append(layer.product)
-    return products
+def use_fp8(modules: Iterable[nn.Module], backend: str, is_sharded: bool) -> None:
+    """Have the linear layers of these modules run in e4m3, except those whose sizes the hardware cannot take."""
+    for layer in (part for module in modules for part in module.modules()):
+        whole = isinstance(layer, WholeColumnLinear | WholeRowLinear)
+        if whole and all(size % MULTIPLE == 0 for size in layer.weight.shape):
+            layer.product = Fp8Product(layer.weight, backend, is_sharded)
+
+
+def gated(projection: Projection) -> Fp8Tokens:
+    """The gate of a projection, for a layer that `takes_fp8`: a body that its column layer runs."""
+    layer = projection.product
+    assert isinstance(layer, Fp8Product) and projection.bias is None
+    return layer.swiglu(projection.x_LBD, projection.weight)
+
+
+def takes_fp8(layer: nn.Module) -> bool:
+    """Whether a layer runs in e4m3 and takes tokens that are cast already.
+
+    Not under ZeRO-3, which looks for the tensors that leave a module, and would not find them.
+    """
+    product = getattr(layer, "product", None)
+    return isinstance(product, Fp8Product) and not product.is_sharded
 
 
 def fp8_products(modules: Iterable[nn.Module]) -> list[Fp8Product]:

@@ -25,8 +25,7 @@ from based_megatron.parallel.megatron import (
 )
 from based_megatron.parallel.sharding import ShardSpec
 
-
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Product = Callable[[Any, Tensor, Tensor | None], Tensor]
 """(x, weight, bias) to x weight^T + bias."""
 
 
@@ -34,8 +33,8 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class Projection:
     """A column parallel projection taken apart, for what must be sent before all of it is computed."""
 
-    x_LBD: Tensor
-    """All tokens of the slice, also under sequence parallelism."""
+    x_LBD: Any
+    """All tokens of the slice, also under sequence parallelism: a tensor, or what the product takes in its place."""
     weight: Tensor
     bias: Tensor | None
     product: Product = linear

@@ -27,6 +27,10 @@ class Fp8Matrix(NamedTuple):
     scale: Tensor
     """fp32 powers of two: one for each row, or one number for all."""
 
+    def plain(self) -> Tensor:
+        """The matrix in fp32, which holds its numbers exactly."""
+        return self.numbers.float() * self.scale.reshape(-1, 1)
+
 
 def quantised_rows(x_TX: Tensor, *, backend: str = "reference") -> Fp8Matrix:
     """x in e4m3, each row under the smallest power of two that keeps its numbers within 448.
@@ -50,10 +54,10 @@ def turned(matrix: Fp8Matrix, weight_T: Tensor | None = None, *, backend: str = 
     """The transpose of rows under one scale for all: the side of a product that is summed over rows.
 
     A row is brought from its own scale to the largest one, which costs bits only where its numbers are small beside those of
-    that row.
+    that row. Rows under one scale are turned as they are.
 
     Args:
-        matrix: from `quantised_rows`, [T, X].
+        matrix: [T, X], with a scale for each row or one for all.
         weight_T: powers of two that the rows are multiplied by first.
         backend: a name from `resolve_backend`.
 
@@ -92,6 +96,8 @@ def scaled_product(
     if not a.numbers.is_cuda:
         y_MN = reference.scaled_product(a.numbers, a.scale, b.numbers, b.scale, bias_N, dtype)
         return y_MN if out is None else out.copy_(y_MN)
+    if out is not None and out.data_ptr() % MULTIPLE:
+        return out.copy_(scaled_product(a, b, bias_N, dtype=dtype, fast=fast))
     scale_a, scale_b = a.scale, b.scale
     if scale_a.ndim or scale_b.ndim:  # the hardware's scales are rows' on both sides, or on none
         scale_a = scale_a.expand(a.numbers.shape[0])[:, None].contiguous()
@@ -107,7 +113,9 @@ def _triton_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
     return triton_fp8.quantised_rows(x_TX)
 
 
-def _triton_turned(numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
+def _triton_turned(
+    numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multiple: int
+) -> tuple[Tensor, Tensor]:
     from based_megatron.kernels.fp8 import triton_fp8
 
     return triton_fp8.turned(numbers_TX, scale_T, weight_T, multiple)

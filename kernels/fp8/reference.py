@@ -33,10 +33,12 @@ def power_of_two_scale(absmax: Tensor) -> Tensor:
 
 def turned(numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
     """Numbers and the one scale of the transpose; see the package's function of this name."""
-    if weight_T is not None:
-        scale_T = scale_T * weight_T
-    scale = scale_T.amax().clamp(min=LEAST_COMMON_SCALE)
-    numbers_XT = (numbers_TX.float() * (scale_T / scale)[:, None]).t()
+    scale, ratio = scale_T, scale_T.new_ones(1)
+    if scale_T.ndim:
+        scale_T = scale_T if weight_T is None else scale_T * weight_T
+        scale = scale_T.amax().clamp(min=LEAST_COMMON_SCALE)
+        ratio = scale_T / scale
+    numbers_XT = (numbers_TX.float() * ratio[:, None]).t()
     padded = functional.pad(numbers_XT, (0, -numbers_XT.shape[1] % multiple))
     return padded.to(torch.float8_e4m3fn).contiguous(), scale
 

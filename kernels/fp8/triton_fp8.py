@@ -60,19 +60,21 @@ def _largest_kernel(
 @triton.jit
 def _turn_kernel(
     numbers_ptr, scale_ptr, weight_ptr, largest_ptr, turned_ptr, T, X, padded_T,
-    HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile [TILE_ROWS, TILE_COLUMNS], brought to the common scale and transposed."""
+    """One program: a tile [TILE_ROWS, TILE_COLUMNS], brought from the rows' scales to the common one, and transposed."""
     rows = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     columns = tl.program_id(0).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     inside = (rows < T)[:, None] & (columns < X)[None, :]
-    numbers = tl.load(numbers_ptr + rows[:, None] * X + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + rows, mask=rows < T, other=0.0)
-    if HAS_WEIGHT:
-        scale *= tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
-    common = (numbers * (scale / tl.load(largest_ptr))[:, None]).to(turned_ptr.dtype.element_ty)
+    numbers = tl.load(numbers_ptr + rows[:, None] * X + columns[None, :], mask=inside, other=0.0)
+    if HAS_SCALES:
+        scale = tl.load(scale_ptr + rows, mask=rows < T, other=0.0)
+        if HAS_WEIGHT:
+            scale *= tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
+        ratio = scale / tl.load(largest_ptr)
+        numbers = (numbers.to(tl.float32) * ratio[:, None]).to(turned_ptr.dtype.element_ty)
     written = (columns < X)[:, None] & (rows < padded_T)[None, :]
-    tl.store(turned_ptr + columns[:, None] * padded_T + rows[None, :], tl.trans(common), mask=written)
+    tl.store(turned_ptr + columns[:, None] * padded_T + rows[None, :], tl.trans(numbers), mask=written)
 
 
 def quantised_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,18 +107,20 @@ def turned(numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multipl
     T, X = numbers_TX.shape
     padded_T = triton.cdiv(T, multiple) * multiple
     numbers_XT = numbers_TX.new_empty(X, padded_T)
-    largest = scale_T.new_empty(())
     has_weight = weight_T is not None
     weight_T = scale_T if weight_T is None else weight_T
-    _largest_kernel[(1,)](
-        scale_T,
-        weight_T,
-        largest,
-        T,
-        HAS_WEIGHT=has_weight,
-        LEAST_COMMON_SCALE=LEAST_COMMON_SCALE,
-        TILE_SCALES=TILE_SCALES,
-    )
+    largest = scale_T
+    if scale_T.ndim:
+        largest = scale_T.new_empty(())
+        _largest_kernel[(1,)](
+            scale_T,
+            weight_T,
+            largest,
+            T,
+            HAS_WEIGHT=has_weight,
+            LEAST_COMMON_SCALE=LEAST_COMMON_SCALE,
+            TILE_SCALES=TILE_SCALES,
+        )
     grid = (triton.cdiv(X, TILE_COLUMNS), triton.cdiv(padded_T, TILE_ROWS))
     _turn_kernel[grid](
         numbers_TX,
@@ -127,6 +131,7 @@ def turned(numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multipl
         T,
         X,
         padded_T,
+        HAS_SCALES=scale_T.ndim > 0,
         HAS_WEIGHT=has_weight,
         TILE_ROWS=TILE_ROWS,
         TILE_COLUMNS=TILE_COLUMNS,

@@ -73,6 +73,15 @@ def test_turned_rows_share_the_largest_scale(backend: str, shape: tuple[int, int
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_under_one_scale_are_turned_as_they_are(backend: str) -> None:
+    numbers, scale = oracle_rows(rows_of_all_sizes(37, 70))[0].to(torch.float8_e4m3fn), torch.tensor(8.0)
+    found = turned(Fp8Matrix(numbers.to(DEVICE), scale.to(DEVICE)), backend=backend)
+    assert float(found.scale) == 8
+    assert torch.equal(found.numbers[:, :37].cpu().double(), numbers.double().t())
+    assert found.numbers.shape == (70, 48) and not found.numbers[:, 37:].float().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_a_number_that_is_not_finite_is_not_hidden(backend: str, bad: float) -> None:
     """A saturating cast would make 448 of it, and the guard against bad steps would not see it."""
@@ -87,7 +96,9 @@ def test_a_number_that_is_not_finite_is_not_hidden(backend: str, bad: float) -> 
 
 def some(rows: int, columns: int, seed: int) -> Fp8Matrix:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator) * torch.exp2(torch.randint(-3, 3, (rows, 1), generator=generator))
+    x = torch.randn(rows, columns, generator=generator) * torch.exp2(
+        torch.randint(-3, 3, (rows, 1), generator=generator)
+    )
     return quantised_rows(x.to(DEVICE))
 
 
