@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from based_megatron.kernels.fp8 import MULTIPLE, Fp8Matrix, quantised_rows, scaled_product, turned
+from based_megatron.kernels.fp8 import (
+    MULTIPLE,
+    Fp8Matrix,
+    quantised_rows,
+    quantised_rows_and_sum,
+    scaled_product,
+    turned,
+)
 from based_megatron.kernels.fp8.tokens import Fp8Tokens, without_memory
 from based_megatron.kernels.swiglu import swiglu_gradient_rows, swiglu_rows
 from based_megatron.parallel.gradient_sums import gradient_sum
@@ -39,7 +46,12 @@ class CastWeight:
 
     def turned(self) -> Fp8Matrix:
         """As the product of the input gradient takes it, [K, N]."""
-        return self._cast("turned", lambda: turned(self.rows(), backend=self._backend))
+        return self._cast("turned", self._turned)
+
+    def _turned(self) -> Fp8Matrix:
+        numbers_KN, scale = turned(self.rows(), backend=self._backend)
+        # As many as rows: those of the other side have one each.
+        return Fp8Matrix(numbers_KN, scale.expand(len(numbers_KN)).contiguous())
 
     def _cast(self, name: str, cast: Callable[[], Fp8Matrix]) -> Fp8Matrix:
         found = self._kept.get(name)
@@ -53,7 +65,7 @@ class CastWeight:
 class Fp8Product:
     """The product of one linear layer, in place of `gradient_sums.linear`."""
 
-    def __init__(self, weight: nn.Parameter, backend: str, is_sharded: bool = False) -> None:
+    def __init__(self, weight: Tensor, backend: str, is_sharded: bool = False) -> None:
         """weight: that of the layer. is_sharded: ZeRO-3 gathers it for each pass, and frees it after."""
         self.backend, self.is_sharded = backend, is_sharded
         self._weight = weight
@@ -140,14 +152,15 @@ class _Linear(_Layer):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dy_TN = dy.flatten(0, -2)
-        rows_TN = quantised_rows(dy_TN, backend=ctx.backend)
+        dy_TN, dbias_N = dy.flatten(0, -2), None
+        if ctx.needs_input_grad[4]:
+            rows_TN, dbias_N = quantised_rows_and_sum(dy_TN, backend=ctx.backend)
+        else:
+            rows_TN = quantised_rows(dy_TN, backend=ctx.backend)
         dx, dweight_NK = _Layer.gradients(ctx, rows_TN, Fp8Matrix(*ctx.saved_tensors))
-        dbias_N = None
-        if ctx.needs_input_grad[4] and ctx.of_bias is None:
-            dbias_N = dy_TN.sum(0)
-        elif ctx.needs_input_grad[4]:
-            ctx.of_bias.add_rows(dy_TN)
+        if dbias_N is not None and ctx.of_bias is not None:
+            ctx.of_bias.add(dbias_N)
+            dbias_N = None
         return dx, None, None, dweight_NK, dbias_N, None
 
 

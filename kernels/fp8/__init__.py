@@ -13,7 +13,7 @@ from torch import Tensor
 from based_megatron.kernels.backend import implementation
 from based_megatron.kernels.fp8 import reference
 
-__all__ = ["MULTIPLE", "Fp8Matrix", "quantised_rows", "scaled_product", "turned"]
+__all__ = ["MULTIPLE", "Fp8Matrix", "quantised_rows", "quantised_rows_and_sum", "scaled_product", "turned"]
 
 MULTIPLE = 16
 """Sizes of a product's contraction and of its columns must be multiples of this, or the hardware cannot take them."""
@@ -48,6 +48,17 @@ def quantised_rows(x_TX: Tensor, *, backend: str = "reference") -> Fp8Matrix:
     """
     run = implementation("quantised_rows", backend, {"reference": reference.quantised_rows, "triton": _triton_rows})
     return Fp8Matrix(*run(x_TX))
+
+
+def quantised_rows_and_sum(x_TX: Tensor, *, backend: str = "reference") -> tuple[Fp8Matrix, Tensor]:
+    """`quantised_rows`, and the sum of the rows in fp32, in one pass over x: a gradient in e4m3 with that of the bias.
+
+    >>> quantised_rows_and_sum(torch.tensor([[448.0, 1.0], [900.0, 3.0]]))[1].tolist()
+    [1348.0, 4.0]
+    """
+    built = {"reference": reference.quantised_rows_and_sum, "triton": _triton_rows_and_sum}
+    *rows, sum_X = implementation("quantised_rows_and_sum", backend, built)(x_TX)
+    return Fp8Matrix(*rows), sum_X
 
 
 def turned(matrix: Fp8Matrix, weight_T: Tensor | None = None, *, backend: str = "reference") -> Fp8Matrix:
@@ -111,6 +122,12 @@ def _triton_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
     from based_megatron.kernels.fp8 import triton_fp8
 
     return triton_fp8.quantised_rows(x_TX)
+
+
+def _triton_rows_and_sum(x_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from based_megatron.kernels.fp8 import triton_fp8
+
+    return triton_fp8.quantised_rows_and_sum(x_TX)
 
 
 def _triton_turned(

@@ -24,6 +24,11 @@ def quantised_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
     return (x_TX * (1 / scale_T)[:, None]).to(torch.float8_e4m3fn), scale_T
 
 
+def quantised_rows_and_sum(x_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scales and sum of the rows; see the package's function of this name."""
+    return *quantised_rows(x_TX), x_TX.sum(0, dtype=torch.float32)
+
+
 def power_of_two_scale(absmax: Tensor) -> Tensor:
     """The smallest power of two, but at least LEAST_SCALE, that brings fp32 numbers up to `absmax` to 448 at most."""
     bits = (absmax / LARGEST).view(torch.int32)

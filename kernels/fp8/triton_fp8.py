@@ -14,6 +14,8 @@ from based_megatron.kernels.fp8.reference import LARGEST, LEAST_COMMON_SCALE, LE
 
 TILE_ROWS, TILE_COLUMNS = 128, 64
 """Part of a matrix that a program turns round."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+INTERPRETER_PROGRAMS = 3
 TILE_SCALES = 4096
 """Scales that are compared at a time."""
 
@@ -28,17 +30,24 @@ def power_of_two_scale(absmax, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr)
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, numbers_ptr, scale_ptr, X,
-    LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, PADDED_X: tl.constexpr,
+    x_ptr, numbers_ptr, scale_ptr, partial_sum_ptr, T, X, rows_per_program,
+    HAS_SUM: tl.constexpr, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, PADDED_X: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program: some rows after each other, and their sum."""
+    program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED_X)
     inside = columns < X
-    x = tl.load(x_ptr + row * X + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = power_of_two_scale(tl.max(tl.abs(x), axis=0), LARGEST, LEAST_SCALE)
-    tl.store(scale_ptr + row, scale)
-    tl.store(numbers_ptr + row * X + columns, (x * (1 / scale)).to(numbers_ptr.dtype.element_ty), mask=inside)
+    total = tl.zeros([PADDED_X], dtype=tl.float32)
+    first = program * rows_per_program
+    for row in range(first, min(first + rows_per_program, T)):
+        x = tl.load(x_ptr + row * X + columns, mask=inside, other=0.0).to(tl.float32)
+        scale = power_of_two_scale(tl.max(tl.abs(x), axis=0), LARGEST, LEAST_SCALE)
+        tl.store(scale_ptr + row, scale)
+        tl.store(numbers_ptr + row * X + columns, (x * (1 / scale)).to(numbers_ptr.dtype.element_ty), mask=inside)
+        if HAS_SUM:
+            total += x
+    if HAS_SUM:
+        tl.store(partial_sum_ptr + program * X + columns, total, mask=inside)
 
 
 @triton.jit
@@ -79,22 +88,46 @@ def _turn_kernel(
 
 def quantised_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers and scales of the rows; see the package's function of this name."""
+    return _cast(x_TX, 1, has_sum=False)[:2]
+
+
+def quantised_rows_and_sum(x_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scales and sum of the rows; see the package's function of this name."""
+    # One partial sum a program, added in their order: the same bits in every run.
+    numbers_TX, scale_T, partial_sums = _cast(x_TX, triton.cdiv(len(x_TX), _programs(x_TX.device)), has_sum=True)
+    return numbers_TX, scale_T, partial_sums.sum(0)
+
+
+def _cast(x_TX: Tensor, rows_per_program: int, has_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers and scales of the rows, and the sum of each program's rows."""
     x_TX = x_TX.contiguous()
     T, X = x_TX.shape
     numbers_TX = torch.empty_like(x_TX, dtype=torch.float8_e4m3fn)
     scale_T = torch.empty(T, dtype=torch.float32, device=x_TX.device)
-    padded_X = triton.next_power_of_2(X)
-    _rows_kernel[(T,)](
+    padded_X, grid = triton.next_power_of_2(X), triton.cdiv(T, rows_per_program)
+    partial_sums = scale_T.new_empty(grid if has_sum else 0, X)
+    _rows_kernel[(grid,)](
         x_TX,
         numbers_TX,
         scale_T,
+        partial_sums,
+        T,
         X,
+        rows_per_program,
+        HAS_SUM=has_sum,
         LARGEST=LARGEST,
         LEAST_SCALE=LEAST_SCALE,
         PADDED_X=padded_X,
         num_warps=row_warps(padded_X),
     )
-    return numbers_TX, scale_T
+    return numbers_TX, scale_T, partial_sums
+
+
+def _programs(device: torch.device) -> int:
+    """Programs that sum rows after each other."""
+    if device.type != "cuda":
+        return INTERPRETER_PROGRAMS
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def row_warps(padded_X: int) -> int:

@@ -5,7 +5,7 @@ import torch
 from kernel_oracles import DEVICE
 from torch import Tensor
 
-from based_megatron.kernels.fp8 import Fp8Matrix, quantised_rows, scaled_product, turned
+from based_megatron.kernels.fp8 import Fp8Matrix, quantised_rows, quantised_rows_and_sum, scaled_product, turned
 
 BACKENDS = ("reference", "triton")
 MANTISSA_BITS, LEAST_EXPONENT, LARGEST = 3, -6, 448.0
@@ -56,6 +56,18 @@ def test_rows_are_rounded_to_the_nearest_numbers(backend: str, shape: tuple[int,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 48), (130, 70)])
+def test_the_sum_of_rows_comes_with_the_same_numbers(backend: str, shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(DEVICE, torch.bfloat16)
+    rows, total = quantised_rows_and_sum(x, backend=backend)
+    wanted = quantised_rows(x, backend=backend)
+    assert torch.equal(rows.numbers.view(torch.uint8), wanted.numbers.view(torch.uint8))
+    assert torch.equal(rows.scale, wanted.scale)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), x.double().sum(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1), (33, 48), (130, 70), (256, 130)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_turned_rows_share_the_largest_scale(backend: str, shape: tuple[int, int], weighted: bool) -> None:
@@ -81,6 +93,7 @@ def test_rows_under_one_scale_are_turned_as_they_are(backend: str) -> None:
     assert found.numbers.shape == (70, 48) and not found.numbers[:, 37:].float().any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_a_number_that_is_not_finite_is_not_hidden(backend: str, bad: float) -> None:

@@ -1,8 +1,8 @@
 """Training in fp8: what of the model runs in it, every layout against the single process, and curves beside those of bf16."""
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from based_megatron.config import Config, ParallelConfig
 from based_megatron.kernels.fp8 import reference
+from based_megatron.model.build import build_model
 from based_megatron.parallel.fp8 import fp8_products, takes_fp8
 from based_megatron.parallel.host import replaced
-from support.layouts import build_run, small_config
+from based_megatron.train.optimizer import build_engine
+from based_megatron.train.step import build_step
+from support.layouts import Run, build_run, small_config, topology_of
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2-zero1": (2, {}),
@@ -29,14 +32,22 @@ def fp8_config(
     precision: str = "fp8", layers: str = ":", parallel: dict[str, Any] | None = None, **train: Any
 ) -> Config:
     config = small_config(ParallelConfig(**(parallel or {})), clip_grad_norm=0.5, **train)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision, fp8_layers=layers))
+    return replace(config, train=replace(config.train, precision=precision, fp8_layers=layers))
 
 
-def train(config: Config, steps: int, scale: Callable[[Tensor], Tensor] | None = None) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step; `scale` replaces the choice of the rows' scales."""
-    with nullcontext() if scale is None else replaced(reference, power_of_two_scale=scale):
-        run = build_run(config)
-        return [run.train_step(number % 4, True, LR) for number in range(steps)]
+def in_fp32(config: Config) -> Run:
+    """The products of fp8 in a model of fp32, where layouts differ by nothing but them."""
+    topology = topology_of(config.parallel)
+    chunks = build_model(config, topology, torch.float32)
+    config = replace(config, train=replace(config.train, precision="fp32"))
+    engine = build_engine(chunks, config, topology)
+    return Run(topology, build_step(chunks, engine, topology, config.parallel.zero_stage), engine, config)
+
+
+def train_in_fp32(config: Config) -> list[float]:
+    """Loss and gradient norm of each step."""
+    run = in_fp32(config)
+    return [value for number in range(STEPS) for value in run.train_step(number, True, LR)]
 
 
 def parts_in_fp8(config: Config) -> tuple[list[str], list[str]]:
@@ -64,24 +75,28 @@ def test_norms_in_front_of_recomputed_mixers_and_under_zero3_do_not_cast(worker_
 
 
 @pytest.fixture(scope="module")
-def single(worker_pool) -> list[tuple[float, float]]:
-    return worker_pool(1).run(train, fp8_config(), STEPS)[0]
+def single(worker_pool) -> list[float]:
+    return worker_pool(1).run(train_in_fp32, fp8_config())[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_train_as_the_single_process(worker_pool, single, layout) -> None:
-    """Gradients of weights are bf16 under ZeRO-2 and 3 before they are summed; other layouts differ by less."""
+    """A rounding of fp32 may turn one of e4m3, which the next steps see."""
     ranks, parallel = LAYOUTS[layout]
-    for found in worker_pool(ranks).run(train, fp8_config(parallel=parallel), STEPS):
-        for (loss, norm), (wanted_loss, wanted_norm) in zip(found, single, strict=True):
-            assert loss == pytest.approx(wanted_loss, abs=2e-3)
-            assert norm == pytest.approx(wanted_norm, rel=1e-2)
+    for found in worker_pool(ranks).run(train_in_fp32, fp8_config(parallel=parallel)):
+        assert found[:2] == pytest.approx(single[:2], rel=1e-4)
+        assert found == pytest.approx(single, rel=3e-3)
+
+
+def test_the_single_process_runs_in_fp8(worker_pool, single) -> None:
+    plain = worker_pool(1).run(train_in_fp32, fp8_config("fp32"))[0]
+    assert abs(plain[0] - single[0]) > 1e-3
 
 
 @pytest.mark.parametrize("recompute", ["mixer", "full"])
 def test_recomputed_activations_change_nothing(worker_pool, single, recompute) -> None:
-    found = worker_pool(1).run(train, fp8_config(recompute=recompute), STEPS)[0]
-    assert found == pytest.approx(single, rel=1e-3)
+    found = worker_pool(1).run(train_in_fp32, fp8_config(recompute=recompute))[0]
+    assert found == pytest.approx(single, rel=1e-4)
 
 
 def too_small(absmax: Tensor) -> Tensor:
@@ -89,17 +104,22 @@ def too_small(absmax: Tensor) -> Tensor:
     return torch.exp2(torch.log2(absmax / reference.LARGEST).floor() - 3)
 
 
-CURVE_STEPS = 40
+CURVE_STEPS, CURVE_LR = 40, 1e-3
+
+
+def curve(precision: str, scale: Callable[[Tensor], Tensor] | None = None) -> list[float]:
+    """Losses over four batches, again and again, in bf16; `scale` replaces the choice of the rows' scales."""
+    config = fp8_config(precision)
+    config = replace(config, model=replace(config.model, init_std=0.05))
+    with nullcontext() if scale is None else replaced(reference, power_of_two_scale=scale):
+        run = build_run(config)
+        return [run.train_step(number % 4, True, CURVE_LR)[0] for number in range(CURVE_STEPS)]
 
 
 @pytest.fixture(scope="module")
 def curves(worker_pool) -> dict[str, list[float]]:
-    """Losses of each step."""
-    jobs = {"bf16": ("bf16", None), "fp8": ("fp8", None), "saturated": ("fp8", too_small)}
-    return {
-        name: [loss for loss, _ in worker_pool(1).run(train, fp8_config(precision), CURVE_STEPS, scale)[0]]
-        for name, (precision, scale) in jobs.items()
-    }
+    jobs = {"bf16": ("bf16",), "fp8": ("fp8",), "saturated": ("fp8", too_small)}
+    return {name: worker_pool(1).run(curve, *job)[0] for name, job in jobs.items()}
 
 
 def distance(curves: dict[str, list[float]], name: str) -> float:
@@ -109,7 +129,7 @@ def distance(curves: dict[str, list[float]], name: str) -> float:
 
 def test_a_curve_in_fp8_stays_beside_that_of_bf16(curves) -> None:
     assert curves["bf16"][-1] < curves["bf16"][0] - 0.5
-    assert 1e-4 < distance(curves, "fp8") < 0.03
+    assert 1e-4 < distance(curves, "fp8") < 0.02
 
 
 def test_a_wrong_scale_would_show_in_the_curve(curves) -> None:

@@ -38,14 +38,19 @@ def patch_once_a_launch() -> None:
     interpreter._patch_lang = patch_lang
 
 
-def patch_e4m3_rounding() -> None:
-    """Round to e4m3 as the hardware and PyTorch do: the interpreter drops the carry into the exponent (31.5 becomes 16, not 32)."""
+def patch_e4m3_casts() -> None:
+    """Cast to e4m3 and back as the hardware and PyTorch do.
+
+    The interpreter drops the carry into the exponent, so that 31.5 becomes 16 and not 32, and takes NaN for 480.
+    """
     original: Callable[..., Any] = interpreter._convert_float
 
     def convert_float(numbers: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-        if target != tl.float8e4nv or source != tl.float32:
-            return original(numbers, source, target, rounding_mode)
-        rounded = torch.from_numpy(np.array(numbers)).to(torch.float8_e4m3fn)
-        return rounded.view(torch.uint8).numpy()
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            return torch.from_numpy(np.array(numbers)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        if (source, target) == (tl.float8e4nv, tl.float32):
+            exact = torch.from_numpy(np.array(numbers)).view(torch.float8_e4m3fn).float()
+            return exact.numpy().view(np.uint32)
+        return original(numbers, source, target, rounding_mode)
 
     interpreter._convert_float = convert_float
