@@ -78,6 +78,7 @@ class FlatStep:
             total.complete()
         self._factor = scale.double() / dist.get_world_size(self._data)
 
+    @torch.no_grad()
     def __call__(
         self,
         on_gradients: Callable[[], None] | None = None,

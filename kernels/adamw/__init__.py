@@ -25,7 +25,7 @@ class AdamW(NamedTuple):
 
     lr: float
     step: int
-    """Of this update, counted from 1: averages of few gradients are corrected for the zeros that they began with."""
+    """The number of this update, from 1: averages of few gradients are corrected for the zeros that they began with."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

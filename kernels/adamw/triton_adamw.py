@@ -22,9 +22,10 @@ def _update_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GOOD: tl.constexpr, TILE_ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of elements. Divisions and roots are rounded as IEEE has it, as torch's are."""
-    good = tl.load(good_ptr) != 0 if HAS_GOOD else True
     n = tl.program_id(0).to(tl.int64) * TILE_ELEMENTS + tl.arange(0, TILE_ELEMENTS)
-    inside = (n < N) & good
+    if HAS_GOOD:
+        N = tl.where(tl.load(good_ptr) != 0, N, 0)
+    inside = n < N
     g = tl.load(gradient_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if HAS_SCALE:
         g *= tl.load(scale_ptr)

@@ -66,7 +66,8 @@ def checked_steps(parallel: ParallelConfig, gradients: dict[str, Tensor]) -> dic
     worst: dict[str, float] = {}
 
     def note(what: str, found: Tensor, wanted: Tensor) -> None:
-        error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-12))
+        found, wanted = found.cpu().double(), wanted.cpu().double()
+        error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
         worst[what] = max(worst.get(what, 0.0), error)
 
     for number in range(STEPS):
@@ -115,8 +116,10 @@ def oracle(worker_pool, tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_part_of_a_step_is_its_formula(worker_pool, oracle, layout):
     world_size, parallel = LAYOUTS[layout]
-    for worst in worker_pool(world_size).run(checked_steps, parallel, oracle["gradients"]):
-        assert worst.pop("gradient") < 0.06, "bf16 activations"
+    results = worker_pool(world_size).run(checked_steps, parallel, oracle["gradients"])
+    assert any("gradient" in worst for worst in results)
+    for worst in results:
+        assert worst.pop("gradient", 0) < 0.06, "bf16 activations"
         assert worst.pop("weights") == 0
         assert worst.pop("update") < 1e-3, "the last bit of a weight is so much of what it moves by"
         assert all(error < 1e-5 for error in worst.values()), worst
