@@ -104,8 +104,10 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_precision(config: Config) -> None:
+    if config.train.precision != "fp8":
+        return
     parse_fp8_layers(config.train.fp8_layers, len(parse_layer_pattern(config.model.layer_pattern)))
-    if config.train.precision == "fp8" and config.parallel.tensor > 1:
+    if config.parallel.tensor > 1:
         raise ConfigError(
             f"train.precision fp8 cannot run with parallel.tensor {config.parallel.tensor}: only whole linear layers run in fp8; set "
             f"train.precision=bf16 or parallel.tensor=1"

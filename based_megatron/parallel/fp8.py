@@ -46,12 +46,7 @@ class CastWeight:
 
     def turned(self) -> Fp8Matrix:
         """As the product of the input gradient takes it, [K, N]."""
-        return self._cast("turned", self._turned)
-
-    def _turned(self) -> Fp8Matrix:
-        numbers_KN, scale = turned(self.rows(), backend=self._backend)
-        # As many as rows: those of the other side have one each.
-        return Fp8Matrix(numbers_KN, scale.expand(len(numbers_KN)).contiguous())
+        return self._cast("turned", lambda: turned(self.rows(), backend=self._backend))
 
     def _cast(self, name: str, cast: Callable[[], Fp8Matrix]) -> Fp8Matrix:
         found = self._kept.get(name)
@@ -70,6 +65,8 @@ class Fp8Product:
         self.backend, self.is_sharded = backend, is_sharded
         self._weight = weight
         self._kept: CastWeight | None = None
+        self.one = torch.ones((), device=weight.device)
+        """The scale of numbers that have none."""
 
     def __call__(self, x: Tensor | Fp8Tokens, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: [..., K] -> x weight^T + bias, [..., N]."""
@@ -99,8 +96,9 @@ class Fp8Product:
 def _parts(x: Tensor | Fp8Tokens, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """What the gradient of x flows through, its numbers [T, K], and their scales."""
     if isinstance(x, Fp8Tokens):
-        return x.stand_in, *x.rows_TD
-    return x, *quantised_rows(x.detach().flatten(0, -2), backend=backend)
+        return x.stand_in, x.rows_TD.numbers, x.rows_TD.scale
+    numbers_TK, scale_T, _ = quantised_rows(x.detach().flatten(0, -2), backend=backend)
+    return x, numbers_TK, scale_T
 
 
 class _Layer(torch.autograd.Function):
@@ -112,8 +110,8 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         """x weight^T + bias, [T, N], in the type of x; keeps what backward needs."""
         ctx.cast, ctx.backend, ctx.shape, ctx.dtype = layer.cast(weight_NK), layer.backend, x.shape, x.dtype
-        ctx.weight_dtype, ctx.of_weight = weight_NK.dtype, gradient_sum(weight_NK)
-        return scaled_product(x_TK, ctx.cast.rows(), bias_N, dtype=x.dtype, fast=True)
+        ctx.weight_dtype, ctx.of_weight, ctx.one = weight_NK.dtype, gradient_sum(weight_NK), layer.one
+        return scaled_product(x_TK, ctx.cast.rows(), bias_N, dtype=x.dtype)
 
     @staticmethod
     def gradients(ctx: Any, dy_TN: Fp8Matrix, x_TK: Fp8Matrix) -> tuple[Tensor, Tensor | None]:
@@ -121,8 +119,8 @@ class _Layer(torch.autograd.Function):
         # The first, because others wait for it.
         dx_TK = scaled_product(dy_TN, ctx.cast.turned(), dtype=ctx.dtype)
         # The sum over tokens needs one scale for all of them: dy takes over those of x, which keeps its numbers.
-        dy_NT = turned(dy_TN, x_TK.scale, backend=ctx.backend)
-        x_KT = turned(Fp8Matrix(x_TK.numbers, x_TK.scale.new_ones(())), backend=ctx.backend)
+        dy_NT = turned(dy_TN, x_TK.scale, backend=ctx.backend).under_one_scale()
+        x_KT = turned(Fp8Matrix(x_TK.numbers, ctx.one), backend=ctx.backend)
         dweight_NK = None
         if ctx.of_weight is None:
             dweight_NK = scaled_product(dy_NT, x_KT, dtype=ctx.weight_dtype)
@@ -152,12 +150,12 @@ class _Linear(_Layer):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dy_TN, dbias_N = dy.flatten(0, -2), None
+        x_TK, dy_TN, dbias_N = Fp8Matrix(*ctx.saved_tensors), dy.flatten(0, -2), None
         if ctx.needs_input_grad[4]:
-            rows_TN, dbias_N = quantised_rows_and_sum(dy_TN, backend=ctx.backend)
+            rows_TN, dbias_N = quantised_rows_and_sum(dy_TN, x_TK.scale, backend=ctx.backend)
         else:
-            rows_TN = quantised_rows(dy_TN, backend=ctx.backend)
-        dx, dweight_NK = _Layer.gradients(ctx, rows_TN, Fp8Matrix(*ctx.saved_tensors))
+            rows_TN = quantised_rows(dy_TN, x_TK.scale, backend=ctx.backend)
+        dx, dweight_NK = _Layer.gradients(ctx, rows_TN, x_TK)
         if dbias_N is not None and ctx.of_bias is not None:
             ctx.of_bias.add(dbias_N)
             dbias_N = None
@@ -173,16 +171,16 @@ class _SwiGLU(_Layer):
     ) -> tuple[Tensor, ...]:
         z_TN = _Layer.product(ctx, x, Fp8Matrix(numbers_TK, scale_T), weight_NK, None, layer)
         ctx.save_for_backward(numbers_TK, scale_T, z_TN)
-        y = swiglu_rows(z_TN, backend=layer.backend)
-        ctx.mark_non_differentiable(*y)
-        return without_memory(torch.Size((*x.shape[:-1], z_TN.shape[1] // 2)), x), *y
+        numbers_TN, y_scale_T, _ = swiglu_rows(z_TN, backend=layer.backend)
+        ctx.mark_non_differentiable(numbers_TN, y_scale_T)
+        return without_memory(torch.Size((*x.shape[:-1], z_TN.shape[1] // 2)), x), numbers_TN, y_scale_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *x_TK, z_TN = ctx.saved_tensors
-        dz_TN = swiglu_gradient_rows(z_TN, dy.flatten(0, -2), backend=ctx.backend)
-        dx, dweight_NK = _Layer.gradients(ctx, dz_TN, Fp8Matrix(*x_TK))
+        numbers_TK, scale_T, z_TN = ctx.saved_tensors
+        dz_TN = swiglu_gradient_rows(z_TN, dy.flatten(0, -2), scale_T, backend=ctx.backend)
+        dx, dweight_NK = _Layer.gradients(ctx, dz_TN, Fp8Matrix(numbers_TK, scale_T))
         return dx, None, None, dweight_NK, None
 
 

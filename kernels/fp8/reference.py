@@ -17,16 +17,17 @@ LEAST_COMMON_SCALE = 2.0**-120
 """The least scale of several rows: their own may be weighted."""
 
 
-def quantised_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers and scales of the rows; see the package's function of this name."""
+def quantised_rows(x_TX: Tensor, weight_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scales and largest scale of the rows; see the package's function of this name."""
     x_TX = x_TX.float()
     scale_T = power_of_two_scale(x_TX.abs().amax(1))
-    return (x_TX * (1 / scale_T)[:, None]).to(torch.float8_e4m3fn), scale_T
+    largest = (scale_T if weight_T is None else scale_T * weight_T).amax()
+    return (x_TX * (1 / scale_T)[:, None]).to(torch.float8_e4m3fn), scale_T, largest[None]
 
 
-def quantised_rows_and_sum(x_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers, scales and sum of the rows; see the package's function of this name."""
-    return *quantised_rows(x_TX), x_TX.sum(0, dtype=torch.float32)
+def quantised_rows_and_sum(x_TX: Tensor, weight_T: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Numbers, scales, largest scale and sum of the rows; see the package's function of this name."""
+    return *quantised_rows(x_TX, weight_T), x_TX.sum(0, dtype=torch.float32)
 
 
 def power_of_two_scale(absmax: Tensor) -> Tensor:
@@ -36,16 +37,18 @@ def power_of_two_scale(absmax: Tensor) -> Tensor:
     return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32).clamp(min=LEAST_SCALE)
 
 
-def turned(numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
-    """Numbers and the one scale of the transpose; see the package's function of this name."""
-    scale, ratio = scale_T, scale_T.new_ones(1)
-    if scale_T.ndim:
-        scale_T = scale_T if weight_T is None else scale_T * weight_T
-        scale = scale_T.amax().clamp(min=LEAST_COMMON_SCALE)
-        ratio = scale_T / scale
+def turned(
+    numbers_TX: Tensor, scale_T: Tensor, largest: Tensor | None, weight_T: Tensor | None, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """Numbers and scale of the transpose; see the package's function of this name."""
+    common_X, ratio = scale_T, scale_T.new_ones(1)
+    if largest is not None:
+        common = largest.amax().clamp(min=LEAST_COMMON_SCALE)
+        ratio = (scale_T if weight_T is None else scale_T * weight_T) / common
+        common_X = common.repeat(numbers_TX.shape[1])
     numbers_XT = (numbers_TX.float() * ratio[:, None]).t()
     padded = functional.pad(numbers_XT, (0, -numbers_XT.shape[1] % multiple))
-    return padded.to(torch.float8_e4m3fn).contiguous(), scale
+    return padded.to(torch.float8_e4m3fn).contiguous(), common_X
 
 
 def scaled_product(

@@ -5,6 +5,8 @@ Legend: T rows, X columns.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +18,6 @@ TILE_ROWS, TILE_COLUMNS = 128, 64
 """Part of a matrix that a program turns round."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 INTERPRETER_PROGRAMS = 3
-TILE_SCALES = 4096
-"""Scales that are compared at a time."""
 
 
 @triton.jit
@@ -30,13 +30,14 @@ def power_of_two_scale(absmax, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr)
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, numbers_ptr, scale_ptr, partial_sum_ptr, T, X, rows_per_program,
-    HAS_SUM: tl.constexpr, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, PADDED_X: tl.constexpr,
+    x_ptr, weight_ptr, numbers_ptr, scale_ptr, largest_ptr, partial_sum_ptr, T, X, rows_per_program,
+    HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, PADDED_X: tl.constexpr,
 ):  # fmt: skip
-    """One program: some rows after each other, and their sum."""
+    """One program: some rows after each other, their largest weighted scale, and their sum."""
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED_X)
     inside = columns < X
+    largest = 0.0
     total = tl.zeros([PADDED_X], dtype=tl.float32)
     first = program * rows_per_program
     for row in range(first, min(first + rows_per_program, T)):
@@ -44,32 +45,19 @@ def _rows_kernel(
         scale = power_of_two_scale(tl.max(tl.abs(x), axis=0), LARGEST, LEAST_SCALE)
         tl.store(scale_ptr + row, scale)
         tl.store(numbers_ptr + row * X + columns, (x * (1 / scale)).to(numbers_ptr.dtype.element_ty), mask=inside)
+        largest = tl.maximum(largest, scale * tl.load(weight_ptr + row) if HAS_WEIGHT else scale)
         if HAS_SUM:
             total += x
+    tl.store(largest_ptr + program, largest)
     if HAS_SUM:
         tl.store(partial_sum_ptr + program * X + columns, total, mask=inside)
 
 
 @triton.jit
-def _largest_kernel(
-    scale_ptr, weight_ptr, largest_ptr, T,
-    HAS_WEIGHT: tl.constexpr, LEAST_COMMON_SCALE: tl.constexpr, TILE_SCALES: tl.constexpr,
-):  # fmt: skip
-    """One program: the largest weighted scale of all rows."""
-    largest = tl.full((TILE_SCALES,), LEAST_COMMON_SCALE, tl.float32)
-    for first in range(0, T, TILE_SCALES):
-        rows = first + tl.arange(0, TILE_SCALES)
-        scale = tl.load(scale_ptr + rows, mask=rows < T, other=0.0)
-        if HAS_WEIGHT:
-            scale *= tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
-        largest = tl.maximum(largest, scale)
-    tl.store(largest_ptr, tl.max(largest, axis=0))
-
-
-@triton.jit
 def _turn_kernel(
-    numbers_ptr, scale_ptr, weight_ptr, largest_ptr, turned_ptr, T, X, padded_T,
-    HAS_SCALES: tl.constexpr, HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    numbers_ptr, scale_ptr, weight_ptr, largest_ptr, turned_ptr, common_ptr, T, X, padded_T, parts,
+    HAS_SCALES: tl.constexpr, HAS_WEIGHT: tl.constexpr, LEAST_COMMON_SCALE: tl.constexpr, PADDED_PARTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile [TILE_ROWS, TILE_COLUMNS], brought from the rows' scales to the common one, and transposed."""
     rows = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -80,51 +68,66 @@ def _turn_kernel(
         scale = tl.load(scale_ptr + rows, mask=rows < T, other=0.0)
         if HAS_WEIGHT:
             scale *= tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
-        ratio = scale / tl.load(largest_ptr)
-        numbers = (numbers.to(tl.float32) * ratio[:, None]).to(turned_ptr.dtype.element_ty)
+        part = tl.arange(0, PADDED_PARTS)
+        largest = tl.max(tl.load(largest_ptr + part, mask=part < parts, other=0.0), axis=0)
+        common = tl.maximum(largest, LEAST_COMMON_SCALE)
+        numbers = (numbers.to(tl.float32) * (scale / common)[:, None]).to(turned_ptr.dtype.element_ty)
+        first_columns = tl.where(tl.program_id(1) == 0, X, 0)
+        common_tile = tl.full((TILE_COLUMNS,), 0.0, tl.float32) + common
+        tl.store(common_ptr + columns, common_tile, mask=columns < first_columns)
     written = (columns < X)[:, None] & (rows < padded_T)[None, :]
     tl.store(turned_ptr + columns[:, None] * padded_T + rows[None, :], tl.trans(numbers), mask=written)
 
 
-def quantised_rows(x_TX: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers and scales of the rows; see the package's function of this name."""
-    return _cast(x_TX, 1, has_sum=False)[:2]
+def quantised_rows(x_TX: Tensor, weight_T: Tensor | None) -> tuple[Tensor, ...]:
+    """Numbers, scales and largest scales of the rows; see the package's function of this name."""
+    return _cast(x_TX, weight_T, has_sum=False)[:3]
 
 
-def quantised_rows_and_sum(x_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers, scales and sum of the rows; see the package's function of this name."""
+def quantised_rows_and_sum(x_TX: Tensor, weight_T: Tensor | None) -> tuple[Tensor, ...]:
+    """Numbers, scales, largest scales and sum of the rows; see the package's function of this name."""
+    *rows, partial_sums = _cast(x_TX, weight_T, has_sum=True)
     # One partial sum a program, added in their order: the same bits in every run.
-    numbers_TX, scale_T, partial_sums = _cast(x_TX, triton.cdiv(len(x_TX), _programs(x_TX.device)), has_sum=True)
-    return numbers_TX, scale_T, partial_sums.sum(0)
+    return *rows, partial_sums.sum(0)
 
 
-def _cast(x_TX: Tensor, rows_per_program: int, has_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers and scales of the rows, and the sum of each program's rows."""
+def _cast(x_TX: Tensor, weight_T: Tensor | None, has_sum: bool) -> tuple[Tensor, ...]:
+    """Numbers and scales of the rows, the largest scale of each program's rows, and their sum."""
     x_TX = x_TX.contiguous()
     T, X = x_TX.shape
     numbers_TX = torch.empty_like(x_TX, dtype=torch.float8_e4m3fn)
-    scale_T = torch.empty(T, dtype=torch.float32, device=x_TX.device)
-    padded_X, grid = triton.next_power_of_2(X), triton.cdiv(T, rows_per_program)
+    rows_per_program = triton.cdiv(T, programs(x_TX.device))
+    grid, padded_X = triton.cdiv(T, rows_per_program), triton.next_power_of_2(X)
+    scale_T, largest = scales(T, grid, x_TX.device)
     partial_sums = scale_T.new_empty(grid if has_sum else 0, X)
     _rows_kernel[(grid,)](
         x_TX,
+        scale_T if weight_T is None else weight_T,
         numbers_TX,
         scale_T,
+        largest,
         partial_sums,
         T,
         X,
         rows_per_program,
+        HAS_WEIGHT=weight_T is not None,
         HAS_SUM=has_sum,
         LARGEST=LARGEST,
         LEAST_SCALE=LEAST_SCALE,
         PADDED_X=padded_X,
         num_warps=row_warps(padded_X),
     )
-    return numbers_TX, scale_T, partial_sums
+    return numbers_TX, scale_T, largest, partial_sums
 
 
-def _programs(device: torch.device) -> int:
-    """Programs that sum rows after each other."""
+def scales(T: int, grid: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the scales of rows, and for the largest of each program."""
+    return torch.empty(T, dtype=torch.float32, device=device), torch.empty(grid, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """Programs that take rows after each other."""
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
     return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
@@ -135,38 +138,33 @@ def row_warps(padded_X: int) -> int:
     return min(16, max(1, padded_X // 512))
 
 
-def turned(numbers_TX: Tensor, scale_T: Tensor, weight_T: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:
-    """Numbers and the one scale of the transpose; see the package's function of this name."""
+def turned(
+    numbers_TX: Tensor, scale_T: Tensor, largest: Tensor | None, weight_T: Tensor | None, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """Numbers and scale of the transpose; see the package's function of this name."""
     T, X = numbers_TX.shape
     padded_T = triton.cdiv(T, multiple) * multiple
     numbers_XT = numbers_TX.new_empty(X, padded_T)
-    has_weight = weight_T is not None
-    weight_T = scale_T if weight_T is None else weight_T
-    largest = scale_T
-    if scale_T.ndim:
-        largest = scale_T.new_empty(())
-        _largest_kernel[(1,)](
-            scale_T,
-            weight_T,
-            largest,
-            T,
-            HAS_WEIGHT=has_weight,
-            LEAST_COMMON_SCALE=LEAST_COMMON_SCALE,
-            TILE_SCALES=TILE_SCALES,
-        )
+    common_X, parts = scale_T, 1
+    if largest is not None:
+        common_X, parts = scale_T.new_empty(X), len(largest)
     grid = (triton.cdiv(X, TILE_COLUMNS), triton.cdiv(padded_T, TILE_ROWS))
     _turn_kernel[grid](
         numbers_TX,
         scale_T,
-        weight_T,
-        largest,
+        scale_T if weight_T is None else weight_T,
+        scale_T if largest is None else largest,
         numbers_XT,
+        common_X,
         T,
         X,
         padded_T,
-        HAS_SCALES=scale_T.ndim > 0,
-        HAS_WEIGHT=has_weight,
+        parts,
+        HAS_SCALES=largest is not None,
+        HAS_WEIGHT=weight_T is not None,
+        LEAST_COMMON_SCALE=LEAST_COMMON_SCALE,
+        PADDED_PARTS=triton.next_power_of_2(parts),
         TILE_ROWS=TILE_ROWS,
         TILE_COLUMNS=TILE_COLUMNS,
     )
-    return numbers_XT, largest
+    return numbers_XT, common_X

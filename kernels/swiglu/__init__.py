@@ -5,6 +5,8 @@ Legend: T tokens (any leading dims), D channels of the MLP.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,10 @@ def swiglu_rows(x_T2D: Tensor, *, backend: str = "reference") -> Fp8Matrix:
     return Fp8Matrix(*run(x_T2D))
 
 
-def swiglu_gradient_rows(x_T2D: Tensor, dy_TD: Tensor, *, backend: str = "reference") -> Fp8Matrix:
-    """The gradient of x, [T, 2D], from that of y = `swiglu`(x), in e4m3: the left side of the product that goes on with it.
+def swiglu_gradient_rows(
+    x_T2D: Tensor, dy_TD: Tensor, weight_T: Tensor | None = None, *, backend: str = "reference"
+) -> Fp8Matrix:
+    """The gradient of x, [T, 2D], from that of y = `swiglu`(x), as `quantised_rows` with these weights would cast it.
 
     >>> x_T2D = torch.ones(5, 2 * 16, requires_grad=True)
     >>> (dx_T2D,) = torch.autograd.grad(swiglu(x_T2D).sum(), x_T2D)
@@ -52,7 +56,7 @@ def swiglu_gradient_rows(x_T2D: Tensor, dy_TD: Tensor, *, backend: str = "refere
     True
     """
     built = {"reference": reference.swiglu_gradient_rows, "triton": _triton_gradient_rows}
-    return Fp8Matrix(*implementation("swiglu_gradient_rows", backend, built)(x_T2D, dy_TD))
+    return Fp8Matrix(*implementation("swiglu_gradient_rows", backend, built)(x_T2D, dy_TD, weight_T))
 
 
 def _triton_rows(x_T2D: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,10 +65,10 @@ def _triton_rows(x_T2D: Tensor) -> tuple[Tensor, Tensor]:
     return triton_swiglu_rows.swiglu_rows(x_T2D)
 
 
-def _triton_gradient_rows(x_T2D: Tensor, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
+def _triton_gradient_rows(*args: Any) -> tuple[Tensor, ...]:
     from based_megatron.kernels.swiglu import triton_swiglu_rows
 
-    return triton_swiglu_rows.swiglu_gradient_rows(x_T2D, dy_TD)
+    return triton_swiglu_rows.swiglu_gradient_rows(*args)
 
 
 def _triton(x_T2D: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def rows_of_all_sizes(rows: int, columns: int, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_rounded_to_the_nearest_numbers(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = rows_of_all_sizes(*shape, dtype)
-    numbers, scale = quantised_rows(x.to(DEVICE), backend=backend)
+    numbers, scale, largest = quantised_rows(x.to(DEVICE), backend=backend)
+    assert largest is not None and float(largest.max()) == float(scale.max())
     wanted, wanted_scale = oracle_rows(x)
     assert numbers.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
     assert torch.equal(scale.cpu().double(), wanted_scale)
@@ -73,11 +74,13 @@ def test_the_sum_of_rows_comes_with_the_same_numbers(backend: str, shape: tuple[
 def test_turned_rows_share_the_largest_scale(backend: str, shape: tuple[int, int], weighted: bool) -> None:
     numbers, scale = oracle_rows(rows_of_all_sizes(*shape))
     weight = torch.exp2(torch.arange(shape[0]) % 5 - 2.0) if weighted else None
-    matrix = Fp8Matrix(numbers.to(DEVICE, torch.float8_e4m3fn), scale.to(DEVICE, torch.float32))
-    found = turned(matrix, None if weight is None else weight.to(DEVICE), backend=backend)
-    whole = scale if weight is None else scale * weight.double()
-    assert float(found.scale) == max(float(whole.max()), 2.0**-120)
-    wanted = rounded(numbers * (whole / float(found.scale))[:, None]).t()
+    weight = None if weight is None else weight.to(DEVICE)
+    rows = quantised_rows((numbers * scale[:, None]).float().to(DEVICE), weight, backend=backend)
+    found = turned(rows, weight, backend=backend)
+    whole = scale if weight is None else scale * weight.double().cpu()
+    common = max(float(whole.max()), 2.0**-120)
+    assert found.scale.tolist() == [common] * shape[1]
+    wanted = rounded(numbers * (whole / common)[:, None]).t()
     columns = -(-shape[0] // 16) * 16
     assert found.numbers.shape == (shape[1], columns) and found.numbers.is_contiguous()
     assert torch.equal(found.numbers.cpu().double()[:, : shape[0]], wanted)
@@ -101,10 +104,11 @@ def test_a_number_that_is_not_finite_is_not_hidden(backend: str, bad: float) -> 
     x = torch.ones(32, 16, device=DEVICE)
     x[7, 3] = bad
     rows = quantised_rows(x, backend=backend)
-    y = scaled_product(rows, quantised_rows(torch.ones(16, 16, device=DEVICE)), dtype=torch.float32)
+    y = scaled_product(rows, quantised_rows(torch.ones(16, 16, device=DEVICE)), dtype=torch.bfloat16)
     assert not y[7].isfinite().any() and y[6].isfinite().all()
-    other = turned(quantised_rows(torch.ones(32, 16, device=DEVICE)))
-    assert not scaled_product(turned(rows, backend=backend), other, dtype=torch.float32)[3].isfinite().any()
+    other = turned(quantised_rows(torch.ones(32, 16, device=DEVICE))).under_one_scale()
+    total = scaled_product(turned(rows, backend=backend).under_one_scale(), other, dtype=torch.float32)
+    assert not total[3].isfinite().any()
 
 
 def some(rows: int, columns: int, seed: int) -> Fp8Matrix:
@@ -120,14 +124,24 @@ def exact(matrix: Fp8Matrix) -> Tensor:
 
 
 @pytest.mark.parametrize("one_scale", ["neither", "second", "both"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_products_are_those_of_the_numbers(one_scale: str, fast: bool) -> None:
-    """Tensor cores keep at least 13 bits of a sum."""
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_are_those_of_the_numbers(one_scale: str, has_bias: bool) -> None:
     a, b = some(48, 160, 1), some(32, 160, 2)
     a = Fp8Matrix(a.numbers, a.scale.max()) if one_scale == "both" else a
     b = Fp8Matrix(b.numbers, b.scale.max()) if one_scale != "neither" else b
-    bias = torch.randn(32, device=DEVICE).bfloat16()
-    found = scaled_product(a, b, bias, dtype=torch.bfloat16, fast=fast)
-    wanted = exact(a) @ exact(b).t() + bias.double()
+    bias = torch.randn(32, device=DEVICE).bfloat16() if has_bias else None
+    found = scaled_product(a, b, bias, dtype=torch.bfloat16)
+    wanted = exact(a) @ exact(b).t() + (0 if bias is None else bias.double())
     assert found.dtype == torch.bfloat16 and found.shape == (48, 32)
     assert (found.double() - wanted).norm() / wanted.norm() < 2**-8
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_product_is_written_where_it_belongs(offset: int) -> None:
+    """Tensor cores write to whole lines of 16 bytes only."""
+    a, b = (Fp8Matrix(x.numbers, x.scale.max()) for x in (some(48, 160, 1), some(32, 160, 2)))
+    room = torch.zeros(offset + 48 * 32, device=DEVICE)
+    found = scaled_product(a, b, dtype=torch.float32, out=room[offset:].view(48, 32))
+    assert found.data_ptr() == room.data_ptr() + 4 * offset
+    wanted = exact(a) @ exact(b).t()
+    assert (room[offset:].view(48, 32).double() - wanted).norm() / wanted.norm() < 3e-4

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from based_megatron.checkpoint.zero import zero_fragments
 from based_megatron.config import Config, ParallelConfig
 from based_megatron.kernels.fp8 import reference
 from based_megatron.model.build import build_model
@@ -97,6 +98,19 @@ def test_the_single_process_runs_in_fp8(worker_pool, single) -> None:
 def test_recomputed_activations_change_nothing(worker_pool, single, recompute) -> None:
     found = worker_pool(1).run(train_in_fp32, fp8_config(recompute=recompute))[0]
     assert found == pytest.approx(single, rel=1e-4)
+
+
+def saved(config: Config) -> list[tuple[Any, ...]]:
+    """What a checkpoint has of each parameter."""
+    return [
+        (fragment.spec, fragment.start, {name: (x.shape, x.dtype) for name, x in fragment.tensors.items()})
+        for fragment in zero_fragments(build_run(config).engine)
+    ]
+
+
+def test_checkpoints_are_those_of_bf16(worker_pool) -> None:
+    found, wanted = (worker_pool(1).run(saved, fp8_config(precision))[0] for precision in ("fp8", "bf16"))
+    assert found == wanted and len(found) > 30
 
 
 def too_small(absmax: Tensor) -> Tensor:
