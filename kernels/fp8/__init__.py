@@ -20,7 +20,11 @@ MULTIPLE = 16
 
 
 class Fp8Matrix(NamedTuple):
-    """A matrix numbers * scale."""
+    """A matrix numbers * scale.
+
+    >>> Fp8Matrix(torch.ones(2, 3).to(torch.float8_e4m3fn), torch.tensor([2.0, 4.0])).plain().tolist()
+    [[2.0, 2.0, 2.0], [4.0, 4.0, 4.0]]
+    """
 
     numbers: Tensor
     """e4m3, dense rows."""
@@ -34,7 +38,7 @@ class Fp8Matrix(NamedTuple):
         return self.numbers.float() * self.scale.reshape(-1, 1)
 
     def under_one_scale(self) -> Fp8Matrix:
-        """The same matrix with one number for all scales: rows whose scales are equal."""
+        """The matrix with one number in place of scales that are equal."""
         return Fp8Matrix(self.numbers, self.scale[0])
 
 
@@ -73,7 +77,7 @@ def quantised_rows_and_sum(
 def turned(matrix: Fp8Matrix, weight_T: Tensor | None = None, *, backend: str = "reference") -> Fp8Matrix:
     """The transpose of rows, all under the largest scale: the side of a product that is summed over rows.
 
-    A row is brought from its own scale to the largest one, which costs bits only where its numbers are small beside those of
+    A row is brought from its own scale to the largest one, which costs bits only where its numbers are small against those of
     that row. Rows that are under one scale already are turned as they are.
 
     Args:
