@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.column_sum.triton_column_sum import column_sum
 from based_megatron.kernels.fp8 import Fp8Matrix
 from based_megatron.kernels.fp8.reference import LARGEST, LEAST_SCALE
 from based_megatron.kernels.fp8.tokens import Fp8Tokens, without_memory
@@ -158,7 +159,8 @@ class AddRMSNorm(torch.autograd.Function):
             PADDED_D=padded_D,
             num_warps=_warps(padded_D),
         )
-        return dresidual_TD, dupdate_TD, partial_dweight.sum(0).to(weight_D.dtype), None
+        dweight_D = column_sum(partial_dweight, torch.empty_like(weight_D), adds=False)
+        return dresidual_TD, dupdate_TD, dweight_D, None
 
 
 class AddRMSNormRows(AddRMSNorm):
