@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from based_megatron.bench.keys import Baseline, Operation, Quantity, Sizes
+from based_megatron.bench.linear_fp8 import linear_rows
 from based_megatron.bench.norm_gate_loss import cross_entropy_rows, norm_rows, swiglu_rows
 from based_megatron.bench.report import Case, Row, Target
 from based_megatron.bench.timing import Bench
@@ -43,6 +44,7 @@ def cases(bench: Bench) -> list[Case]:
         "gated conv": lambda: conv_rows(bench, ceilings),
         "add + RMSNorm": lambda: norm_rows(bench, ceilings),
         "SwiGLU": lambda: swiglu_rows(bench, ceilings),
+        "linear layers in fp8": lambda: linear_rows(bench, ceilings),
         "cross entropy": lambda: cross_entropy_rows(bench, ceilings),
     }
     return [Case(name, run) for name, run in named.items()]

@@ -30,6 +30,7 @@ class Operation(Key):
     GATED_CONV = "gated_conv", "gated conv"
     ADD_RMS_NORM = "add_rms_norm", "add + RMSNorm"
     SWIGLU = "swiglu", "SwiGLU"
+    FP8_LINEAR = "fp8_linear", "linear layer in fp8"
     CROSS_ENTROPY = "cross_entropy", "cross entropy"
     TAYLOR_STEP = "taylor_step", "decode step, Taylor state"
     WINDOW_STEP = "window_step", "decode step, window"

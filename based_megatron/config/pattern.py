@@ -5,6 +5,7 @@ import re
 from based_megatron.errors import ConfigError
 
 MOST_LAYERS = 10_000
+SLICE = re.compile(r"(-?\d{1,5})?:(-?\d{1,5})?")
 
 
 def parse_layer_pattern(pattern: str) -> str:
@@ -29,3 +30,15 @@ def parse_layer_pattern(pattern: str) -> str:
     if not layers:
         raise ConfigError("the layer pattern is empty; set model.layer_pattern, for example 'cLScc*5 cc'")
     return "".join(letters * count for letters, count in groups)
+
+
+def parse_fp8_layers(text: str, layers: int) -> range:
+    """Indices that a slice such as `1:-1` picks of so many layers. Raises ConfigError for other words, and if it picks none."""
+    match = SLICE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"cannot read {text!r:.80}: a slice such as 1:-1 or 2:30; change train.fp8_layers")
+    start, stop = (int(bound) if bound else None for bound in match.groups())
+    picked = range(layers)[start:stop]
+    if not picked:
+        raise ConfigError(f"the slice {text!r} picks none of {layers} layers; change train.fp8_layers")
+    return picked

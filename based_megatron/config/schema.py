@@ -197,8 +197,11 @@ class TrainConfig:
     """Sequences of one optimizer step, over all ranks."""
     micro_batch_sequences: Annotated[Count, FREE] = 8
     """Sequences of one forward and backward pass on one data parallel rank."""
-    precision: Annotated[Literal["bf16", "fp32"], FIXED] = "bf16"
-    """bf16: bf16 weights and activations over fp32 master weights, residual, states and gradient sums."""
+    precision: Annotated[Literal["bf16", "fp32", "fp8"], FIXED] = "bf16"
+    """bf16: bf16 weights and activations over fp32 master weights, residual, states and gradient sums. fp8: the same, but for the matrix
+    products of `fp8_layers`, which take numbers of 8 bits (Hopper and later; a CPU emulates it)."""
+    fp8_layers: Annotated[str, FIXED] = "1:-1"
+    """Layers whose products run in fp8, as a Python slice: 1:-1 leaves out the first and the last. Embedding and output are never in it."""
     recompute: Annotated[Literal["none", "mixer", "full"], FREE] = "none"
     """Activations to recompute in backward: none, those of the mixers, or those of whole blocks."""
     backend: Annotated[Literal["auto", "reference", "triton"], FREE] = "auto"

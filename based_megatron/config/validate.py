@@ -9,7 +9,7 @@ from pathlib import Path
 
 from based_megatron.config.changes import check_allowed
 from based_megatron.config.limits import check_limits
-from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.config.pattern import parse_fp8_layers, parse_layer_pattern
 from based_megatron.config.schema import Config, GuardsConfig, ModelConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.run_folder.files import FILES, FOLDERS, LOG_PREFIX
@@ -35,6 +35,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_guards(config.guards)
     _check_optimizer(config)
     _check_model(config.model)
+    _check_precision(config)
     _check_tensor_parallel(config)
     _check_pipeline(config, data_parallel_size(config.parallel, world_size))
     _check_sequence(config)
@@ -99,6 +100,17 @@ def _check_model(model: ModelConfig) -> None:
     if model.hidden_size % model.num_heads:
         raise ConfigError(
             f"model.hidden_size {model.hidden_size} is not a multiple of model.num_heads {model.num_heads}; change either"
+        )
+
+
+def _check_precision(config: Config) -> None:
+    if config.train.precision != "fp8":
+        return
+    parse_fp8_layers(config.train.fp8_layers, len(parse_layer_pattern(config.model.layer_pattern)))
+    if config.parallel.tensor > 1:
+        raise ConfigError(
+            f"train.precision fp8 cannot run with parallel.tensor {config.parallel.tensor}: only whole linear layers run in fp8; set "
+            f"train.precision=bf16 or parallel.tensor=1"
         )
 
 

@@ -10,6 +10,7 @@ from based_megatron.model.config import BasedConfig
 from based_megatron.model.mixers import Continuation, Mixer, MixerInputs, MixerSubmodules
 from based_megatron.model.mlp import SwiGLU
 from based_megatron.model.norm import RMSNorm
+from based_megatron.parallel.fp8 import takes_fp8
 from based_megatron.parallel.megatron import MegatronModule
 
 
@@ -22,6 +23,12 @@ class Block(MegatronModule):
         self.mixer = mixer(config, MixerSubmodules(), layer_number, pg_collection)
         self.mlp_norm = RMSNorm(config)
         self.mlp = SwiGLU(config, pg_collection.tp)
+
+    def hand_on_fp8(self) -> None:
+        """Have the norms cast to e4m3 where every layer that reads them takes that."""
+        self.mlp_norm.casts_to_fp8 = takes_fp8(self.mlp.fc1)
+        # Recomputation follows gradients through tensors alone.
+        self.mixer_norm.casts_to_fp8 = self.config.recompute != "mixer" and self.mixer.takes_fp8
 
     def forward(self, residual: Tensor, update: Tensor | None, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
         """Run the layer: (fp32 residual, update that the layer before adds to it) -> the same two for the next layer.
@@ -56,7 +63,7 @@ class Block(MegatronModule):
     def decode(self, residual: Tensor, update: Tensor | None, state: Any, where: Continuation) -> tuple[Tensor, Tensor]:
         """Forward of decoding, on one tensor parallel rank: a piece of each prompt, [B, L, D], or one token of each, [B, D]."""
         residual, x = self.mixer_norm(residual, update)
-        mix = self.mixer.step if x.ndim == 2 else self.mixer.prefill
+        mix = self.mixer.step if residual.ndim == 2 else self.mixer.prefill
         residual, x = self.mlp_norm(residual, mix(x, state, where))
         return residual, self.mlp(x)
 

@@ -3,11 +3,13 @@
 Legend: D hidden size, H heads of this tensor parallel rank, F feature dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from based_megatron.kernels.head_norm import head_norm
-from based_megatron.kernels.rms_norm import add_rms_norm
+from based_megatron.kernels.rms_norm import add_rms_norm, add_rms_norm_rows
 from based_megatron.model.config import BasedConfig
 from based_megatron.parallel.linear import shard_parameter
 
@@ -18,13 +20,19 @@ class RMSNorm(nn.Module):
     def __init__(self, config: BasedConfig) -> None:
         super().__init__()
         self.config = config
+        self.casts_to_fp8 = False
+        """Whether the norm is returned in e4m3, for layers that take it so."""
         self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         # Under Megatron's sequence parallelism each rank sees some tokens: gradients are summed over the tensor parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, residual: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Add the update to the residual, [..., D] each, and normalise: (sum in the residual's dtype, its norm in the weight's)."""
-        return add_rms_norm(residual, update, self.weight, self.config.model.norm_eps, backend=self.config.backend)
+    def forward(self, residual: Tensor, update: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Add the update to the residual, [..., D] each, and normalise: (sum in the residual's dtype, its norm in the weight's).
+
+        The norm is an `Fp8Tokens` if the layers after it take that.
+        """
+        norm = add_rms_norm_rows if self.casts_to_fp8 else add_rms_norm
+        return norm(residual, update, self.weight, self.config.model.norm_eps, backend=self.config.backend)
 
 
 class HeadNorm(nn.Module):

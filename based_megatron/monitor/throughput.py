@@ -90,9 +90,9 @@ def process_seconds() -> float:
 
 
 def peak_flops_of_run(config: Config, device: torch.device) -> float | None:
-    """Peak FLOP/s of one device: the configured one, else a known GPU's in bf16, else None."""
+    """Peak FLOP/s of one device: the configured one, else a known GPU's in bf16 (also for fp8, to compare), else None."""
     if config.monitor.peak_flops > 0:
         return config.monitor.peak_flops
-    if device.type != "cuda" or config.train.precision != "bf16":
+    if device.type != "cuda" or config.train.precision == "fp32":
         return None
     return peak_flops(torch.cuda.get_device_name(device))

@@ -6,6 +6,7 @@ layer is added to inside the very matrix product that makes its gradient; what a
 Legend: T tokens, D features of the input, O features of the output.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,6 +49,14 @@ class GradientSum:
             torch.mm(dy_TO.t(), x_TD, out_dtype=dtype, out=self.values)
         else:
             torch.addmm(self.values, dy_TO.t(), x_TD, out_dtype=dtype, out=self.values)
+        self.is_empty = False
+
+    def add_made(self, make: Callable[[Tensor | None], Tensor]) -> None:
+        """Add a gradient that `make` writes to the fp32 tensor it is given, or to one of its own if it is given none."""
+        if self.is_empty:
+            make(self.values)
+        else:
+            self.values.add_(make(None))
         self.is_empty = False
 
     def complete(self) -> None:

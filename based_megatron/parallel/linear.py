@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 
 from based_megatron.parallel.gradient_sums import linear
 from based_megatron.parallel.megatron import (
@@ -27,30 +26,35 @@ from based_megatron.parallel.megatron import (
 from based_megatron.parallel.sharding import VOCAB_MULTIPLE, ShardSpec, rows_of_rank
 from based_megatron.parallel.tensor_overlap import ColumnProduct, RowProduct
 
+Product = Callable[[Any, Tensor, Tensor | None], Tensor]
+"""(x, weight, bias) to x weight^T + bias."""
+
 
 @dataclass(frozen=True)
 class Projection:
     """A column parallel projection taken apart, for what must be sent before all of it is computed."""
 
-    x_LBD: Tensor
-    """All tokens of the slice, also under sequence parallelism."""
+    x_LBD: Any
+    """All tokens of the slice, also under sequence parallelism: a tensor, or what the product takes in its place."""
     weight: Tensor
     bias: Tensor | None
+    product: Product = linear
 
     def __call__(self) -> Tensor:
         """The whole projection, [L, B, rows of the weight]."""
-        return linear(self.x_LBD, self.weight, self.bias)
+        return self.product(self.x_LBD, self.weight, self.bias)
 
     def parts(self, *rows: int) -> list["Projection"]:
         """Projections of the same input by consecutive blocks of the weight, with these numbers of rows."""
         biases = [None] * len(rows) if self.bias is None else self.bias.split(rows)
-        return [Projection(self.x_LBD, w, b) for w, b in zip(self.weight.split(rows), biases, strict=True)]
+        weights = self.weight.split(rows)
+        return [Projection(self.x_LBD, w, b, self.product) for w, b in zip(weights, biases, strict=True)]
 
     @torch.no_grad()
     def last_tokens(self, tokens: int, rows: slice) -> Tensor:
         """Some rows of the output at the last tokens, ahead of all others and without gradients."""
         bias = None if self.bias is None else self.bias[rows]
-        return functional.linear(self.x_LBD[self.x_LBD.shape[0] - tokens :], self.weight[rows], bias)
+        return self.product(self.x_LBD[self.x_LBD.shape[0] - tokens :], self.weight[rows], bias)
 
 
 Body = Callable[[Projection], Tensor]
@@ -86,18 +90,22 @@ class SplitRowLinear(RowParallelLinear):
 class WholeColumnLinear(ColumnParallelLinear):
     """Megatron's layer on one tensor parallel rank: the bias is added inside the matrix product, not in a pass of its own."""
 
+    product: Product = staticmethod(linear)
+
     def forward(self, x: Tensor, weight: Tensor | None = None, *, body: Body | None = None, **_: Any) -> Any:
         """x: [..., in] -> ([..., out], no loose bias). weight replaces the layer's own, if it has one; body as above."""
-        projection = Projection(x, self.weight if weight is None else weight, self.bias)
+        projection = Projection(x, self.weight if weight is None else weight, self.bias, self.product)
         return projection() if body is None else body(projection), None
 
 
 class WholeRowLinear(RowParallelLinear):
     """Megatron's layer on one tensor parallel rank: as `WholeColumnLinear`, for features that would be cut."""
 
+    product: Product = staticmethod(linear)
+
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
         """x: [..., in] -> ([..., out], no loose bias)."""
-        return linear(x, self.weight, self.bias), None
+        return self.product(x, self.weight, self.bias), None
 
 
 WHOLE = {ColumnParallelLinear: WholeColumnLinear, RowParallelLinear: WholeRowLinear}

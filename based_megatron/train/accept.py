@@ -21,6 +21,7 @@ from based_megatron.run_folder.check import check_contents
 from based_megatron.train.carried import carried_bytes
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
+FP8_CAPABILITY = (9, 0)  # Hopper
 LARGEST_DEVICE_BYTES = 2**40
 """No accelerator has more memory: what needs more is refused even where the device is not known."""
 
@@ -49,6 +50,17 @@ def corpora(config: Config) -> Sources:
     return sources
 
 
+def check_precision(config: Config, device: torch.device) -> None:
+    """Raise ConfigError for fp8 on a GPU that has no such products. A CPU emulates them."""
+    if config.train.precision != "fp8" or device.type != "cuda":
+        return
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise ConfigError(
+            f"train.precision fp8 needs an NVIDIA GPU of the Hopper generation or later, not {torch.cuda.get_device_name(device)}; set "
+            f"train.precision=bf16"
+        )
+
+
 def check_memory(config: Config, world_size: int, memory_bytes: int) -> None:
     """Raise ConfigError if the least that a rank can do with is more than its device has."""
     needed = least_bytes(config, world_size)
@@ -66,7 +78,7 @@ def least_bytes(config: Config, world_size: int) -> int:
     parameters = parameter_count(config.model) // (parallel.tensor * parallel.pipeline)
     weight_bytes = DTYPES[train.precision].itemsize
     weights = parameters * weight_bytes // (copies if parallel.zero_stage == 3 else 1)
-    state_bytes = (4 if train.precision == "bf16" else 0) + (8 if config.optimizer.name == "adamw" else 4)
+    state_bytes = (0 if train.precision == "fp32" else 4) + (8 if config.optimizer.name == "adamw" else 4)
     optimizer = parameters * state_bytes // copies
     bucket = parallel.zero_bucket_elements * weight_bytes
     tokens = train.micro_batch_sequences * config.data.sequence_length_tokens // (parallel.context * parallel.tensor)

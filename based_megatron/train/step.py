@@ -17,6 +17,7 @@ from based_megatron.data.batch import MicroBatch
 from based_megatron.data.slices import MOST_SLICES
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.recorder import SILENT, Recorder
+from based_megatron.parallel.fp8 import fp8_products, weights_are_kept
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import pipeline_schedule
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
@@ -83,6 +84,8 @@ class Step:
     ) -> None:
         self.chunks, self.engine, self.topology, self._carried = chunks, engine, topology, carried
         self.recorder = recorder
+        # ZeRO-3 keeps no weight longer than its layer runs, so neither a copy of it.
+        self._fp8_products = fp8_products(chunks) if engine.stage < 3 else []
         self._length_tokens = 0
         self._own: OwnWork = NobodyAsks()
 
@@ -94,7 +97,8 @@ class Step:
         """
         self._own = own or NobodyAsks()
         record_batches(self.recorder, micro_batches)
-        loss = self._accumulate(micro_batches)
+        with weights_are_kept(self._fp8_products):
+            loss = self._accumulate(micro_batches)
         if self._carried is not None:
             self._carried.receive()
             self._length_tokens = micro_batches[0].bounds[-1]
@@ -107,7 +111,9 @@ class Step:
     def evaluate(self, micro_batches: list[MicroBatch]) -> LossSum:
         """Forward only. All micro batches have slices, or none has."""
         has_slices = micro_batches[0].slices_BL is not None
-        return self.global_sum(self._evaluate(micro_batches), MOST_SLICES if has_slices else 0)
+        with weights_are_kept(self._fp8_products):
+            losses = self._evaluate(micro_batches)
+        return self.global_sum(losses, MOST_SLICES if has_slices else 0)
 
     def _evaluate(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
         raise NotImplementedError

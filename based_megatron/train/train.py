@@ -14,7 +14,7 @@ from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import Topology, build_topology, join, leave, pick_device
 from based_megatron.run_folder.files import DONE
 from based_megatron.run_folder.lock import RunLock
-from based_megatron.train.accept import accept, check_memory, memory_bytes
+from based_megatron.train.accept import accept, check_memory, check_precision, memory_bytes
 from based_megatron.train.callbacks.build import loggers, side_jobs
 from based_megatron.train.callbacks.checkpointer import Checkpointer
 from based_megatron.train.callbacks.outcome import Outcome
@@ -40,6 +40,7 @@ def train(config: Config, signals: StopSignals | None = None) -> None:
     rank = rank_from_environment()
     sources = accept(config, rank.world_size)
     device = pick_device(config.train.device, rank.local_rank)
+    check_precision(config, device)
     check_memory(config, rank.world_size, memory_bytes(device))
 
     join(rank, device, config.parallel.timeout_seconds)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from based_megatron.kernels.backend import implementation
+from based_megatron.kernels.fp8.tokens import Fp8Tokens
 from based_megatron.kernels.rms_norm import reference
 
-__all__ = ["add_rms_norm"]
+__all__ = ["add_rms_norm", "add_rms_norm_rows"]
 
 
 def add_rms_norm(
@@ -37,6 +38,29 @@ def add_rms_norm(
     """
     run = implementation("add_rms_norm", backend, {"reference": reference.add_rms_norm, "triton": _triton})
     return run(residual_TD, update_TD, weight_D, eps)
+
+
+def add_rms_norm_rows(
+    residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float, *, backend: str = "reference"
+) -> tuple[Tensor, Fp8Tokens]:
+    """`add_rms_norm` with the norm in e4m3, cast from the residual's dtype.
+
+    >>> residual_TD = torch.randn(2, 5, 16)
+    >>> _, normed = add_rms_norm_rows(residual_TD, None, torch.ones(16), eps=1e-6)
+    >>> exact = add_rms_norm(residual_TD, None, torch.ones(16), eps=1e-6)[1].flatten(0, 1)
+    >>> torch.allclose(normed.rows_TD.plain(), exact, rtol=2**-4, atol=1e-2)
+    True
+    """
+    built = {"reference": reference.add_rms_norm_rows, "triton": _triton_rows}
+    return implementation("add_rms_norm_rows", backend, built)(residual_TD, update_TD, weight_D, eps)
+
+
+def _triton_rows(residual_TD: Tensor, *args: Any) -> tuple[Tensor, Fp8Tokens]:
+    if residual_TD.dtype == torch.float64:
+        return reference.add_rms_norm_rows(residual_TD, *args)
+    from based_megatron.kernels.rms_norm import triton_rms_norm
+
+    return triton_rms_norm.add_rms_norm_rows(residual_TD, *args)
 
 
 def _triton(residual_TD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from based_megatron.kernels.column_sum.triton_column_sum import column_sum
+from based_megatron.kernels.fp8 import Fp8Matrix
+from based_megatron.kernels.fp8.reference import LARGEST, LEAST_SCALE
+from based_megatron.kernels.fp8.tokens import Fp8Tokens, without_memory
+from based_megatron.kernels.fp8.triton_fp8 import power_of_two_scale
 from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -28,10 +32,11 @@ INTERPRETER_PROGRAMS = 3
 
 @triton.jit
 def _forward_kernel(
-    residual_ptr, update_ptr, weight_ptr, sum_ptr, normed_ptr, scale_ptr, D, eps,
-    HAS_UPDATE: tl.constexpr, PADDED_D: tl.constexpr, OVERLAPS: tl.constexpr,
+    residual_ptr, update_ptr, weight_ptr, sum_ptr, normed_ptr, scale_ptr, row_scale_ptr, D, eps,
+    HAS_UPDATE: tl.constexpr, TO_E4M3: tl.constexpr, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr,
+    PADDED_D: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one token."""
+    """One program: one token, whose norm is cast to e4m3 under a scale of its own, or to the type of the output."""
     wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PADDED_D)
@@ -44,7 +49,12 @@ def _forward_kernel(
     scale = tl.rsqrt(tl.sum(r * r, axis=0) / D + eps)
     tl.store(scale_ptr + token, scale)
     weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row + d, (r * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+    normed = r * scale * weight
+    if TO_E4M3:
+        row_scale = power_of_two_scale(tl.max(tl.abs(normed), axis=0), LARGEST, LEAST_SCALE)
+        tl.store(row_scale_ptr + token, row_scale)
+        normed *= 1 / row_scale
+    tl.store(normed_ptr + row + d, normed.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -79,15 +89,16 @@ class AddRMSNorm(torch.autograd.Function):
     """(residual, update or None, weight, eps) to (sum, normed)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def run(
+        ctx: Any, residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum, norm and, in e4m3, its scales."""
         D = weight_D.numel()
         residual_TD = residual_TD.contiguous()
         update_TD = None if update_TD is None else update_TD.contiguous()
         sum_TD = residual_TD if update_TD is None else torch.empty_like(residual_TD)
-        normed_TD = torch.empty_like(residual_TD, dtype=weight_D.dtype)
-        scale_T = residual_TD.new_empty(residual_TD.numel() // D)
+        normed_TD = torch.empty_like(residual_TD, dtype=dtype)
+        scale_T, row_scale_T = residual_TD.new_empty(2, residual_TD.numel() // D)
         padded_D = triton.next_power_of_2(D)
         _forward_kernel[(len(scale_T),)](
             residual_TD,
@@ -96,9 +107,13 @@ class AddRMSNorm(torch.autograd.Function):
             sum_TD,
             normed_TD,
             scale_T,
+            row_scale_T,
             D,
             eps,
             HAS_UPDATE=update_TD is not None,
+            TO_E4M3=dtype == torch.float8_e4m3fn,
+            LARGEST=LARGEST,
+            LEAST_SCALE=LEAST_SCALE,
             PADDED_D=padded_D,
             num_warps=_warps(padded_D),
             **overlapped(residual_TD.device),
@@ -106,11 +121,17 @@ class AddRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(sum_TD, scale_T, weight_D)
         ctx.update_dtype = None if update_TD is None else update_TD.dtype
         ctx.set_materialize_grads(False)
-        return sum_TD, normed_TD
+        return sum_TD, normed_TD, row_scale_T
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        return AddRMSNorm.run(ctx, residual_TD, update_TD, weight_D, eps, weight_D.dtype)[:2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum_TD: Tensor | None, dnormed_TD: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dsum_TD: Tensor | None, dnormed_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         sum_TD, scale_T, weight_D = ctx.saved_tensors
         D = weight_D.numel()
         dnormed_TD = torch.zeros_like(sum_TD, dtype=weight_D.dtype) if dnormed_TD is None else dnormed_TD.contiguous()
@@ -142,6 +163,20 @@ class AddRMSNorm(torch.autograd.Function):
         return dresidual_TD, dupdate_TD, dweight_D, None
 
 
+class AddRMSNormRows(AddRMSNorm):
+    """(residual, update or None, weight, eps) to (sum, stand-in of the norm, its numbers, their scales)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        dtype = torch.float8_e4m3fn
+        sum_TD, numbers_TD, row_scale_T = AddRMSNorm.run(ctx, residual_TD, update_TD, weight_D, eps, dtype)
+        numbers_TD = numbers_TD.flatten(0, -2)
+        ctx.mark_non_differentiable(numbers_TD, row_scale_T)
+        return sum_TD, without_memory(sum_TD.shape, weight_D), numbers_TD, row_scale_T
+
+
 def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
@@ -157,3 +192,12 @@ def add_rms_norm(residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor
     """The sum and its norm; see the package's function of this name."""
     assert residual_TD.dtype == torch.float32, residual_TD.dtype
     return AddRMSNorm.apply(residual_TD, update_TD, weight_D, eps)
+
+
+def add_rms_norm_rows(
+    residual_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Fp8Tokens]:
+    """The sum and its norm in e4m3; see the package's function of this name."""
+    assert residual_TD.dtype == torch.float32, residual_TD.dtype
+    sum_TD, stand_in, *rows = AddRMSNormRows.apply(residual_TD, update_TD, weight_D, eps)
+    return sum_TD, Fp8Tokens(stand_in, Fp8Matrix(*rows))

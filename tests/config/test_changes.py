@@ -45,6 +45,7 @@ def test_every_setting_says_whether_it_may_change_when_a_run_goes_on():
         "train.steps",
         "train.seed",
         "train.precision",
+        "train.fp8_layers",
         "train.global_batch_sequences",
         "data.seed",
         "data.isolate_documents",

@@ -90,6 +90,17 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         1,
         ["train.prefix_mask_token 0", "64 rows"],
     ),
+    "fp8 and tensor": (
+        {"train.precision": "fp8", "parallel.tensor": 2},
+        2,
+        ["train.precision fp8", "parallel.tensor 2", "set train.precision=bf16"],
+    ),
+    "fp8 of a word": ({"train.precision": "fp8", "train.fp8_layers": "all"}, 1, ["'all'", "train.fp8_layers"]),
+    "fp8 of no layer": (
+        {"train.precision": "fp8", "train.fp8_layers": "5:5"},
+        1,
+        ["'5:5'", "none of", "train.fp8_layers"],
+    ),
     "rebased": (
         {"model.feature_map": "rebased", "model.feature_dim": 1},
         1,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from based_megatron.config import Config, MonitorConfig
+from based_megatron.config import Config, MonitorConfig, TrainConfig
 from based_megatron.monitor import throughput as module
 from based_megatron.monitor.progress import PhaseTime
 from based_megatron.monitor.throughput import ThroughputMeter, peak_flops_of_run
@@ -134,3 +134,9 @@ def test_bf16_peak_is_not_used_for_fp32(monkeypatch):
     assert peak_flops_of_run(config, device) == 989e12
     fp32 = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="fp32"))
     assert peak_flops_of_run(fp32, device) is None
+
+
+def test_fp8_is_measured_by_the_peak_of_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    config = Config(train=TrainConfig(precision="fp8"))
+    assert peak_flops_of_run(config, torch.device("cuda", 0)) == 989e12

@@ -8,7 +8,7 @@ import torch
 from based_megatron import cli
 from based_megatron.config import load_config, parse_config
 from based_megatron.errors import BasedError, ConfigError
-from based_megatron.train.accept import accept, check_memory, least_bytes, memory_bytes
+from based_megatron.train.accept import accept, check_memory, check_precision, least_bytes, memory_bytes
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,19 @@ def test_a_dry_run_says_yes_and_writes_nothing(arguments, tmp_path, capsys):
 def test_a_dry_run_refuses_what_the_start_would(arguments, change, words):
     with pytest.raises(BasedError, match=words):
         accept(parse_config([*arguments, *change]), world_size=1)
+
+
+def test_fp8_needs_a_hopper(monkeypatch):
+    config, gpu = parse_config(["--config", "tiny", "--train.precision", "fp8"]), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(ConfigError, match=r"Hopper.*not NVIDIA A100; set train.precision=bf16"):
+        check_precision(config, gpu)
+    check_precision(config, torch.device("cpu"))
+    check_precision(parse_config(["--config", "tiny"]), gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_precision(config, gpu)
 
 
 def test_the_least_memory_of_a_1b_model():

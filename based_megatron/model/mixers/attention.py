@@ -28,6 +28,7 @@ from based_megatron.model.mixers.base import (
     split_heads,
 )
 from based_megatron.model.mixers.facts import SavedPiece, Shape, qkv_parts
+from based_megatron.parallel.fp8 import takes_fp8
 from based_megatron.parallel.linear import Projection
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
@@ -46,6 +47,10 @@ class SoftmaxAttention(Mixer):
         width = self.config.model.hidden_size
         self.qkv = self.column((width, width, width))
         self.out_proj = self.row(width)
+
+    @property
+    def takes_fp8(self) -> bool:
+        return takes_fp8(self.qkv)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         plan, rotary, rows = inputs.plan, inputs.rotary, self.look_back(inputs.plan)

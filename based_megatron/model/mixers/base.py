@@ -98,6 +98,11 @@ class Mixer(MixerFacts, MegatronModule):
         return row_linear(self.config, in_features, bias=bias, group=self.group, cls=self.submodules.row)
 
     @property
+    def takes_fp8(self) -> bool:
+        """Whether x may be an `Fp8Tokens`: linear layers that take it are all that read it."""
+        return False
+
+    @property
     def keeps_received(self) -> bool:
         """True if this pass will be recomputed for its gradients: what it receives must be kept for the second time."""
         return self.config.recompute != "none" and not torch.is_grad_enabled()

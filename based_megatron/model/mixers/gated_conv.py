@@ -16,6 +16,7 @@ from based_megatron.kernels.exchange import Halo
 from based_megatron.kernels.gated_conv import gated_conv_fused, gated_conv_over_slices
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs
 from based_megatron.model.mixers.facts import SavedPiece, Shape
+from based_megatron.parallel.fp8 import takes_fp8
 from based_megatron.parallel.linear import Projection, shard_parameter
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.halos import HaloExchange
@@ -41,6 +42,10 @@ class GatedConv(Mixer):
         weight = torch.empty(channels // self.group.size(), model.conv_kernel, dtype=self.config.params_dtype)
         self.conv_weight = shard_parameter(nn.Parameter(weight), dim=0)
         self.out_proj = self.row(channels, bias=True)
+
+    @property
+    def takes_fp8(self) -> bool:
+        return takes_fp8(self.in_proj)
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         plan, weight = inputs.plan, self.conv_weight

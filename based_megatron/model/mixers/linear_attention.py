@@ -32,6 +32,7 @@ from based_megatron.model.mixers.base import (
 )
 from based_megatron.model.mixers.facts import SavedPiece, Shape, qkv_parts
 from based_megatron.model.norm import HeadNorm
+from based_megatron.parallel.fp8 import takes_fp8
 from based_megatron.parallel.linear import Projection
 from based_megatron.parallel.sequence.carried import CarriedForm
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -72,6 +73,10 @@ class TaylorLinearAttention(Mixer):
             self.prefix_kv = self.column(prefix_rows)
         if self.square:
             self.q_norm, self.k_norm = (HeadNorm(self.config, self.heads, model.feature_dim) for _ in range(2))
+
+    @property
+    def takes_fp8(self) -> bool:
+        return takes_fp8(self.qkv) and not self.config.model.prefix_tokens
 
     def forward(self, x: Tensor, attention_mask: None = None, *, inputs: MixerInputs, **_: Any) -> tuple[Tensor, None]:
         if inputs.plan.is_whole:

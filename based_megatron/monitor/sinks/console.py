@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from based_megatron.config import Config
+from based_megatron.config.pattern import parse_fp8_layers, parse_layer_pattern
 from based_megatron.config.validate import data_parallel_size
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.monitor.sinks.base import RunFacts, Sink, perplexity
@@ -97,13 +99,22 @@ def run_table(run: RunFacts) -> Table:
         f"micro batch {train.micro_batch_sequences}",
         "run": f"{train.steps} steps = {human(train.steps * batch_tokens)} tokens, from step {run.step}",
         "cost": f"{human(training_flops_per_token(model, length))} FLOPs a token",
-        "device": f"{run.device.type}, {train.precision}",
+        "device": f"{run.device.type}, {_precision(config)}",
         "folder": str(run.run_dir),
     }
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _precision(config: Config) -> str:
+    """The precision, with the layers of fp8."""
+    if config.train.precision != "fp8":
+        return config.train.precision
+    layers = len(parse_layer_pattern(config.model.layer_pattern))
+    picked = parse_fp8_layers(config.train.fp8_layers, layers)
+    return f"bf16, products of layers {picked[0]} to {picked[-1]} (of 0 to {layers - 1}) in fp8"
 
 
 def status_line(step: int, total_steps: int, values: Mapping[str, float], width: int) -> str:

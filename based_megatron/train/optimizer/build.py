@@ -20,7 +20,7 @@ def build_engine(chunks: list[BasedModel], config: Config, topology: Topology) -
     module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
     optimizer = build_optimizer(module, config.optimizer, topology)
     _check_equal_groups(optimizer.param_groups, topology)
-    settings = deepspeed_settings(config.parallel, config.optimizer, bf16=config.train.precision == "bf16")
+    settings = deepspeed_settings(config.parallel, config.optimizer, bf16=config.train.precision != "fp32")
     readers = [reader for chunk in chunks for reader in chunk.readers()]
     return build_zero_engine(module, optimizer, topology, config.parallel, settings, readers)
 
