@@ -26,7 +26,7 @@ class BasedConfig(PreTrainedConfig):
     vocab_size: int = 50264
     """Rows of the embedding; all of them take part in the softmax."""
     tokenizer_vocab_size: int = 0
-    """Entries of the tokenizer; rows from here on are padding that generation never emits. 0 means vocab_size."""
+    """Entries of the tokenizer; rows from here on are free for new ones. 0 means vocab_size."""
     vocab_multiple: int = 8
     """vocab_size is tokenizer_vocab_size rounded up to a multiple of this."""
     hidden_size: int = 1024
