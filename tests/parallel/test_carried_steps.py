@@ -91,7 +91,7 @@ def carried_losses(bounds: tuple[int, ...], recompute: str) -> tuple[dict[str, f
     gradients = {shard_spec(p).name: p.grad.clone() for p in model.parameters() if p.grad is not None}
     for gradient in gradients.values():
         dist.all_reduce(gradient, group=topology.context.group)
-    return errors, gradients
+    return errors, {name: gradient.cpu() for name, gradient in gradients.items()}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from based_megatron.monitor import flight_recorder
 from based_megatron.monitor.events import append_event
-from based_megatron.monitor.hangs import Stuck, explain, limit_seconds, read_stuck, stack_path, write_stuck
+from based_megatron.monitor.hangs import Stuck, explain, limit_seconds, read_stuck, write_stuck
 from based_megatron.monitor.progress import Beat
 from based_megatron.run_folder.failures import STOOD_STILL
 from based_megatron.run_folder.files import EVENTS, HEARTBEAT, STACKS
@@ -36,8 +36,8 @@ STDERR = 2
 class Watchdog(Callback):
     """Watches the progress of this rank from a thread, which goes on while the main thread is stuck in a call.
 
-    A rank without progress for longer than its limit writes run_dir/stacks/rank-NNNNN.txt (monitor/hangs.py) and the record of the
-    flight recorder next to it. A while later, the lowest rank that has written says in events.jsonl whom the others wait for.
+    A rank without progress for longer than its limit writes run_dir/stacks/rank-NNNNN.txt (monitor/hangs.py) and the records of
+    the flight recorder next to it. A while later, the lowest rank that has written says in events.jsonl whom the others wait for.
 
     The logging rank keeps run_dir/heartbeat: one line `{"step": int, "phase": str, "limit_seconds": int, "time": ISO}`, written anew
     (and renamed) when its progress moves, at most once a tick. A launcher may end the ranks if the file does not change for
@@ -130,9 +130,8 @@ class Watchdog(Callback):
         folder = self._run_dir / STACKS
         # First without the recorder: it may have to wait for the library that hangs.
         write_stuck(folder, self._rank, beat, {})
-        if record := flight_recorder.dump():
-            stack_path(folder, self._rank).with_suffix(".collectives").write_bytes(record)
-            write_stuck(folder, self._rank, beat, flight_recorder.last_collectives(record))
+        if collectives := flight_recorder.write_records(folder, self._rank):
+            write_stuck(folder, self._rank, beat, collectives)
 
     def _tell_all(self) -> None:
         """Record the hang, if no lower rank does."""
