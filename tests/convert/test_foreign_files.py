@@ -123,16 +123,19 @@ def test_a_flipped_bit_in_a_pickled_file_is_found(folders):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"hidden_size": "32"}, "hidden_size|config.json"),
-        ({"hidden_size": 0}, "model.hidden_size is 0"),
-        ({"intermediate_size": -5}, "model.ffn_hidden_size is -5"),
-        ({"num_attention_heads": 5}, "multiple"),
-        ({"feature_dim": 0}, "model.feature_dim is 0"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number of at least 1, not '32'"),
+        ({"hidden_size": 0}, "hidden_size must be .* not 0"),
+        ({"intermediate_size": -5}, "intermediate_size must be .* not -5"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be .* not 0"),
+        ({"num_attention_heads": 5}, "is not a multiple of num_attention_heads 5"),
+        ({"feature_dim": 2.5}, "feature_dim must be .* not 2.5"),
+        ({"feature_dim": 2000}, "model.feature_dim is 2000"),
+        ({"num_hidden_layers": "3"}, "mixers must name 3|num_hidden_layers"),
         ({"rotary_fraction": 2.0}, r"model.rotary_fraction is 2\.0"),
+        ({"rotary_base": "big"}, "rotary_base"),
         ({"rms_norm_eps": -1.0}, r"model.norm_eps is -1\.0"),
         ({"sliding_window": -3}, "model.window_left is -4"),
-        ({"vocab_multiple": 0}, "model.vocab_multiple is 0"),
-        ({"num_attention_heads": 0}, "num_heads|num_attention_heads|config.json"),
+        ({"sliding_window": None}, "config.json is not that of a Based export|sliding_window"),
     ],
 )
 def test_an_export_whose_config_cannot_be_is_one_line(folders, change, reason):
