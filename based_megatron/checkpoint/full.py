@@ -10,7 +10,9 @@ from torch import Tensor
 
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.load import MODEL, read_state, stored_shapes
+from based_megatron.checkpoint.metadata import read_metadata
 from based_megatron.checkpoint.ranks import ALONE, without_dcp_warning
+from based_megatron.checkpoint.reader import RangeReader
 from based_megatron.checkpoint.rectangles import stored_name
 from based_megatron.checkpoint.save import save_checkpoint
 from based_megatron.checkpoint.store import FOLDER, resolve_checkpoint
@@ -33,7 +35,7 @@ def read_full(path: Path) -> tuple[dict[str, Tensor], Config]:
     with without_dcp_warning(ALONE):
         dcp.load(
             {stored_name(MODEL, name): tensor for name, tensor in weights.items()},
-            storage_reader=dcp.FileSystemReader(path),
+            storage_reader=RangeReader(path, read_metadata(path)),
             planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
             no_dist=True,
         )

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from based_megatron.checkpoint.carried import CARRIED
 from based_megatron.checkpoint.fragments import Fragment
 from based_megatron.checkpoint.manifest import STATE
+from based_megatron.checkpoint.metadata import read_metadata
 from based_megatron.checkpoint.ranks import Ranks, all_ranks, without_dcp_warning
 from based_megatron.checkpoint.reader import RangeReader
 from based_megatron.checkpoint.rectangles import FragmentLoadPlanner, stored_name
@@ -37,7 +38,7 @@ def load_checkpoint(
     ranks = ranks or all_ranks()
     kinds = [MODEL] if weights_only else sorted({kind for fragment in fragments for kind in fragment.tensors})
     try:
-        stored = ranks.on_first(lambda: _Stored(read_state(path), _read_metadata(path)))
+        stored = ranks.on_first(lambda: _Stored(read_state(path), read_metadata(path)))
         wanted = set().union(*ranks.together(lambda: _check_fragments(stored, fragments, kinds)))
         _check_nothing_left(stored, wanted)
         for fragment in fragments:
@@ -55,7 +56,7 @@ def load_carried(path: Path, fragments: Sequence[Fragment], ranks: Ranks | None 
     Raises CheckpointError on every rank, before anything is changed, if it has none of them or in other shapes.
     """
     ranks = ranks or all_ranks()
-    metadata = ranks.on_first(lambda: _read_metadata(path))
+    metadata = ranks.on_first(lambda: read_metadata(path))
     ranks.together(lambda: _check_carried(path, metadata, fragments))
     _read_tensors(path, metadata, fragments, [CARRIED], ranks)
 
@@ -66,14 +67,16 @@ def read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / STATE).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE} is unreadable ({error}): see `based ckpt verify`") from error
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE} holds a {type(state).__name__}: see `based ckpt verify`")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {state.get('format')}, this version reads {FORMAT}")
     return state
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors by name (KIND.NAME, of the kinds model, carried and those of the optimizer)."""
-    return _shapes(_read_metadata(path))
+    return _shapes(read_metadata(path))
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,6 @@ class _Stored:
 
     state: dict[str, Any]
     metadata: Metadata
-
-
-def _read_metadata(path: Path) -> Metadata:
-    return dcp.FileSystemReader(path).read_metadata()
 
 
 def _shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:

@@ -80,6 +80,11 @@ def problems(folder: Path, entries: Sequence[FileEntry]) -> list[str]:
     return [problem for entry in entries if (problem := _problem(folder, entry))]
 
 
+def missing_bytes(folder: Path, entries: Sequence[FileEntry]) -> list[str]:
+    """Files of a checkpoint that are not there or have another size, one short phrase each; their bytes are not read."""
+    return [problem for entry in entries if (problem := _wrong_size(folder, entry))]
+
+
 def is_as_written(folder: Path, name: str) -> bool:
     """Whether one file of a checkpoint is whole."""
     try:
@@ -89,11 +94,20 @@ def is_as_written(folder: Path, name: str) -> bool:
     return bool(entries) and _problem(folder, entries[0]) is None
 
 
-def _problem(folder: Path, entry: FileEntry) -> str | None:
+def _wrong_size(folder: Path, entry: FileEntry) -> str | None:
     try:
         size_bytes = (folder / entry.name).stat().st_size
-        if size_bytes != entry.size_bytes:
-            return f"{entry.name} has {size_bytes} bytes instead of {entry.size_bytes}"
+    except OSError as error:
+        return f"{entry.name} cannot be read ({error.strerror})"
+    return (
+        None if size_bytes == entry.size_bytes else f"{entry.name} has {size_bytes} bytes instead of {entry.size_bytes}"
+    )
+
+
+def _problem(folder: Path, entry: FileEntry) -> str | None:
+    if wrong := _wrong_size(folder, entry):
+        return wrong
+    try:
         found = _hash(folder / entry.name)
     except OSError as error:
         return f"{entry.name} cannot be read ({error.strerror})"

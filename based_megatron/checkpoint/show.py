@@ -5,30 +5,42 @@ from math import prod
 from pathlib import Path
 
 from based_megatron.checkpoint.load import MODEL, read_state, stored_shapes
-from based_megatron.checkpoint.manifest import read_manifest
+from based_megatron.checkpoint.manifest import MANIFEST, listed, missing_bytes
 from based_megatron.checkpoint.ranks import ALONE
-from based_megatron.checkpoint.store import FOLDER, list_checkpoints, step_of, verify
+from based_megatron.checkpoint.store import FOLDER, named_checkpoints, verify
 from based_megatron.errors import CheckpointError
 
 
 def show_run(run: Path) -> int:
-    """List the checkpoints of a run folder, newest first."""
+    """List the checkpoints of a run folder, newest first, and what has the name of one but is none.
+
+    Sizes of files are looked at, their bytes are not.
+    """
     for path in _listed(run):
-        try:
-            size_bytes = sum(entry.size_bytes for entry in read_manifest(path))
-            state = read_state(path)
-        except (OSError, ValueError, CheckpointError) as error:
-            print(f"step {step_of(path):>9,}  damaged: {error}")
+        entries, wrong = listed(path)
+        wrong = wrong or missing_bytes(path, entries)
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            print(f"{path.name}  damaged: {wrong[0]}{more}  {path}")
             continue
-        saved_at = datetime.fromisoformat(state["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M")
-        kind = "weights only" if state["kinds"] == [MODEL] else "training"
-        print(f"step {step_of(path):>9,}  {size_bytes / 1e9:9.3f} GB  {saved_at}  {kind:12}  {path}")
+        size_bytes = sum(entry.size_bytes for entry in entries)
+        try:
+            state = read_state(path)
+            saved_at = datetime.fromisoformat(state["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M")
+            kind = "weights only" if state["kinds"] == [MODEL] else "training"
+            line = f"step {state['step']:>9,}  {size_bytes / 1e9:9.3f} GB  {saved_at}  {kind:12}  {path}"
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            line = f"{path.name}  damaged: {error}  {path}"
+        print(line)
     return 0
 
 
 def show_checkpoint(path: Path, tensors: bool) -> int:
     """Show the state of a checkpoint (a run folder means its newest), and with --tensors every parameter."""
-    path = _listed(path)[0]
+    complete = [found for found in _listed(path) if (found / MANIFEST).is_file()]
+    if not complete:
+        raise CheckpointError(f"no checkpoint in {path} has a {MANIFEST}: see `based ckpt verify`")
+    path = complete[0]
     state = read_state(path)
     shapes = {
         name.removeprefix(f"{MODEL}."): shape for name, shape in stored_shapes(path).items() if name.startswith(MODEL)
@@ -52,9 +64,10 @@ def show_damage(path: Path) -> int:
 
 
 def _listed(path: Path) -> list[Path]:
-    """The checkpoint itself, or all of a run."""
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    found = list_checkpoints(folder) or [p for p in list_checkpoints(path.parent) if p == path]
+    """The checkpoint itself, under whatever name, or all of a run."""
+    if (path / MANIFEST).is_file():
+        return [path]
+    found = named_checkpoints(path / FOLDER if (path / FOLDER).is_dir() else path)
     if not found:
         raise CheckpointError(f"no checkpoint in {path}: give a run folder or a checkpoint of one")
     return found

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-
 from based_megatron.checkpoint.manifest import MANIFEST, STATE, listed, problems, read_manifest
+from based_megatron.checkpoint.metadata import read_metadata
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.files import CHECKPOINTS as FOLDER
@@ -56,9 +55,17 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def named_checkpoints(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, complete or not, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAMED.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (-step_of(path), path.name))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a folder by name, newest first; their files are not looked at."""
-    return [path for path in _named(folder) if (path / MANIFEST).is_file()]
+    return [path for path in named_checkpoints(folder) if (path / MANIFEST).is_file()]
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -103,7 +110,7 @@ def newest_valid(
     the user to decide.
     """
     ranks = ranks or all_ranks()
-    candidates = ranks.on_first(lambda: _named(folder))
+    candidates = ranks.on_first(lambda: named_checkpoints(folder))
     others = ranks.on_first(lambda: _under_other_names(folder))
     if latest_step is not None:
         candidates, others = [path for path in candidates if step_of(path) <= latest_step], []
@@ -201,14 +208,6 @@ def _is_good(path: Path) -> bool:
     return bool(state) and bool(state.get(GOOD, True))
 
 
-def _named(folder: Path) -> list[Path]:
-    """What has the name of a checkpoint, newest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _NAMED.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (-step_of(path), path.name))
-
-
 def _under_other_names(folder: Path) -> list[tuple[Path, int | None]]:
     """What holds a checkpoint of another step than its name says, with that step (None if unreadable). Unfinished saves do
     not count, nor what one that has replaced it was deleting."""
@@ -238,7 +237,10 @@ def _contradictions(path: Path) -> list[str]:
     if named and int(named[1]) != saved:
         return [f"it is named for step {int(named[1])} but {STATE} is of step {saved}"]
     entries = {entry.name for entry in read_manifest(path)}
-    stored = {info.relative_path for info in dcp.FileSystemReader(path).read_metadata().storage_data.values()}
+    try:
+        stored = {info.relative_path for info in read_metadata(path).storage_data.values()}
+    except CheckpointError as error:
+        return [str(error)]
     return [f"{name} is not listed in {MANIFEST}" for name in sorted(stored - entries)]
 
 

@@ -1,5 +1,6 @@
 """The commands `based import` and `based export`. What takes seconds to load is imported after the command line is read."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from based_megatron.config import Config
-from based_megatron.errors import CheckpointError
+from based_megatron.errors import CheckpointError, ConfigError
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
@@ -39,7 +40,11 @@ def import_weights(source: Source, output: Path, mixers: str = "") -> None:
     from based_megatron.convert.released import from_released
 
     weights, model = read_export(source, mixers) if is_export(source) else from_released(source)
-    checkpoint = write_full(output, weights, Config(run_dir=str(output), model=model))
+    try:
+        checkpoint = write_full(output, weights, Config(run_dir=str(output), model=model))
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # what is left of it would be in the way of another try
+        raise
     print(f"{model.layer_pattern}, {count_parameters(model):,} parameters\nwrote {checkpoint}")
 
 
@@ -61,9 +66,13 @@ def export_weights(
     from based_megatron.checkpoint.full import read_full
     from based_megatron.convert.exported import data_folder
     from based_megatron.convert.huggingface import export_huggingface
+    from based_megatron.convert.layout import check_finite
     from based_megatron.convert.released import to_released
 
     weights, config = read_full(checkpoint)
+    check_finite(weights, checkpoint)
+    if format == "released" and tokenizer is not None:
+        raise ConfigError("the released layout has no tokenizer: leave --tokenizer out, or set --format hf")
     if format == "released":
         to_released(weights, config.model, output)
     else:

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from based_megatron.config import Config
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert.hf_files.configuration_based import BasedConfig
 from based_megatron.convert.huggingface import from_hf
+from based_megatron.convert.weights import INDEX, SAFE_NAME, read_safetensors
 from based_megatron.errors import CheckpointError
 
 
@@ -24,12 +24,12 @@ def is_export(folder: Path) -> bool:
 
 def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], ModelConfig]:
     """State dict and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
-    weights: dict[str, Tensor] = {}
     try:
-        for file in folder.glob("*.safetensors"):
-            weights |= load_file(file)
+        weights = read_safetensors(folder)
+        if weights is None:
+            raise CheckpointError(f"{folder} has neither {SAFE_NAME} nor {SAFE_NAME}{INDEX}: give a whole export")
         config = BasedConfig.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the export {folder}: {' '.join(str(error).split())[:200]}") from error
     return from_hf(weights, config, mixers)
 

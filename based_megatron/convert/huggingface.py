@@ -15,7 +15,7 @@ from based_megatron.convert.folder import new_folder
 from based_megatron.convert.hf_files.configuration_based import BasedConfig
 from based_megatron.convert.hf_files.mixers_based import MIXERS
 from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
-from based_megatron.convert.layout import Entry, our_shapes, short_pattern, to_other, to_ours
+from based_megatron.convert.layout import Entry, check_read, our_shapes, short_pattern, to_other, to_ours
 from based_megatron.convert.model_card import model_card
 from based_megatron.convert.proof import Proof, prove
 from based_megatron.data_prep.tokenizer import load_tokenizer
@@ -44,7 +44,10 @@ def from_hf(
     hf_state_dict: dict[str, Tensor], hf: BasedConfig, mixers: str = ""
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """The inverse of to_hf, with the `model.mixers` that it needs. Raises CheckpointError if the tensors do not fit the config."""
-    config = model_config(hf, mixers)
+    try:
+        config = check_read(model_config(hf, mixers))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json is not that of a Based export: {error!r}") from error
     weights = dict(hf_state_dict)
     if config.tie_embeddings:
         weights.pop("lm_head.weight", None)
@@ -86,7 +89,6 @@ def export_huggingface(
         if tokenizer is not None:
             _write_tokenizer(model, tokenizer, folder)
         model.config.auto_map = AUTO_MAP
-        model.generation_config._from_model_config = False  # it holds suppressed tokens, which a config cannot
         model.save_pretrained(folder, max_shard_size="5GB")
         for name in HF_FILES:
             source = resources.files("based_megatron.convert.hf_files") / name

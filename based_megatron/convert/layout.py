@@ -5,15 +5,18 @@ rows, so that every conversion is a split, a concatenation and a reshape: bit-ex
 Legend: D hidden size, F width of the MLP, U rows of the embedding.
 """
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from based_megatron.config.limits import check_limits
 from based_megatron.config.schema import ModelConfig
-from based_megatron.errors import CheckpointError
+from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.model.mixers.facts import Shape
 
@@ -42,6 +45,36 @@ def our_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= {f"{layer}.mlp.fc1.weight": (2 * F, D), f"{layer}.mlp.fc2.weight": (D, F)}
         shapes |= {f"{layer}.mixer.{name}": shape for name, shape in mixer.parameter_shapes(config).items()}
     return shapes
+
+
+def check_read(config: ModelConfig) -> ModelConfig:
+    """The config that a foreign file gave, if every value has its type and is within the limits of `model.*`.
+
+    Raises CheckpointError.
+    """
+    for field in dataclasses.fields(config):
+        value, wanted = getattr(config, field.name), type(field.default)
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise CheckpointError(f"config.json gives {value!r} for model.{field.name}, which is no {wanted.__name__}")
+    try:
+        check_limits(config, lambda key: f"model.{key}")
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    if config.hidden_size % config.num_heads:
+        raise CheckpointError(
+            f"config.json gives {config.num_heads} heads for a hidden size of {config.hidden_size}: no multiple"
+        )
+    return config
+
+
+def check_finite(weights: Mapping[str, Tensor], source: Path) -> None:
+    """Raise CheckpointError if weights hold NaN or infinity: no text and no proof can come of them."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            wrong = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"{name} of {source} has {wrong:,} of {tensor.numel():,} values that are nan or infinite: take an earlier checkpoint"
+            )
 
 
 def to_other(state_dict: dict[str, Tensor], table: list[Entry]) -> dict[str, Tensor]:

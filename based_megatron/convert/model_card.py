@@ -33,7 +33,7 @@ It decodes with a state of constant size: {state_bytes:,} bytes for a sequence i
 | weights of linear attention | {weights} |
 | first tokens that all tokens see in linear attention | {prefix_tokens} |
 | previous keys in a window | {window_left} |
-| vocabulary | {vocab_size} tokens in {rows} embedding rows; the rows above are never generated |
+| vocabulary | {vocab_size} tokens in {rows} embedding rows; the rows above are free for new tokens |
 
 ## Use
 

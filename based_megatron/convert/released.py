@@ -6,27 +6,23 @@ imported.
 
 import json
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert.folder import new_folder
 from based_megatron.convert.layout import Entry, our_shapes, to_other, to_ours
 from based_megatron.convert.released_config import read_released_config, released_config
+from based_megatron.convert.weights import PICKLE_NAME, SAFE_NAME, read_pickled, read_safetensors
 from based_megatron.errors import CheckpointError
 from based_megatron.model.mixers import layer_mixers
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-SAFE_NAME = "model.safetensors"
-PICKLE_NAME = "pytorch_model.bin"
 DECAY = "transformer.decay.decay"
 
 
@@ -68,32 +64,17 @@ def to_released(state_dict: dict[str, Tensor], config: ModelConfig, output: Path
         weights["lm_head.weight"] = weights["transformer.embeddings.word_embeddings.weight"]
     with new_folder(output) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2))
-        torch.save(weights, folder / PICKLE_NAME)
+        try:
+            torch.save(weights, folder / PICKLE_NAME)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(" ".join(str(error).split())[:200]) from error
 
 
 def _read_weights(folder: Path) -> dict[str, Any]:
-    safe, pickled = folder / SAFE_NAME, folder / PICKLE_NAME
-    path = safe if safe.is_file() else pickled
-    try:
-        if path is safe:
-            return load_file(safe)
-        weights = torch.load(pickled, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has neither {SAFE_NAME} nor {PICKLE_NAME}: give a released checkpoint folder"
-        ) from None
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and was not loaded ({' '.join(str(error).split())[:200]}); "
-            f"get the weights as {SAFE_NAME}, from a source that you trust"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; copy it again") from error
-    if not isinstance(weights, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(weights).__name__}, not a table of tensors; give a released checkpoint"
-        )
-    return weights
+    for read in (read_safetensors, read_pickled):
+        if (weights := read(folder)) is not None:
+            return weights
+    raise CheckpointError(f"{folder} has neither {SAFE_NAME} nor {PICKLE_NAME}: give a released checkpoint folder")
 
 
 def _clean(raw: dict[str, Any]) -> dict[str, Tensor]:

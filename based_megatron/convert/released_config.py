@@ -3,7 +3,7 @@
 from typing import Any
 
 from based_megatron.config.schema import ModelConfig
-from based_megatron.convert.layout import short_pattern
+from based_megatron.convert.layout import check_read, short_pattern
 from based_megatron.errors import CheckpointError
 from based_megatron.model.mixers import MIXERS, layer_mixers
 
@@ -32,7 +32,7 @@ def read_released_config(values: dict[str, Any], mlp_rows: int) -> ModelConfig:
     Raises CheckpointError for a key that is missing, a value that we cannot run, or an unknown `_target_`.
     """
     try:
-        return _read(values, mlp_rows)
+        return check_read(_read(values, mlp_rows))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"config.json is not that of a released Based checkpoint: {error!r}") from error
 

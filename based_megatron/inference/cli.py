@@ -32,8 +32,9 @@ def main(argv: Sequence[str]) -> None:
     # They take seconds to load, which neither --help nor a typo should wait for.
     import torch
 
-    from based_megatron.inference.generate import generate, load_model, text_tokenizer
+    from based_megatron.inference.generate import check_request, generate, load_model, text_tokenizer
 
+    check_request(list(config.prompt), config.sampling)
     model, folder = load_model(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = config.tokenizer or folder
     if folder is None:

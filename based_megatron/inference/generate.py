@@ -10,9 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from based_megatron.checkpoint.full import read_full
+from based_megatron.config.limits import check_limits, flag
 from based_megatron.convert.exported import data_folder, is_export, read_export
 from based_megatron.convert.hf_files.modeling_based import CACHE_NAME, BasedForCausalLM
 from based_megatron.convert.huggingface import hf_model
+from based_megatron.convert.layout import check_finite
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import ConfigError
 from based_megatron.inference.sampling import Sampling
@@ -38,8 +40,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[BasedForCausalLM, Path 
     Returns the folder of its tokenizer too, None if that is not known. Raises CheckpointError, and ConfigError for a
     device that is not there.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"there is no GPU for --device {device}: set --device cpu")
+    place = _device(device)
     if is_export(path):
         weights, model_config = read_export(path)
         tokenizer = path if (path / "tokenizer.json").is_file() else None
@@ -47,7 +48,8 @@ def load_model(path: Path, device: str = "cpu") -> tuple[BasedForCausalLM, Path 
         weights, config = read_full(path)
         model_config, tokenizer = config.model, data_folder(config)
     model = hf_model(weights, model_config)
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    check_finite(weights, path)
+    model.to(place)  # type: ignore[arg-type]
     return model, tokenizer
 
 
@@ -65,9 +67,14 @@ def generate(
 ) -> Generation:
     """Continue all prompts in one left-padded batch.
 
-    Raises ConfigError for an empty prompt, a tokenizer that the model has no rows for, or impossible sampling values.
+    Raises ConfigError for what `check_request` refuses, and for a tokenizer that the model has no rows for.
     """
-    _check(model, tokenizer, prompts, sampling)
+    check_request(prompts, sampling)
+    if len(tokenizer) > model.config.tokenizer_vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} entries, the model {model.config.tokenizer_vocab_size}: "
+            f"set --tokenizer to that of the training data"
+        )
     device = model.device
     batch = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
     choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
@@ -82,6 +89,8 @@ def generate(
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            # Rows that round the vocabulary up are no tokens.
+            suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) or None,
             return_dict_in_generate=True,
             **choice,
         )
@@ -100,21 +109,27 @@ def _until(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos)] if eos in ids else ids
 
 
-def _check(model: BasedForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: Sampling) -> None:
+def check_request(prompts: list[str], sampling: Sampling) -> None:
+    """Raise ConfigError for an empty prompt, one that is not text, or impossible sampling values: before a model is loaded."""
+    check_limits(sampling, flag)
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty: give --prompt some text to continue")
-    if len(tokenizer) > model.config.tokenizer_vocab_size:
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"the prompt {ascii(prompt)[:60]} is not text in UTF-8 ({error.reason}); change --prompt"
+            ) from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name!r}, which is no device of torch: set it to cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} entries, the model {model.config.tokenizer_vocab_size}: "
-            f"set --tokenizer to that of the training data"
+            f"there is no GPU for --device {name}, torch sees {torch.cuda.device_count()}: set --device cpu"
         )
-    limits = {
-        "--max-new-tokens": sampling.max_new_tokens >= 1,
-        "--temperature": sampling.temperature >= 0,
-        "--top-k": sampling.top_k >= 0,
-        "--top-p": 0 < sampling.top_p <= 1,
-    }
-    for flag, fits in limits.items():
-        if not fits:
-            value = getattr(sampling, flag.strip("-").replace("-", "_"))
-            raise ConfigError(f"{flag} {value} is out of range: see based generate --help")
+    return device

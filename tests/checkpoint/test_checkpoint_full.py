@@ -58,6 +58,47 @@ def test_ckpt_ls_goes_on_past_a_damaged_one(tmp_path, capsys):
     assert ["damaged" in line for line in capsys.readouterr().out.splitlines()] == [False, True, False]
 
 
+@pytest.mark.parametrize("command", ["ls", "verify"])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("manifest.json", "manifest.json is unreadable"), ("__0_0_0.distcp", "cannot be read")]
+)
+def test_ckpt_names_checkpoints_that_lack_a_file(tmp_path, capsys, command, name, reason):
+    for step in (1, 2):
+        save(tmp_path, step)
+    next((tmp_path / "step-00000002").glob(name)).unlink()
+    main([command, str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "step-00000002" in lines[0] and reason in lines[0] and reason not in lines[1]
+
+
+def test_ckpt_ls_sees_a_file_that_was_cut(tmp_path, capsys):
+    path = save(tmp_path, 2)
+    stored = next(path.glob("*.distcp"))
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-1])
+    assert main(["ls", str(tmp_path)]) == 0
+    assert f"has {len(whole) - 1} bytes instead of {len(whole)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "inspect"])
+def test_ckpt_takes_a_checkpoint_under_another_name_and_a_link(tmp_path, capsys, command):
+    path = save(tmp_path / "checkpoints", 2)
+    link = tmp_path / "best"
+    link.symlink_to(path)
+    moved = tmp_path / "kept"
+    moved.symlink_to(link)
+    assert main([command, str(link)]) == 0 and main([command, str(moved)]) == 0
+    path.rename(tmp_path / "renamed")
+    assert main([command, str(tmp_path / "renamed")]) == 0
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_ckpt_inspect_of_a_checkpoint_without_a_manifest_is_refused(tmp_path):
+    (save(tmp_path, 2) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* has a manifest.json"):
+        main(["inspect", str(tmp_path)])
+
+
 def test_ckpt_inspect_shows_state_and_parameters(tmp_path, capsys):
     save(tmp_path / "checkpoints", 10)
     assert main(["inspect", str(tmp_path), "--tensors"]) == 0

@@ -166,7 +166,8 @@ def test_export_holds_what_a_user_needs_and_nothing_else(export):
     assert [path.name for path in output.parent.iterdir()] == ["model"]
     assert (output / "model.safetensors").stat().st_mode == (output / "config.json").stat().st_mode
     generation = json.loads((output / "generation_config.json").read_text())
-    assert generation["suppress_tokens"] == list(range(261, 272)) and generation["eos_token_id"] == 0
+    # Rows above the tokenizer's are free for tokens that are added: nothing may keep them from being generated.
+    assert "suppress_tokens" not in generation and generation["eos_token_id"] == 0
 
 
 def test_export_stores_the_tied_embedding_once(export):

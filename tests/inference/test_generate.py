@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from based_megatron.checkpoint.full import write_full
+from based_megatron.checkpoint.full import read_full, write_full
 from based_megatron.config import Config
 from based_megatron.config.schema import DataConfig, ModelConfig
 from based_megatron.convert.huggingface import export_huggingface, hf_model
 from based_megatron.convert.layout import our_shapes
 from based_megatron.data_prep.tokenizer import train_tokenizer
-from based_megatron.errors import BasedError, ConfigError
+from based_megatron.errors import BasedError, CheckpointError, ConfigError
 from based_megatron.inference.cli import main
 from based_megatron.inference.generate import generate, load_model, text_tokenizer
 from based_megatron.inference.sampling import Sampling
@@ -187,3 +187,46 @@ def test_command_refuses_what_is_not_a_model(tmp_path):
 def test_command_refuses_a_gpu_that_is_not_there(places):
     with pytest.raises(ConfigError, match="set --device cpu"):
         main([str(places / "run"), "--prompt", "x", "--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--device", "foo"], "--device is 'foo', which is no device"),
+        (["--seed", str(2**70)], "--seed is .* whole number of 64 bits"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--top-p", "0"], "--top-p is 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--prompt", "\udcff"], "is not text in UTF-8"),
+    ],
+)
+def test_a_request_that_cannot_be_is_one_line(places, arguments, reason):
+    with pytest.raises(ConfigError, match=reason) as caught:
+        main([str(places / "run"), "--prompt", "the", *arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_request_is_looked_at_before_the_model(tmp_path):
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        main([str(tmp_path / "nowhere"), "--prompt", ""])
+
+
+def test_weights_that_are_no_numbers_are_refused(places, tmp_path):
+    weights, config = read_full(places / "run")
+    weights["final_norm.weight"][0] = float("inf")
+    write_full(tmp_path / "run", weights, config)
+    with pytest.raises(CheckpointError, match=r"final_norm.weight of .* has 1 of 32 values that are nan or infinite"):
+        main([str(tmp_path / "run"), "--prompt", "the"])
+
+
+def test_rows_that_are_no_tokens_are_never_generated(places, tokenizer):
+    """The vocabulary of 261 is rounded up to 264 rows; here one of these has the largest logit everywhere."""
+    model, _ = load_model(places / "run")
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.lm_head.weight[262:] = 50 * model.model.norm.weight.sign() * torch.tensor([[1.0], [-1.0]])
+    batch = tokenizer("the", add_special_tokens=False, return_tensors="pt")
+    ids = model.generate(batch["input_ids"], max_new_tokens=3, do_sample=False)[0, -3:]
+    assert (ids >= 261).all(), "these rows win"
+    assert generate(model, tokenizer, ["the"], Sampling(max_new_tokens=3, temperature=0)).texts[0]
+    assert not tokenizer.decode(ids)

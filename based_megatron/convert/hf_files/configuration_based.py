@@ -13,6 +13,19 @@ CACHE_LAYERS = {
 """Mixers, and the kind of layer that each has in the caches of transformers."""
 
 
+COUNTS = (
+    "vocab_size",
+    "vocab_multiple",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "feature_dim",
+    "conv_kernel",
+    "conv_expand",
+)
+"""Sizes that must be whole numbers above 0."""
+
+
 class BasedConfig(PreTrainedConfig):
     """Architecture of a Based model. `mixers` names the mixer of each layer; `layer_types` only drives the cache.
 
@@ -26,7 +39,7 @@ class BasedConfig(PreTrainedConfig):
     vocab_size: int = 50264
     """Rows of the embedding; all of them take part in the softmax."""
     tokenizer_vocab_size: int = 0
-    """Entries of the tokenizer; rows from here on are padding that generation never emits. 0 means vocab_size."""
+    """Entries of the tokenizer; rows from here on are free for new ones. 0 means vocab_size."""
     vocab_multiple: int = 8
     """vocab_size is tokenizer_vocab_size rounded up to a multiple of this."""
     hidden_size: int = 1024
@@ -80,6 +93,9 @@ class BasedConfig(PreTrainedConfig):
         self.layer_types = [cache_layers[mixer] for mixer in self.mixers]
         if self.feature_map not in ("taylor", "rebased"):
             raise ValueError(f"feature_map must be taylor or rebased, not {self.feature_map!r}")
+        for name in COUNTS:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

@@ -3,6 +3,8 @@
 Legend: B batch, T tokens of this call, S tokens with those of the cache, H heads, D hidden size, F feature dim: of queries and
 keys of linear attention, V value head dim (in windows that of queries and keys too), R packed features: 1 + F + F (F + 1) / 2 of
 the Taylor map, F (F + 1) / 2 of squares alone (rotary: rotated pairs), C channels and K - 1 past inputs of a convolution.
+
+Where a row packs several documents, documents_BT holds the number of each token's document: no number comes back after another.
 """
 
 import math
@@ -72,11 +74,29 @@ def _cached_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, 
     if cache is None:
         return None, None
     layer: Any = cache.layers[layer_idx]
-    return layer.conv_states[0], layer.recurrent_states[0]
+    states = layer.conv_states[0], layer.recurrent_states[0]
+    if not torch.is_grad_enabled():
+        return states
+    # The cache is updated in place, but a backward pass needs the states of this call.
+    return tuple(None if state is None else state.clone() for state in states)  # type: ignore[return-value]
+
+
+def conv_in_documents(u_BCS: Tensor, weight_CK: Tensor, documents_BT: Tensor) -> Tensor:
+    """Causal convolution [B, C, T] of T tokens after K - 1 past inputs, which takes no input of another document."""
+    T, past = documents_BT.shape[1], weight_CK.shape[1] - 1
+    outside = documents_BT.new_full((len(documents_BT), past), -1)
+    documents_BS = torch.cat([outside, documents_BT], dim=1)
+    taps = []
+    for k in range(past + 1):
+        same_B1T = (documents_BS[:, k : k + T] == documents_BT)[:, None]
+        taps.append(u_BCS[..., k : k + T] * same_B1T * weight_CK[:, k, None])
+    return torch.stack(taps).sum(0)
 
 
 class BasedGatedConv(nn.Module):
     """Gated short convolution: out(silu(conv(u1)) * u2) with [u1, u2] = in(x); the last tap is the present."""
+
+    keeps_documents_apart = True
 
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
@@ -86,7 +106,14 @@ class BasedGatedConv(nn.Module):
         self.conv_weight = nn.Parameter(torch.empty(self.channels, config.conv_kernel))
         self.out_proj = BasedOutput(self.channels, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask_BS: Tensor | None,
+        cache: Cache | None,
+        documents_BT: Tensor | None = None,
+        **_,
+    ) -> Tensor:
         u1_BTC, u2_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
         if mask_BS is not None:  # the projection has a bias: padding must be zeroed after it
             u1_BTC = u1_BTC * mask_BS[:, -u1_BTC.shape[1] :, None]
@@ -97,7 +124,10 @@ class BasedGatedConv(nn.Module):
         u1_BCS = torch.cat([before_BCK, u1_BTC.transpose(1, 2)], dim=-1)
         if cache is not None and past:
             cache.update_conv_state(u1_BCS[..., -past:], self.layer_idx)
-        c_BCT = F.conv1d(u1_BCS, self.conv_weight.unsqueeze(1), groups=self.channels)
+        if documents_BT is None:
+            c_BCT = F.conv1d(u1_BCS, self.conv_weight.unsqueeze(1), groups=self.channels)
+        else:
+            c_BCT = conv_in_documents(u1_BCS, self.conv_weight, documents_BT)
         return self.out_proj(F.silu(c_BCT).transpose(1, 2) * u2_BTC)
 
 
@@ -132,11 +162,12 @@ def taylor_attention(
     valid_BT: Tensor | None,
     state_BHRV: Tensor | None,
     square: bool = False,
+    documents_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention with weights 1 + s + s^2 / 2, or s^2, s = q . k / sqrt(F), by chunks: memory is linear in T.
 
     The state is the sum of phi(k) [v, 1]: [B, H, R, V + 1], with the normaliser as the last column. Inputs and state
-    are float32 or float64. Returns the output [B, H, T, V] and the state after the last token.
+    are float32 or float64. Returns the output [B, H, T, V] and the state after the last token, which is that of its document.
     """
     scale = q_BHTF.shape[-1] ** -0.25
     q_BHTF, k_BHTF = q_BHTF * scale, k_BHTF * scale
@@ -144,13 +175,26 @@ def taylor_attention(
     if valid_BT is not None:  # padding has no weight, in the normaliser neither
         v_BHTV = v_BHTV * valid_BT[:, None, :, None]
     outputs = []
-    for q, k, v in zip(*(x.split(LINEAR_CHUNK_TOKENS, dim=2) for x in (q_BHTF, k_BHTF, v_BHTV)), strict=True):
+    for start in range(0, q_BHTF.shape[2], LINEAR_CHUNK_TOKENS):
+        chunk = slice(start, start + LINEAR_CHUNK_TOKENS)
+        q, k, v = q_BHTF[:, :, chunk], k_BHTF[:, :, chunk], v_BHTV[:, :, chunk]
         s = q @ k.transpose(-1, -2)
-        out = torch.tril(s.square() if square else 1 + s + 0.5 * s.square()) @ v
+        weights = torch.tril(s.square() if square else 1 + s + 0.5 * s.square())
+        features = packed_features(k, square)
+        if documents_BT is not None:
+            ids_BC = documents_BT[:, chunk]
+            last_B1, before_B1 = ids_BC[:, -1:], documents_BT[:, max(start - 1, 0), None]
+            weights = weights * (ids_BC[:, None, :, None] == ids_BC[:, None, None, :])
+            features = features * (ids_BC == last_B1)[:, None, :, None]  # the state is that of the last document
+        out = weights @ v
         if state_BHRV is not None:
-            out = out + packed_features(q, square) @ state_BHRV
+            past = packed_features(q, square) @ state_BHRV
+            if documents_BT is not None:
+                past = past * (ids_BC == before_B1)[:, None, :, None]
+                state_BHRV = state_BHRV * (last_B1 == before_B1)[:, None, :, None]
+            out = out + past
         outputs.append(out)
-        update = packed_features(k, square).transpose(-1, -2) @ v
+        update = features.transpose(-1, -2) @ v
         state_BHRV = update if state_BHRV is None else state_BHRV + update
     y_BHTV = torch.cat(outputs, dim=2)
     return y_BHTV[..., :-1] / (y_BHTV[..., -1:] + (1e-5 if square else 1e-12)), state_BHRV
@@ -158,6 +202,8 @@ def taylor_attention(
 
 class BasedLinearAttention(nn.Module):
     """Linear attention with the second order Taylor map of exp, or squares of normed queries and keys. No positions, no gate."""
+
+    keeps_documents_apart = True
 
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
@@ -188,7 +234,14 @@ class BasedLinearAttention(nn.Module):
             k, v = self.k_norm(k).to(wide), v.to(wide)
             return taylor_attention(k, k, v, in_prefix_BT[:, :end], None, self.square)[1]
 
-    def forward(self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, **_) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask_BS: Tensor | None,
+        cache: Cache | None,
+        documents_BT: Tensor | None = None,
+        **_,
+    ) -> Tensor:
         state_BHRV = _cached_states(cache, self.layer_idx)[1]
         q, k, v = (_split_heads(proj(x_BTD), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -197,7 +250,9 @@ class BasedLinearAttention(nn.Module):
             if self.prefix_tokens and state_BHRV is None:
                 state_BHRV = self._prefix_state(x_BTD, valid_BT)
             q, k = self.q_norm(q), self.k_norm(k)
-            y_BHTV, state_BHRV = taylor_attention(q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHRV, self.square)
+            y_BHTV, state_BHRV = taylor_attention(
+                q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHRV, self.square, documents_BT
+            )
         if cache is not None and state_BHRV is not None:
             cache.update_recurrent_state(state_BHRV, self.layer_idx)
         return self.o_proj(_merge_heads(y_BHTV).to(x_BTD.dtype))
@@ -212,15 +267,20 @@ def rotate(x_BHTV: Tensor, cos_B1T2R: Tensor, sin_B1T2R: Tensor) -> Tensor:
 
 
 def causal_attention(
-    q_BHTV: Tensor, k_BHSV: Tensor, v_BHSV: Tensor, mask_BS: Tensor | None, window: int | None
+    q_BHTV: Tensor,
+    k_BHSV: Tensor,
+    v_BHSV: Tensor,
+    mask_BS: Tensor | None,
+    window: int | None,
+    documents_BT: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of the last T of S positions to themselves and, with a window, to the window - 1 keys before.
 
     Queries go by blocks that see only the keys in reach: memory and work are linear in T with a window. A query always
-    sees itself, so that padding rows stay finite.
+    sees itself, so that padding rows stay finite. With documents, T is S.
     """
     T, S = q_BHTV.shape[2], k_BHSV.shape[2]
-    if mask_BS is None and (window is None or window >= S):
+    if mask_BS is None and documents_BT is None and (window is None or window >= S):
         if T == S:
             return F.scaled_dot_product_attention(q_BHTV, k_BHSV, v_BHSV, is_causal=True)
         if T == 1:
@@ -231,6 +291,8 @@ def causal_attention(
         first = 0 if window is None else max(start - window + 1, 0)
         age = torch.arange(start, end, device=q_BHTV.device)[:, None] - torch.arange(first, end, device=q_BHTV.device)
         seen = (age >= 0) if window is None else (age >= 0) & (age < window)
+        if documents_BT is not None:
+            seen = seen & (documents_BT[:, None, start:end, None] == documents_BT[:, None, None, first:end])
         if mask_BS is not None:
             seen = seen & mask_BS[:, None, None, first:end] | (age == 0)
         q, k, v = q_BHTV[:, :, start - S + T : end - S + T], k_BHSV[:, :, first:end], v_BHSV[:, :, first:end]
@@ -240,6 +302,8 @@ def causal_attention(
 
 class BasedAttention(nn.Module):
     """Softmax attention with rotary positions, over a window of previous keys or over all of them."""
+
+    keeps_documents_apart = True
 
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
@@ -252,7 +316,12 @@ class BasedAttention(nn.Module):
         self.o_proj = BasedOutput(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, rotary: tuple[Tensor, Tensor]
+        self,
+        x_BTD: Tensor,
+        mask_BS: Tensor | None,
+        cache: Cache | None,
+        rotary: tuple[Tensor, Tensor],
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         q, k, v = (_split_heads(proj(x_BTD), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -260,7 +329,7 @@ class BasedAttention(nn.Module):
             k, v = cache.update(k, v, self.layer_idx)
         if mask_BS is not None:  # the cache of a window holds its last keys only
             mask_BS = mask_BS[:, -k.shape[2] :]
-        return self.o_proj(_merge_heads(causal_attention(q, k, v, mask_BS, self.window)))
+        return self.o_proj(_merge_heads(causal_attention(q, k, v, mask_BS, self.window, documents_BT)))
 
 
 MIXERS = {

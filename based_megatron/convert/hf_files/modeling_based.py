@@ -18,10 +18,12 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_based import BasedConfig
 from .mixers_based import MIXERS, BasedGatedConv, BasedHeadNorm, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
+
+logger = logging.get_logger(__name__)
 
 CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 """Name of the cache in arguments and outputs of the installed transformers, renamed in 5.24. We take both names."""
@@ -32,6 +34,66 @@ def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | N
     if cache is not None and past_key_values is not None:
         raise ValueError("give one of cache and past_key_values: they are two names of one argument")
     return past_key_values if cache is None else cache
+
+
+def document_numbers(
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    mask_BT: Tensor | None,
+    shape: tuple[int, int],
+) -> Tensor | None:
+    """The number of each token's document [B, T], counted in each row; None if rows hold one document each.
+
+    Documents begin where positions do not go on by one, where the numbers in `seq_idx` [B, T] change, or at the offsets
+    `cu_seq_lens_q` into a batch of one row: the ways in which trainers that pack sequences tell of them. Positions of padding
+    mean nothing.
+    """
+    B, T = shape
+    if T == 1 or (position_ids is None and seq_idx is None and cu_seq_lens_q is None):
+        return None
+    device = next(given.device for given in (position_ids, seq_idx, cu_seq_lens_q) if given is not None)
+    begins_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
+    if position_ids is not None:
+        begins_BT[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != shape:
+            raise ValueError(f"seq_idx must be [batch, tokens] = {list(shape)}, got {list(seq_idx.shape)}")
+        begins_BT[:, 1:] |= seq_idx[:, 1:] != seq_idx[:, :-1]
+    if cu_seq_lens_q is not None:
+        if B != 1:
+            raise ValueError(f"cu_seq_lens_q are offsets into a batch of one row, but there are {B}: give seq_idx")
+        places = torch.arange(T, device=device)
+        begins_BT |= (places[:, None] == cu_seq_lens_q.flatten().to(device)).any(1)
+    begins_BT[:, 0] = False
+    if mask_BT is not None:
+        begins_BT[:, 1:] &= mask_BT[:, 1:] & mask_BT[:, :-1]
+    # A graph that is being compiled cannot ask what its tensors hold.
+    if not torch.compiler.is_compiling() and not begins_BT.any():
+        return None
+    return begins_BT.cumsum(1)
+
+
+def check_mask(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask as booleans [B, S]. Raises ValueError if it is no mask of padding, or has padding between tokens."""
+    if tuple(attention_mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask must be [batch, cached + new tokens] = {list(shape)}, got {list(attention_mask.shape)}"
+        )
+    if attention_mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask is {attention_mask.dtype}: give integers or booleans, 1 for tokens and 0 for padding, not numbers to add"
+        )
+    mask_BS = attention_mask.bool()
+    if not torch.compiler.is_compiling():
+        starts_B = (mask_BS[:, 1:] & ~mask_BS[:, :-1]).sum(1) + mask_BS[:, 0]
+        if (starts_B > 1).any():
+            row = int((starts_B > 1).nonzero()[0])
+            raise ValueError(
+                f"attention_mask has zeros between the tokens of row {row}: padding may only be on the left or right of a row "
+                f"(documents that are packed are told apart by position_ids that restart, or seq_idx)"
+            )
+    return mask_BS
 
 
 class BasedCache(DynamicCache):
@@ -74,8 +136,17 @@ class BasedBlock(GradientCheckpointingLayer):
         self.mlp_norm = BasedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = BasedMLP(config)
 
-    def forward(self, residual_BTD: Tensor, mask_BS: Tensor | None, cache: Cache | None, rotary: tuple) -> Tensor:
-        mixed_BTD = self.mixer(self.mixer_norm(residual_BTD), mask_BS=mask_BS, cache=cache, rotary=rotary)
+    def forward(
+        self,
+        residual_BTD: Tensor,
+        mask_BS: Tensor | None,
+        cache: Cache | None,
+        rotary: tuple,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
+        # A mixer that does not know documents is not asked to: BasedModel has refused them.
+        packed = {} if documents_BT is None else {"documents_BT": documents_BT}
+        mixed_BTD = self.mixer(self.mixer_norm(residual_BTD), mask_BS=mask_BS, cache=cache, rotary=rotary, **packed)
         residual_BTD = residual_BTD + mixed_BTD
         return residual_BTD + self.mlp(self.mlp_norm(residual_BTD))
 
@@ -129,6 +200,59 @@ class BasedModel(BasedPreTrainedModel):
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(wide_dtype(dtype)), angles.sin().to(wide_dtype(dtype))
 
+    def _fitting(self, cache: Cache | None) -> Cache | None:
+        """The cache, if it is one for this model. Raises ValueError."""
+        if cache is None or (isinstance(cache, BasedCache) and len(cache.layers) == self.config.num_hidden_layers):
+            return cache
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(f"{type(cache).__name__} is not supported: the state of a Based model is small already")
+        if len(cache.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                "the cache was made for another model: give none at first, and then that of the last output"
+            )
+        if not any(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            raise ValueError(
+                "a DynamicCache does not know its length where no layer is attention: give none at first, and then that of the last output"
+            )
+        return cache
+
+    def _state_or_documents(
+        self, cache: Cache | None, use_cache: bool | None, documents_BT: Tensor | None
+    ) -> tuple[Cache | None, Tensor | None]:
+        """The cache that this call goes on from and fills, or the documents that it keeps apart. Raises ValueError for both."""
+        if cache is not None and torch.compiler.is_compiling():
+            return cache, None  # positions of a compiled decoding step go on
+        if documents_BT is not None:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "packed documents leave no state to go on from: set use_cache=False, or give one document a row"
+                )
+            self._check_documents()
+            return None, documents_BT
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError(
+                    "gradient checkpointing runs layers twice and would update the cache twice: give no cache"
+                )
+            if use_cache:
+                logger.warning_once("use_cache is ignored: gradient checkpointing runs layers twice")
+            return None, None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return (BasedCache(self.config) if use_cache and cache is None else cache), None
+
+    def _check_documents(self) -> None:
+        """Raise ValueError for a model that cannot keep packed documents apart."""
+        if self.config.prefix_tokens:
+            raise ValueError(
+                "packed documents have no prefix of their own: give a model with prefix_tokens one document a row"
+            )
+        for layer in self.layers:
+            if not getattr(layer.mixer, "keeps_documents_apart", False):
+                raise ValueError(
+                    f"{type(layer.mixer).__name__} cannot keep packed documents apart: give one document a row"
+                )
+
     @can_return_tuple
     def forward(
         self,
@@ -140,40 +264,31 @@ class BasedModel(BasedPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, D] of `input_ids` [B, T], which continue those in `cache`, or `past_key_values`.
 
         `attention_mask` [B, S] is 0 at padding, which may only be on the left of a row; with a cache it covers the
-        cached tokens too. Positions matter in window and full attention only, and only relative to each other.
+        cached tokens too. Positions matter in window and full attention only, and only relative to each other. Packed
+        documents (`document_numbers`) do not see each other; they take no cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x_BTD.shape
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        cache = given_cache(cache, past_key_values)
-        if use_cache and cache is None:
-            cache = BasedCache(self.config)
-        if cache is not None and len(cache.layers) != self.config.num_hidden_layers:
-            raise ValueError("the cache was not made for this model: use DynamicCache(config=model.config)")
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise ValueError(f"{type(cache).__name__} is not supported: the state of a Based model is small already")
+        cache = self._fitting(given_cache(cache, past_key_values))
         past = cache.get_seq_length() if cache is not None else 0
-        mask_BS = None
-        if attention_mask is not None:
-            if tuple(attention_mask.shape) != (B, past + T):
-                raise ValueError(
-                    f"attention_mask must be [batch, cached + new tokens] = [{B}, {past + T}], "
-                    f"got {list(attention_mask.shape)}"
-                )
-            mask_BS = attention_mask.bool()
-            if position_ids is None:
-                position_ids = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        mask_BS = None if attention_mask is None else check_mask(attention_mask, (B, past + T))
+        mask_BT = None if mask_BS is None else mask_BS[:, past:]
+        documents_BT = document_numbers(position_ids, seq_idx, cu_seq_lens_q, mask_BT, (B, T))
+        cache, documents_BT = self._state_or_documents(cache, use_cache, documents_BT)
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x_BTD.device)[None]
-        if mask_BS is not None and mask_BS.all():
+            if mask_BS is not None:
+                position_ids = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        if mask_BS is not None and not torch.compiler.is_compiling() and mask_BS.all():
             mask_BS = None
 
         rotary = self._rotary(position_ids, x_BTD.dtype)
@@ -184,7 +299,7 @@ class BasedModel(BasedPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(residual_BTD)
-            residual_BTD = layer(residual_BTD, mask_BS, cache, rotary)
+            residual_BTD = layer(residual_BTD, mask_BS, cache, rotary, documents_BT)
         y_BTD = self.norm(residual_BTD)
         if isinstance(cache, BasedCache):
             cache.seen_tokens += T
@@ -204,8 +319,6 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BasedModel(config, mixers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tokenizer_vocab_size < config.vocab_size:
-            self.generation_config.suppress_tokens = list(range(config.tokenizer_vocab_size, config.vocab_size))
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
@@ -232,6 +345,8 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size]; with `labels` (unshifted, -100 is ignored) the mean next-token loss too.
@@ -246,6 +361,8 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
