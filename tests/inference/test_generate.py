@@ -127,10 +127,10 @@ def test_state_size_does_not_depend_on_the_length(model, tokenizer):
     ("prompts", "sampling", "words"),
     [
         ([""], GREEDY, "--prompt"),
-        (PROMPTS, Sampling(max_new_tokens=0), "--max-new-tokens 0"),
-        (PROMPTS, Sampling(temperature=-1.0), "--temperature -1.0"),
-        (PROMPTS, Sampling(top_k=-1), "--top-k -1"),
-        (PROMPTS, Sampling(top_p=0.0), "--top-p 0.0"),
+        (PROMPTS, Sampling(max_new_tokens=0), "--max-new-tokens is 0"),
+        (PROMPTS, Sampling(temperature=-1.0), "--temperature is -1.0"),
+        (PROMPTS, Sampling(top_k=-1), "--top-k is -1"),
+        (PROMPTS, Sampling(top_p=0.0), "--top-p is 0.0"),
     ],
 )
 def test_impossible_requests_are_refused(model, tokenizer, prompts, sampling, words):
