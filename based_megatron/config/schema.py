@@ -120,16 +120,16 @@ class ParallelConfig:
     chain from neighbour to neighbour (debugging); auto looks at ranks, nodes and the size of a state."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tensor parallel ranks; no effect with tensor=1."""
-    overlap_tensor: Literal["auto", "memory", "collectives", "off"] = "auto"
-    """Send and receive rows of tensor parallel layers while others are multiplied: by writing into the memory of other GPUs, or by
-    collectives, which auto takes. Needs sequence_parallel, no effect with tensor=1."""
+    overlap_tensor: Literal["off", "collectives", "memory"] = "off"
+    """Send and receive rows of tensor parallel layers while others are multiplied: by collectives, or by writing into the memory of
+    other GPUs. Needs sequence_parallel, no effect with tensor=1. Off until whole steps are measured with it."""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 1 shards optimizer state over data x context ranks; 2 adds gradients, 3 parameters (pipeline=1 only)."""
     zero_bucket_elements: Annotated[int, Range(at_least=2, multiple_of=2)] = 50_000_000
     """Elements of one gradient reduction or parameter all-gather bucket; an even number, as DeepSpeed wants."""
-    overlap_zero: Annotated[bool, FREE] = True
+    overlap_zero: Annotated[bool, FREE] = False
     """Hide what ZeRO sends behind computation: gradients are reduced inside backward passes, weights gathered ahead of forward
-    passes. Stage 1 does so in bf16. No value changes."""
+    passes. Stage 1 does so in bf16. No value changes. Off until it has run over NCCL."""
     timeout_seconds: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 600
     """A collective that takes longer ends the run instead of hanging it."""
 

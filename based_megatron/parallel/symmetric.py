@@ -130,7 +130,7 @@ def overlapping_ranks(parallel: ParallelConfig, group: dist.ProcessGroup, device
     if not _are_neighbours(group, device):
         raise ConfigError(
             f"parallel.overlap_tensor is memory, but {group.size()} tensor parallel ranks do not all reach each other's GPU memory "
-            f"(one host, peer access); set parallel.overlap_tensor=auto"
+            f"(one host, peer access); set parallel.overlap_tensor=collectives"
         )
     return memory_ranks(group, device)
 

@@ -203,4 +203,4 @@ def insist_on_memory() -> str:
 
 
 def test_ranks_that_cannot_write_to_each_other_are_refused(worker_pool):
-    assert all("set parallel.overlap_tensor=auto" in text for text in worker_pool(2).run(insist_on_memory))
+    assert all("set parallel.overlap_tensor=collectives" in text for text in worker_pool(2).run(insist_on_memory))

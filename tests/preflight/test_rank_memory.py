@@ -122,7 +122,7 @@ def saved(recompute: str, pattern: str, precision: str, parallel: ParallelConfig
         ("cLSc", "full", "bf16", ParallelConfig()),
         ("cLSc", "none", "bf16", ParallelConfig(tensor=2)),
         ("cLSc", "mixer", "bf16", ParallelConfig(tensor=2)),
-        ("cLSc", "none", "bf16", ParallelConfig(tensor=2, overlap_tensor="off")),
+        ("cLSc", "none", "bf16", ParallelConfig(tensor=2, overlap_tensor="collectives")),
         ("cLSc", "none", "bf16", ParallelConfig(tensor=2, sequence_parallel=False)),
         ("cLSc", "none", "bf16", ParallelConfig(context=2)),
     ],
