@@ -105,7 +105,7 @@ class FlatStep:
         return applied
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """The reduced gradient of each piece of this rank's partitions, flat, before clipping; between reduction and next step."""
+        """The reduced gradient of each piece of this rank's partitions, flat, before clipping; from the reduction to the update."""
         for group, partition in zip(self.groups, self._optimizer.partitions, strict=True):
             for piece in partition.pieces:
                 yield piece, piece.of(group.own_gradients) * self._factor.float()
