@@ -298,7 +298,7 @@ class FlatEngine(ZeroEngine):
         return self._step(*hooks)
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """As in the base class, from the reduction until the next step begins."""
+        """As in the base class; also after a step that was skipped."""
         return self._step.gradients()
 
     def get_global_grad_norm(self) -> Tensor:

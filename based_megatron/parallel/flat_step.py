@@ -78,7 +78,7 @@ class FlatStep:
         return applied
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """The reduced gradient of each piece of this rank's partitions, flat, before clipping; between reduction and next step."""
+        """The reduced gradient of each piece of this rank's partitions, flat, before clipping; from the reduction to the update."""
         for bucket, partition in zip(self._buckets, self._optimizer.partitions, strict=True):
             for piece in partition.pieces:
                 yield piece, piece.of(bucket.own_gradients) * self._factor.float()
