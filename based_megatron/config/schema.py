@@ -161,7 +161,7 @@ class OptimizerConfig:
     weight_decay_mode: Literal["default", "reference"] = "default"
     """default: none on norms, biases and embeddings. reference: as released, norms are decayed too."""
     implementation: Annotated[Literal["auto", "torch", "fused", "apex"], FREE] = "auto"
-    """AdamW to use: auto takes torch's fused one on a GPU and the plain one on a CPU."""
+    """AdamW to use: auto takes ours, which clips, updates and rounds weights in one pass; torch and fused are PyTorch's."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     muon: MuonConfig = field(default_factory=MuonConfig)

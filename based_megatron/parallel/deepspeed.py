@@ -5,7 +5,7 @@ an optimizer step. Forward and backward stay outside of it for ZeRO-1. It keeps 
 
     its optimizer                  stages                  master partitions                  place of a parameter
     DeepSpeedZeroOptimizer         1 and 2                 single_partition_of_fp32_groups    _hp_mapping
-    BF16_Optimizer                 1 in bf16, fp32 sums    fp32_groups_flat_partition         _hp_mapping
+    BF16_Optimizer                 1 in bf16, fp32 sums    fp32_groups_flat_partition         _hp_mapping; its step is ours (flat_step.py)
     DeepSpeedZeroOptimizer_Stage3  3                       fp32_partitioned_groups_flat       grad_position
 
 Checked against deepspeed 0.19.8: these names are not a public interface. Nothing else of ours knows them.
@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from based_megatron.config import OptimizerConfig, ParallelConfig
+from based_megatron.parallel.flat_step import FlatGroup, FlatStep
+from based_megatron.parallel.gradient_sums import GradientSum, gradient, keep_sum
 from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.megatron import megatron_runs
@@ -50,7 +52,7 @@ def build_zero_engine(
             dist_init_required=False,
             config=settings,
         )
-    return ZeroEngine(engine, optimizer)
+    return zero_engine(engine, optimizer)
 
 
 class ZeroEngine:
@@ -76,6 +78,11 @@ class ZeroEngine:
         """Backward, for ZeRO-2 and 3: gradients are reduced as they are made."""
         with deepspeed_runs(self._device), megatron_runs():
             self._engine.backward(loss)
+
+    def scale_gradients(self, scale: Tensor) -> None:
+        """Multiply the gradients that ZeRO-1 has summed up, after the last backward of a step. It averages them over ranks."""
+        grads = [grad for parameter in self.module.parameters() if (grad := gradient(parameter)) is not None]
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
 
     def step(
         self,
@@ -107,9 +114,7 @@ class ZeroEngine:
         """Surroundings in which DeepSpeed takes a norm that is judged bad for an infinite one, and skips the step."""
         # The last function that the norm goes through, where the optimizer's file looks it up.
         file = sys.modules[type(self._engine.optimizer).__module__]
-        bf16 = "get_global_norm_of_tensors"
-        name = bf16 if hasattr(file, bf16) else "combine_grad_norm_groups"
-        find_norm = getattr(file, name)
+        find_norm = file.combine_grad_norm_groups
 
         def judged(*args: Any, **kwargs: Any) -> Tensor:
             found = find_norm(*args, **kwargs)
@@ -118,14 +123,14 @@ class ZeroEngine:
             verdict = judge(norm)
             return norm if verdict is None else torch.where(verdict, torch.inf, norm)
 
-        with replaced(file, **{name: judged}):
+        with replaced(file, combine_grad_norm_groups=judged):
             yield
 
     @contextmanager
     def _told_of_skip(self, on_skip: Callable[[], None] | None) -> Iterator[None]:
         """Surroundings in which `on_skip` is called before DeepSpeed drops the gradients of a step that it skips."""
         zero = self._engine.optimizer
-        name = next(name for name in ("clear_hp_grads", "_overflow_clean_up", "zero_grad") if hasattr(zero, name))
+        name = "_overflow_clean_up" if self.stage == 3 else "zero_grad"
         drop, told = getattr(zero, name), on_skip is None
 
         def dropping(*args: Any, **kwargs: Any) -> Any:
@@ -152,9 +157,7 @@ class ZeroEngine:
                 yield piece, flat.view(-1)[: piece.numel]
                 continue
             flat = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
-            # BF16_Optimizer keeps whole parameters, the other one pieces of them.
-            whole = flat.numel() == parameter.numel() != piece.numel
-            yield piece, flat.narrow(0, piece.start, piece.numel) if whole else flat[: piece.numel]
+            yield piece, flat[: piece.numel]
 
     def get_global_grad_norm(self) -> Any:
         """Norm of the whole gradient of the last step, before clipping: a number or a tensor, infinite if it was not finite."""
@@ -204,6 +207,47 @@ class ZeroEngine:
         return (partition, offset, start, numel) if numel > 0 else None
 
 
+class FlatEngine(ZeroEngine):
+    """ZeRO-1 in bf16. Of DeepSpeed's BF16_Optimizer it takes the flat buffers; the step over them is ours."""
+
+    def __init__(self, engine: Any, optimizer: PartitionedOptimizer) -> None:
+        super().__init__(engine, optimizer)
+        zero = engine.optimizer
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        groups: list[FlatGroup] = []
+        sums: list[GradientSum] = []
+        for number, master in enumerate(zero.fp32_groups_flat_partition):
+            weights, gradients = zero.bf16_groups_flat[number], zero.fp32_groups_gradients_flat[number]
+            first = dist.get_rank(zero.dp_process_group) * master.numel()
+            groups.append(FlatGroup(weights, gradients, first, master.numel()))
+            sums += map(keep_sum, zero.bf16_groups[number], zero.fp32_groups_gradients[number])
+        ranks = zero.dp_process_group, zero.mpu.get_model_parallel_group()
+        self._step = FlatStep(groups, sums, optimizer, zero.clip_grad, *ranks)
+
+    def scale_gradients(self, scale: Tensor) -> None:
+        """As in the base class; nothing is multiplied before the update."""
+        self._step.finish_sums(scale)
+
+    def step(self, *hooks: Any) -> bool:
+        """As in the base class. The host waits once, while the update runs."""
+        return self._step(*hooks)
+
+    def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
+        """As in the base class, from the reduction until the next step begins."""
+        return self._step.gradients()
+
+    def get_global_grad_norm(self) -> Tensor:
+        """As in the base class, on the device."""
+        return self._step.norm
+
+
+def zero_engine(engine: Any, optimizer: PartitionedOptimizer) -> ZeroEngine:
+    """The engine over what deepspeed.initialize returned for the client of `optimizer`."""
+    cls = FlatEngine if hasattr(engine.optimizer, "fp32_groups_gradients_flat") else ZeroEngine
+    return cls(engine, optimizer)
+
+
 def _place(parameter: Any) -> Place | None:
     """The place of a parameter under stages 1 and 2; None if another rank holds all of it."""
     mapping = parameter._hp_mapping
@@ -212,12 +256,6 @@ def _place(parameter: Any) -> Place | None:
     assert tuple(parameter.shape) == shard_spec(parameter).local_shape, shard_spec(parameter)
     lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
     return mapping.param_group_index, hp.start, lp.start, lp.numel
-
-
-def gradient(parameter: Tensor) -> Tensor | None:
-    """The summed gradient that ZeRO-1 keeps: an fp32 buffer for bf16 parameters, `.grad` for fp32 ones."""
-    high_precision = getattr(parameter, "_hp_grad", None)
-    return parameter.grad if high_precision is None else high_precision
 
 
 def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf16: bool) -> dict[str, Any]:
@@ -241,7 +279,7 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
         },
     }
     if bf16:
-        # immediate_grad_update adds each micro batch's gradient into an fp32 buffer as it is made.
+        # immediate_grad_update: gradients are added to fp32 buffers as they are made, by hooks that FlatEngine replaces.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings

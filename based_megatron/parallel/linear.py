@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from based_megatron.parallel.gradient_sums import linear
 from based_megatron.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -37,7 +38,7 @@ class Projection:
 
     def __call__(self) -> Tensor:
         """The whole projection, [L, B, rows of the weight]."""
-        return functional.linear(self.x_LBD, self.weight, self.bias)
+        return linear(self.x_LBD, self.weight, self.bias)
 
     def parts(self, *rows: int) -> list["Projection"]:
         """Projections of the same input by consecutive blocks of the weight, with these numbers of rows."""
@@ -82,7 +83,7 @@ class WholeRowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
         """x: [..., in] -> ([..., out], no loose bias)."""
-        return functional.linear(x, self.weight, self.bias), None
+        return linear(x, self.weight, self.bias), None
 
 
 WHOLE = {ColumnParallelLinear: WholeColumnLinear, RowParallelLinear: WholeRowLinear}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from based_megatron.parallel.sharding import ShardSpec
+from based_megatron.parallel.transfer import HostCopy
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class Partition:
     pieces: tuple[Piece, ...]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What is known of a gradient before the update: scalars on the device, for which nobody has waited yet."""
+
+    scale: Tensor
+    """What the gradient is to be multiplied by, fp32."""
+    is_good: Tensor
+    """Whether the step counts, a bool."""
+
+
 class PartitionedOptimizer(ABC):
     """An optimizer under ZeRO, with the state that a checkpoint keeps of it. One subclass is one file of train/optimizer/."""
 
@@ -63,6 +74,22 @@ class PartitionedOptimizer(ABC):
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups of the client, with the learning rate of the next step."""
         return self.client.param_groups
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], weights: Sequence[Tensor], judged: Judged) -> bool:
+        """Step all partitions by their flat gradients, unless the step is bad, and round the masters to the weights.
+
+        Returns whether it has. Gradients may be overwritten if it has. This form waits for the verdict; a subclass that leaves
+        it to the device waits while the update runs.
+        """
+        if not HostCopy(judged.is_good).wait():
+            return False
+        for partition, gradient in zip(self.partitions, gradients, strict=True):
+            partition.master.grad = gradient.mul_(judged.scale)
+        self.client.step()
+        for partition, weight in zip(self.partitions, weights, strict=True):
+            weight.copy_(partition.master)
+        return True
 
     @abstractmethod
     def state(self, master: Tensor) -> dict[str, Tensor]:

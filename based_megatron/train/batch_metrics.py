@@ -7,6 +7,7 @@ from torch import Tensor
 
 from based_megatron.data.batch import MicroBatch
 from based_megatron.model.recorder import Recorder
+from based_megatron.parallel.transfer import to_device
 
 
 def record_batches(recorder: Recorder, micro_batches: Sequence[MicroBatch]) -> None:
@@ -29,7 +30,7 @@ def record_sources(recorder: Recorder, batch: MicroBatch, loss_BL: Tensor, mask_
         return
     names = sorted(set(batch.sources))
     is_from_SB = torch.tensor([[float(source == name) for source in batch.sources] for name in names])
-    is_from_SB = is_from_SB.to(loss_BL.device, non_blocking=True)
+    is_from_SB = to_device(is_from_SB, loss_BL.device)
     totals_S, tokens_S = is_from_SB @ (loss_BL * mask_BL).sum(1).float(), is_from_SB @ mask_BL.sum(1).float()
     for name, total, tokens in zip(names, totals_S, tokens_S, strict=True):
         recorder.record(f"source_loss/{name}", total / tokens.clamp(min=1), count=tokens)

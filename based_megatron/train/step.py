@@ -17,12 +17,13 @@ from based_megatron.data.batch import MicroBatch
 from based_megatron.data.slices import MOST_SLICES
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.recorder import SILENT, Recorder
-from based_megatron.parallel.deepspeed import gradient
+from based_megatron.parallel.gradient_sums import gradient
 from based_megatron.parallel.linear import grouped_by
 from based_megatron.parallel.megatron import pipeline_schedule
 from based_megatron.parallel.sequence.carried import CarriedState, CarriedStates, NothingCarried
 from based_megatron.parallel.sequence.plan import SequencePlan
 from based_megatron.parallel.topology import Topology
+from based_megatron.parallel.transfer import to_device
 from based_megatron.train.batch_metrics import record_batches, record_sources
 
 
@@ -144,7 +145,7 @@ class Step:
         return SequencePlan(self.topology.sequence, batch.bounds, documents, self.topology.device, carried)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.topology.device, non_blocking=True)
+        return to_device(tensor, self.topology.device)
 
     def loss_sum(self, loss_BL: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(summed loss, tokens, both as an fp64 row, above those of slices), the form that Megatron's schedules take."""
@@ -222,9 +223,8 @@ class ScheduledStep(Step):
         topology = self.topology
         dist.broadcast(num_tokens, src=topology.last_stage_rank, group=topology.pipeline.group)
         dist.all_reduce(num_tokens, group=topology.data_context.group)
+        self.engine.scale_gradients(topology.data_context.size / num_tokens.clamp(min=1).double())
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
-        grads = [grad for parameter in parameters if (grad := gradient(parameter)) is not None]
-        torch._foreach_mul_(grads, topology.data_context.size / num_tokens.clamp(min=1).to(grads[0].dtype))
         _sum_sequence_parallel(grouped_by(parameters, "sequence_parallel"), topology)
         if topology.embedding is not None and self.chunks[0].config.model.tie_embeddings:
             tied = self.chunks[-1] if topology.pipeline.rank else self.chunks[0]

@@ -82,7 +82,7 @@ def make_engine(
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer
 
-    from based_megatron.parallel.deepspeed import ZeroEngine
+    from based_megatron.parallel.deepspeed import zero_engine
     from based_megatron.parallel.linear import shard_spec
     from based_megatron.train.optimizer.adamw import Optimizer
 
@@ -121,7 +121,7 @@ def make_engine(
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=groups, config=config)[0]
-    return ZeroEngine(engine, Optimizer(optimizer))
+    return zero_engine(engine, Optimizer(optimizer))
 
 
 def train(engine: Any, first_step: int, steps: int) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 from based_megatron.checkpoint.host_memory import copy_bytes
 from based_megatron.checkpoint.zero import zero_fragments
 from based_megatron.config import Config, ParallelConfig
-from based_megatron.parallel.deepspeed import gradient
+from based_megatron.parallel.gradient_sums import gradient
 from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.preflight.activations import chunk_activations
 from based_megatron.preflight.memory import model_memory, rank_memory, states_bytes

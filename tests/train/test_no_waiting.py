@@ -15,8 +15,12 @@ from support.runs import train_in_pool
 
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
 PACKAGE = str(Path(based_megatron.__file__).parent)
-HOST_TENSORS = ("data/", "parallel/sequence/", "train/stop.py", "checkpoint/ranks.py")
-"""Files whose tensors live on the host: documents, plans of slices, the votes of the hosts on stops and saves."""
+HOST_TENSORS = (
+    "data/", "parallel/sequence/", "train/stop.py", "checkpoint/ranks.py", "train/optimizer/adamw.py", "kernels/square_sum/reference.py",
+    "parallel/transfer.py",
+)  # fmt: skip
+"""Files whose tensors live on the host: documents, plans of slices, the votes of the hosts on stops and saves, counts of optimizer
+steps, ranges of flat tensors; and the one copy that the host waits for in each step, whether it counts, while the update runs."""
 
 
 def reader(frame: FrameType | None) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from based_megatron.config import OptimizerConfig, ParallelConfig
 from based_megatron.errors import ConfigError
 from based_megatron.model.build import build_model
-from based_megatron.parallel.deepspeed import deepspeed_settings, gradient
+from based_megatron.parallel.deepspeed import deepspeed_settings
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.optimizer import build_engine, parameter_groups, set_learning_rate
@@ -108,15 +108,6 @@ def test_deepspeed_settings(stage, bf16):
     if bf16:
         assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
         assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
-
-
-def test_the_gradient_is_the_fp32_sum_where_there_is_one():
-    parameter = nn.Parameter(torch.zeros(2))
-    assert gradient(parameter) is None
-    parameter.grad = torch.ones(2)
-    assert gradient(parameter) is parameter.grad
-    parameter._hp_grad = torch.full((2,), 3.0)  # type: ignore[attr-defined]
-    assert gradient(parameter) is parameter._hp_grad  # type: ignore[attr-defined]
 
 
 def test_the_rate_is_set_in_every_group():

@@ -13,6 +13,7 @@ from based_megatron.parallel.sequence.carried import STEP_BEFORE, CarriedState, 
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.messages import Message, Parcel
 from based_megatron.parallel.sequence.ranks import ONE_RANK, ContextRanks
+from based_megatron.parallel.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class SequencePlan:
     @cached_property
     def device_gates(self) -> Tensor:
         """`gates` on the device, fp32: copied once for all layers, and nobody waits for it."""
-        return self.gates.to(self.device, non_blocking=True)
+        return to_device(self.gates, self.device)
 
     @cached_property
     def rank_gates(self) -> Tensor:
@@ -179,7 +180,7 @@ class SequencePlan:
             return None
         if halo not in self._ids:
             positions = torch.arange(self.start - self.halo_rows(halo), self.end)
-            self._ids[halo] = self.documents.numbers(positions).to(self.device, non_blocking=True)
+            self._ids[halo] = to_device(self.documents.numbers(positions), self.device)
         return self._ids[halo]
 
     @cached_property

@@ -1,6 +1,6 @@
-"""AdamW: torch's plain and fused ones, and NVIDIA apex's."""
+"""AdamW: ours, torch's plain and fused ones, and NVIDIA apex's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from based_megatron.config import OptimizerConfig
 from based_megatron.errors import ConfigError
-from based_megatron.parallel.partitions import PartitionedOptimizer
+from based_megatron.kernels.adamw import AdamW, adamw
+from based_megatron.parallel.partitions import Judged, PartitionedOptimizer
 from based_megatron.parallel.topology import Topology
+from based_megatron.parallel.transfer import HostCopy
 from based_megatron.train.optimizer.groups import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +25,10 @@ class Optimizer(PartitionedOptimizer):
     @classmethod
     def build(cls, module: nn.Module, config: OptimizerConfig, topology: Topology) -> "Optimizer":
         """Over the parameters of this rank. Raises ConfigError if apex is asked for and missing."""
-        return cls(_client(parameter_groups(module, config), config, topology.device))
+        groups, on_gpu = parameter_groups(module, config), topology.device.type == "cuda"
+        if config.implementation != "auto":
+            return cls(_client(groups, config))
+        return OnePass(OnePassClient(groups, "triton" if on_gpu else "reference", **adam_settings(config)))
 
     def state(self, master: Tensor) -> dict[str, Tensor]:
         """The moments of a partition."""
@@ -36,6 +41,53 @@ class Optimizer(PartitionedOptimizer):
     def load_scalars(self, values: Mapping[str, int]) -> None:
         """Set the number of steps."""
         set_adam_steps(self.client, [partition.master for partition in self.partitions], values["step"])
+
+
+class OnePassClient(torch.optim.AdamW):
+    """AdamW in one pass over each flat tensor; the number of its steps is on the host."""
+
+    def __init__(self, groups: list[dict[str, Any]], backend: str, **settings: Any) -> None:
+        """backend: of the kernel."""
+        super().__init__(groups, foreach=False, **settings)
+        self._backend = backend
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all tensors that have a gradient, which is as it should be."""
+        for group in self.param_groups:
+            for master in group["params"]:
+                if master.grad is not None:
+                    self.launch(group, master, master.grad)
+                    self.count(master)
+
+    def launch(self, group: dict[str, Any], master: Tensor, gradient: Tensor, **options: Any) -> None:
+        """Queue the next update of a tensor on the device. options: of the kernel."""
+        moments = adam_moments(self, master)
+        beta1, beta2 = group["betas"]
+        step = int(self.state[master]["step"]) + 1
+        numbers = AdamW(group["lr"], step, beta1, beta2, group["eps"], group["weight_decay"])
+        adamw(numbers, master, gradient, *moments.values(), backend=self._backend, **options)
+
+    def count(self, master: Tensor) -> None:
+        """Count a step of a tensor, whose update was good."""
+        self.state[master]["step"] += 1
+
+
+class OnePass(Optimizer):
+    """AdamW whose update also scales and clips the gradient, leaves a bad step out, and rounds the weights."""
+
+    client: OnePassClient
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], weights: Sequence[Tensor], judged: Judged) -> bool:
+        # Copied before the update is queued, the verdict is on the host while the update runs.
+        verdict, masters = HostCopy(judged.is_good), [partition.master for partition in self.partitions]
+        for group, master, gradient, weight in zip(self.param_groups, masters, gradients, weights, strict=True):
+            self.client.launch(group, master, gradient, weight_N=weight, scale=judged.scale, is_good=judged.is_good)
+        applied = bool(verdict.wait())
+        for master in masters if applied else ():
+            self.client.count(master)
+        return applied
 
 
 def adam_settings(config: OptimizerConfig) -> dict[str, Any]:
@@ -85,9 +137,9 @@ def _counts_by_tensor(client: torch.optim.Optimizer) -> bool:
     return isinstance(client, (torch.optim.Adam, torch.optim.AdamW))
 
 
-def _client(groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _client(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     if config.implementation != "apex":
-        return torch.optim.AdamW(groups, fused=is_fused(config.implementation, device), **adam_settings(config))
+        return torch.optim.AdamW(groups, fused=config.implementation == "fused", **adam_settings(config))
     try:
         from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
     except ImportError as error:
