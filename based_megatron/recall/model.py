@@ -22,9 +22,9 @@ from based_megatron.parallel.megatron import megatron_runs
 from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import Topology
 
-Block = Literal["plain", "residual norm", "mamba"]
+Block = Literal["plain", "residual norm", "pytorch start"]
 """What is around a mixer. Plain: r += mixer(LayerNorm(r)). Residual norm: then r += LayerNorm(r), as in Zoology where an MLP would be.
-Mamba: r += mixer(RMSNorm(r)), with projections that start as PyTorch's do, those back divided by sqrt(layers), as in its authors' code."""
+PyTorch start: plain, with projections that start as PyTorch's do, those back divided by sqrt(layers), as in the code of Mamba's authors."""
 PRODUCT_MIXERS = tuple(MIXERS.values())
 NORM_EPS = 1e-5
 EMBEDDING_DROPOUT = 0.1
@@ -75,8 +75,7 @@ class RecallModel(nn.Module):
             ]
         D = model.hidden_size
         self.mixers = nn.ModuleList(mixers)
-        norm = nn.RMSNorm if block == "mamba" else nn.LayerNorm
-        self.norms = nn.ModuleList(norm(D, eps=NORM_EPS) for _ in mixers)
+        self.norms = nn.ModuleList(nn.LayerNorm(D, eps=NORM_EPS) for _ in mixers)
         self.residual_norms = nn.ModuleList(
             nn.LayerNorm(D, eps=NORM_EPS) if block == "residual norm" else nn.Identity() for _ in mixers
         )
@@ -98,7 +97,7 @@ class RecallModel(nn.Module):
             for name, parameter in mixer.named_parameters():
                 generator.manual_seed(zlib.crc32(f"{seed} {i} {name}".encode()))
                 shape, is_matrix = tuple(parameter.shape), name.endswith("weight") and parameter.ndim == 2
-                if self.block == "mamba" and is_matrix:
+                if self.block == "pytorch start" and is_matrix:
                     spread = len(self.mixers) ** 0.5 if name == "out_proj.weight" else 1.0
                     parameter.copy_(drawn_taps(shape, generator) / spread)
                 else:

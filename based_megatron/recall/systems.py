@@ -158,7 +158,7 @@ def _state_space(system: str, letters: str, width: int, states: int, *options: s
     """A system of two equal layers with convolutions of their own, and so many states a channel."""
     words = (f"{system}.state_dim={states}", *options)
     return lambda vocab: Point(
-        system, f"{system}-d{width}-n{states}", _model(letters, width, vocab, mixer_options=words), "mamba"
+        system, f"{system}-d{width}-n{states}", _model(letters, width, vocab, mixer_options=words), "pytorch start"
     )
 
 
