@@ -1,11 +1,14 @@
 """Made text in which recall pays: facts about people with rare names, told again far later in the same document.
 
-    python -m benchmarks.recall_corpus OUTPUT.jsonl --documents 42000
+    python -m benchmarks.recall_corpus OUTPUT.jsonl --documents 18000 --questions ROWS/facts.jsonl
 
 A document has paragraphs of a language whose next word follows from the two before it, which takes a model many tokens to learn by
 heart, and between them facts (`Takevo Lurimi keeps zapune dorike .`): each is stated, and later restated, at distances that are spread
 evenly on a logarithmic scale. Nobody has the same name in two documents but by chance, so only the document can tell a fact. Every
 document follows from the seed and its number.
+
+Questions are rows for `based eval --data ROWS --tasks facts`, about documents that come after those of the corpus: a document up to
+where it restates a fact for the first time, whose last two words are asked for.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +25,14 @@ SYLLABLES = ["".join(pair) for pair in itertools.product(CONSONANTS, VOWELS)]
 FILLER_WORDS, NAMES, VALUES = 600, 4000, 2000
 VERBS = ("keeps", "wants", "sold", "owes", "found", "lost")
 PARAGRAPHS, PARAGRAPH_WORDS = 14, 64
-FACTS = 24
+FACTS = 40
 RESTATEMENTS = 3
 """Most of them for a fact; those that would stand behind the end are left out."""
 CHOICES = (0.62, 0.2, 0.1, 0.08)
 """Probabilities of the words that can follow two others."""
+FACT = re.compile(r"\. ([A-Z]\w+ [A-Z]\w+ \w+) (\w+ \w+) \.")
+"""A fact in a document: who does what, and the two words that are its value."""
+QUESTIONS = 400
 
 
 def words_of(seed: str, count: int, syllables: int) -> list[str]:
@@ -77,6 +84,16 @@ def document(seed: int, number: int) -> str:
     return " ".join(pieces)
 
 
+def question(seed: int, number: int) -> dict[str, str]:
+    """The row of a question about a document."""
+    text = document(seed, number)
+    found = list(FACT.finditer(text))
+    told = {match.group(): match for match in reversed(found)}
+    again = {match.group(): match for match in reversed(found) if match is not told[match.group()]}
+    asked = random.Random(f"question/{seed}/{number}").choice(sorted(again.values(), key=lambda match: match.start()))
+    return {"text": text[: asked.end(1)], "value": asked[2], "key": asked[1], "doc": str(number)}
+
+
 def _line(arguments: tuple[int, int]) -> str:
     return json.dumps({"text": document(*arguments)}) + "\n"
 
@@ -85,12 +102,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write documents as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--documents", type=int, default=42_000)
+    parser.add_argument("--documents", type=int, default=18_000)
+    parser.add_argument("--questions", type=Path, help="file to write questions into")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     numbers = [(options.seed, number) for number in range(options.documents)]
     with multiprocessing.Pool() as pool, options.output.open("w") as file:
         file.writelines(pool.imap(_line, numbers, chunksize=256))
+    if options.questions:
+        options.questions.parent.mkdir(parents=True, exist_ok=True)
+        rows = (question(options.seed, options.documents + i) for i in range(QUESTIONS))
+        options.questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class SlurmOptions:
     Once steps are measured, the run itself may say less."""
     max_failures: Count = 3
     """Give up after this number of failures in a row without a newer checkpoint."""
+    successor: bool = True
+    """Keep a job waiting that goes on if the batch script itself is killed. It is cancelled when the script ends in any other way."""
     exclude_after_failure: bool = True
     """Start again without the nodes that were lost, or that kept the others waiting in a hang (file excluded_nodes)."""
     exclude_stragglers: bool = False
@@ -162,6 +164,7 @@ def render_sbatch(options: SlurmOptions, command: Sequence[str], config: Config)
         exclude_after_failure="yes" if options.exclude_after_failure else "",
         exclude_stragglers="yes" if options.exclude_stragglers else "",
         hook=shlex.quote(options.hook),
+        successor="yes" if options.successor else "",
         srun_options=shlex.join(_srun_options(options, config)),
         command=shlex.join(_rank_command(options, command, config)),
     )

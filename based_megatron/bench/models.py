@@ -12,10 +12,8 @@ import torch.distributed as dist
 from based_megatron.bench.timing import Bench
 from based_megatron.config import ModelConfig, ParallelConfig
 from based_megatron.config.load import load_config
-from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.model.based_model import BasedModel
-from based_megatron.model.config import based_config
-from based_megatron.parallel.stages import split_layers
+from based_megatron.model.build import whole_model
 from based_megatron.parallel.topology import Topology, build_topology
 
 LLAMA = {
@@ -62,9 +60,7 @@ def one_rank(bench: Bench) -> Iterator[Topology]:
 def based_model(bench: Bench, topology: Topology) -> BasedModel:
     """A Based model on the device, with random weights of the distributions that training starts from."""
     model = model_config(bench)
-    shared = based_config(model, ParallelConfig(), dtype=bench.dtype, backend=bench.backend, recompute="none")
-    (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)
-    built = BasedModel(shared, stage, topology.process_groups).to(bench.device)
+    built = whole_model(model, topology, bench.dtype, bench.backend)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith("norm.weight"):

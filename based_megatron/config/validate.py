@@ -175,7 +175,6 @@ def _check_prefix(config: Config) -> None:
     for key, value, wanted in (
         ("parallel.context", config.parallel.context, 1),
         ("data.carry_state", config.data.carry_state, False),
-        ("monitor.sample_interval_steps", config.monitor.sample_interval_steps, 0),
     ):
         if value != wanted:
             raise ConfigError(

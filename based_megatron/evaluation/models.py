@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from based_megatron.checkpoint.full import read_full
 from based_megatron.checkpoint.ranks import Ranks
-from based_megatron.config import ModelConfig, ParallelConfig
-from based_megatron.config.pattern import parse_layer_pattern
+from based_megatron.config import ModelConfig
 from based_megatron.convert.exported import data_folder, is_export, read_export
 from based_megatron.convert.huggingface import hf_model
 from based_megatron.errors import CheckpointError, ConfigError
@@ -21,12 +20,9 @@ from based_megatron.inference.engine import Engine
 from based_megatron.inference.generate import text_tokenizer
 from based_megatron.kernels.backend import resolve_backend
 from based_megatron.model.based_model import BasedModel
-from based_megatron.model.build import DTYPES
-from based_megatron.model.config import based_config
+from based_megatron.model.build import DTYPES, whole_model
 from based_megatron.model.mixers import layer_mixers
-from based_megatron.parallel.linear import attach_shard_specs, shard_spec
-from based_megatron.parallel.megatron import megatron_runs
-from based_megatron.parallel.stages import split_layers
+from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import Topology
 
 PIECE_TOKENS = 2048
@@ -128,15 +124,12 @@ def language_model(
             f"the tokenizer has {len(tokenizer)} entries, the model {source.model.vocab_size}: "
             f"set --tokenizer to that of the training data"
         )
-    if source.model.prefix_tokens:
-        raise ConfigError(
-            f"the model shows every token the first {source.model.prefix_tokens} (model.prefix_tokens), so that a row cannot be read in "
-            f"pieces or scored where its prefix is; evaluate a model with model.prefix_tokens=0"
-        )
     dtype = DTYPES[precision]
     scorer: Scorer
     if has_states(source.model):
-        engine = Engine(training_model(source.weights, source.model, topology, dtype), PIECE_TOKENS)
+        engine = Engine(
+            training_model(source.weights, source.model, topology, dtype), max(PIECE_TOKENS, source.model.prefix_tokens)
+        )
         scorer = StateScorer(engine, batch, ranks)
     else:
         model: Any = hf_model(source.weights, source.model)
@@ -158,13 +151,7 @@ def training_model(
     weights: dict[str, Tensor], model: ModelConfig, topology: Topology, dtype: torch.dtype
 ) -> BasedModel:
     """The model that was trained, whole on this rank, with these weights."""
-    (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)
-    backend = resolve_backend("auto", topology.device)
-    with megatron_runs():
-        shared = based_config(model, ParallelConfig(), dtype=dtype, backend=backend, recompute="none")
-        built = BasedModel(shared, stage, topology.process_groups)
-        attach_shard_specs(built, topology.tensor.group)
-    built = built.to(topology.device).eval()
+    built = whole_model(model, topology, dtype, resolve_backend("auto", topology.device)).eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.copy_(weights[shard_spec(parameter).name])

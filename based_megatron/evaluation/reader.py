@@ -3,16 +3,17 @@
 Legend: B rows, L tokens of a piece, U vocabulary columns.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from based_megatron.evaluation.likelihood import Score, Tokens, likelihoods
 from based_megatron.inference.engine import Engine
 from based_megatron.model.states import ModelStates
 
-Tokens = tuple[int, ...]
 SHARED_TOKENS = 16
 """Rows that start with so many equal tokens are read together up to where they differ."""
 PIECE_LOGITS = 2048
@@ -21,15 +22,6 @@ PIECE_TOKENS = 64
 """Tokens of each continuation that are computed at once: the most by which one is padded."""
 NO_TOKEN = -1
 """The target behind the end of a continuation."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Log-likelihood of a continuation, in nats."""
-
-    log_likelihood: float
-    is_greedy: bool
-    """Whether greedy decoding would have written it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,7 @@ class Reader:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.computed_tokens = engine, 0
+        self._prefix_tokens = engine.model.config.model.prefix_tokens
         self._device = engine.model.embedding.weight.device
 
     def read(self, rows: Sequence[Tokens], states: ModelStates | None = None) -> tuple[Tensor, ModelStates]:
@@ -70,31 +63,57 @@ class Reader:
         Returns: logits [B, U] of the last tokens, and the states.
         """
         order = _longest_first(rows)
-        states = self.engine.model.zero_states(len(rows)) if states is None else states.take(self._index(order))
-        logits_BU = self._advance([rows[row] for row in order], states)
+        ordered = [rows[row] for row in order]
+        if states is None:
+            logits_BU, states = self._begin(ordered)
+        else:
+            states = states.take(self._index(order))
+            logits_BU = self._advance(ordered, states)
         back_B = self._index(_inverse(order))
         return logits_BU.index_select(0, back_B), states.take(back_B)
 
     def read_shared(self, rows: Sequence[Tokens]) -> tuple[Tensor, ModelStates]:
         """`read` of new sequences, where neighbouring rows that start alike share the reading of their common start."""
         groups = shared_starts(rows)
-        if len(groups) == len(rows):
+        if len(groups) == len(rows) or min(group.tokens for group in groups) < self._prefix_tokens:
             return self.read(rows)
         starts = [rows[group.start][: group.tokens] for group in groups]
         order = _longest_first(starts)
-        states = self.engine.model.zero_states(len(starts))
-        if starts[order[0]]:
-            self._advance([starts[start] for start in order], states)
+        _, states = self._begin([starts[start] for start in order])
         place = _inverse(order)
         states = states.take(self._index([place[i] for i, group in enumerate(groups) for _ in range(group.rows)]))
         rests = [row[len(starts[i]) :] for i, group in enumerate(groups) for row in rows[group.start : group.end]]
         return self.read(rests, states)
 
+    def _begin(self, rows: Sequence[Tokens]) -> tuple[Tensor, ModelStates]:
+        """New sequences of rows, longest first. Returns: logits [B, U] of the rows that have tokens, and the states."""
+        states = self.engine.model.zero_states(len(rows))
+        if not self._prefix_tokens:
+            return self._advance(rows, states), states
+        logits = self._read_prefixes([row[: self._prefix_tokens] for row in rows], states)
+        longer = sum(len(row) > self._prefix_tokens for row in rows)
+        if longer:
+            rests = [row[self._prefix_tokens :] for row in rows[:longer]]
+            logits = torch.cat([self._advance(rests, states.rows(0, longer)), logits[longer:]])
+        return logits, states
+
+    def _read_prefixes(self, prefixes: Sequence[Tokens], states: ModelStates) -> Tensor:
+        """Read what all tokens of a row see, longest first: each at once, with those of its length."""
+        found, begin = [], 0
+        for length, group in itertools.groupby(prefixes, key=len):
+            rows = list(group)
+            part = states.rows(begin, begin + len(rows))
+            self.computed_tokens += len(rows) * length
+            found.append(self.engine.prefill(self._tensor(rows, length), part)[0])
+            begin += len(rows)
+        states.is_start = False
+        return torch.cat(found)
+
     def _advance(self, rows: Sequence[Tokens], states: ModelStates) -> Tensor:
         """Append rows, longest first, and update the states in place. Returns logits [B, U] of the rows that have tokens."""
         is_start = states.is_start
         for stage in stages([len(row) for row in rows]):
-            active = states.first(stage.rows)
+            active = states.rows(0, stage.rows)
             active.is_start, is_start = is_start, False
             starts = [len(row) - stage.left for row in rows[: stage.rows]]
             parts = [row[start : start + stage.tokens] for row, start in zip(rows, starts, strict=False)]
@@ -114,16 +133,13 @@ class Reader:
         logits_BU, states = logits_BU.index_select(0, order_B), states.take(order_B)
         sums_B = torch.zeros(len(rows), dtype=torch.float64, device=self._device)
         greedy_B = torch.ones(len(rows), dtype=torch.bool, device=self._device)
+        vocab_size = self.engine.model.config.model.vocab_size
 
         def add(logits_BLU: Tensor, targets_BL: Tensor) -> None:
-            wide_BLU, absent_BL = (
-                logits_BLU.to(torch.promote_types(logits_BLU.dtype, torch.float32)),
-                targets_BL == NO_TOKEN,
-            )
-            picked_BL = wide_BLU.gather(-1, targets_BL.clamp_min(0)[..., None])[..., 0] - wide_BLU.logsumexp(-1)
-            best_BL = logits_BLU[..., : self.engine.model.config.model.vocab_size].argmax(-1)
-            sums_B[: len(targets_BL)] += picked_BL.double().masked_fill(absent_BL, 0).sum(-1)
-            greedy_B[: len(targets_BL)] &= ((best_BL == targets_BL) | absent_BL).all(-1)
+            absent_BL = targets_BL == NO_TOKEN
+            log_p_BL, is_best_BL = likelihoods(logits_BLU, targets_BL.clamp_min(0), vocab_size)
+            sums_B[: len(targets_BL)] += log_p_BL.masked_fill(absent_BL, 0).sum(-1)
+            greedy_B[: len(targets_BL)] &= (is_best_BL | absent_BL).all(-1)
 
         add(logits_BU[:, None], self._tensor([row[:1] for row in rows], 1))
         lengths = [len(row) - 1 for row in rows]
@@ -135,7 +151,7 @@ class Reader:
             tokens_BL = self._tensor([row[start : min(start + width, len(row) - 1)] for row in rows[:active]], width)
             targets_BL = self._tensor([row[start + 1 : start + 1 + width] for row in rows[:active]], width, NO_TOKEN)
             self.computed_tokens += tokens_BL.numel()
-            add(self.engine.model.decode(tokens_BL, states.first(active), every_token=True), targets_BL)
+            add(self.engine.model.decode(tokens_BL, states.rows(0, active), every_token=True), targets_BL)
         return [Score(sums_B[place].item(), bool(greedy_B[place])) for place in _inverse(order)]
 
     def _tensor(self, rows: Sequence[Tokens], width: int, padding: int = 0) -> Tensor:

@@ -15,12 +15,18 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
 from based_megatron.errors import ConfigError
+from based_megatron.evaluation.likelihood import Score, Tokens, likelihoods
+from based_megatron.evaluation.packing import PACKED_TOKENS, PackedReader, Pair
 from based_megatron.evaluation.ranks import cut_in_batches, deal
-from based_megatron.evaluation.reader import SHARED_TOKENS, Reader, Score, Tokens
+from based_megatron.evaluation.reader import SHARED_TOKENS, Reader, shared_starts
 from based_megatron.inference.engine import STEPS_A_REPLAY, Engine
+from based_megatron.model.mixers import layer_mixers
 
 STEPS_BETWEEN_CHECKS = 4
 """Tokens that are generated between two looks for the end, where no CUDA graph replays many at once."""
+MOST_PACKED = 1.5
+"""Questions are packed if that computes at most so many times the tokens that shared states need, which take in rows of different
+lengths in many small passes: on a CPU both cost the same at about twice the tokens, on a GPU passes cost more."""
 T = TypeVar("T")
 Ended = Callable[[list[int]], bool]
 
@@ -108,18 +114,40 @@ class Scorer(ABC):
 
 
 class StateScorer(Scorer):
-    """A model with states of constant size: contexts are read once, and their states copied for each continuation."""
+    """A model with states of constant size: contexts are read once, and their states copied for each continuation.
+
+    Questions that have little to share are scored as documents of packed sequences.
+    """
 
     def __init__(self, engine: Engine, batch: int, ranks: Ranks) -> None:
         super().__init__(batch, ranks, longest_tokens=None)
         self.engine, self.reader = engine, Reader(engine)
+        model = engine.model.config.model
+        self.packed_reader = PackedReader(engine.model)
+        self._packs = not model.prefix_tokens and all(mixer.isolates for mixer in layer_mixers(model))
         self._decoded_tokens = 0
 
     @property
     def computed_tokens(self) -> int:
-        return self.reader.computed_tokens + self._decoded_tokens
+        return self.reader.computed_tokens + self.packed_reader.computed_tokens + self._decoded_tokens
 
     def _score(self, questions: Sequence[Question]) -> list[list[Score]]:
+        groups = shared_starts([each.context for each in questions]) if self._packs else []
+        alone = [
+            place
+            for group in groups
+            if is_packed(questions[group.start : group.end], group.tokens)
+            for place in range(group.start, group.end)
+        ]
+        together = sorted(set(range(len(questions))) - set(alone))
+        pairs = [Pair(questions[i].context, each) for i in alone for each in questions[i].continuations]
+        scores = iter(self.packed_reader.score(pairs))
+        found = {i: [next(scores) for _ in questions[i].continuations] for i in alone}
+        if together:
+            found |= zip(together, self._score_states([questions[i] for i in together]), strict=True)
+        return [found[i] for i in range(len(questions))]
+
+    def _score_states(self, questions: Sequence[Question]) -> list[list[Score]]:
         logits_BU, states = self.reader.read_shared([each.context for each in questions])
         rows = [row for each in questions for row in each.continuations]
         owners = [owner for owner, each in enumerate(questions) for _ in each.continuations]
@@ -180,11 +208,9 @@ class AttentionScorer(Scorer):
         scores = []
         for logits_LU, (context, continuation) in zip(logits_BLU, pairs, strict=True):
             targets_L = torch.tensor(continuation, device=logits_LU.device)
-            wide_LU = logits_LU[len(context) - 1 : len(context) - 1 + len(continuation)]
-            wide_LU = wide_LU.to(torch.promote_types(wide_LU.dtype, torch.float32))
-            picked_L = wide_LU.gather(-1, targets_L[:, None])[:, 0] - wide_LU.logsumexp(-1)
-            best_L = wide_LU[:, : self.model.config.tokenizer_vocab_size].argmax(-1)
-            scores.append(Score(picked_L.double().sum().item(), bool((best_L == targets_L).all())))
+            asked_LU = logits_LU[len(context) - 1 : len(context) - 1 + len(continuation)]
+            log_p_L, is_best_L = likelihoods(asked_LU, targets_L, self.model.config.tokenizer_vocab_size)
+            scores.append(Score(log_p_L.sum().item(), bool(is_best_L.all())))
         return scores
 
     def _continue(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -217,6 +243,18 @@ class _AllEnded(StoppingCriteria):
         rows = zip(input_ids[:, self.width :].tolist(), self.prompts, strict=True)
         ended = all(len(row) >= each.new_tokens or each.ended(row) for row, each in rows)
         return torch.full((len(input_ids),), ended, device=input_ids.device)
+
+
+def is_packed(questions: Sequence[Question], shared_tokens: int) -> bool:
+    """Whether questions whose contexts share their first tokens are packed: where the sharing of states would save little.
+
+    One that is too long for a packed sequence is not.
+    """
+    alone = sum(each.tokens_alone() for each in questions)
+    contexts = shared_tokens + sum(len(each.context) - shared_tokens for each in questions)
+    shared = contexts + sum(len(row) - 1 for each in questions for row in each.continuations)
+    longest = max(len(each.context) + max(map(len, each.continuations)) - 1 for each in questions)
+    return longest <= PACKED_TOKENS and alone <= MOST_PACKED * shared
 
 
 def _neighbours(contexts: Sequence[Tokens]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from based_megatron.config import Config
+from based_megatron.config import Config, ModelConfig, ParallelConfig
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.kernels.backend import resolve_backend
 from based_megatron.model.based_model import BasedModel
@@ -31,6 +31,19 @@ def build_model(config: Config, topology: Topology, dtype: torch.dtype | None = 
             tensor_ranks=overlapping_ranks(config.parallel, topology.tensor.group, topology.device),
         )
         return [_build_chunk(config, shared, topology, stage) for stage in stages]
+
+
+def whole_model(model: ModelConfig, topology: Topology, dtype: torch.dtype, backend: str) -> BasedModel:
+    """The model on the device of a single rank; its weights are yet to be set.
+
+    backend: resolved.
+    """
+    (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)
+    with megatron_runs():
+        shared = based_config(model, ParallelConfig(), dtype=dtype, backend=backend, recompute="none")
+        built = BasedModel(shared, stage, topology.process_groups)
+        attach_shard_specs(built, topology.tensor.group)
+    return built.to(topology.device)
 
 
 def _build_chunk(config: Config, shared: BasedConfig, topology: Topology, stage) -> BasedModel:

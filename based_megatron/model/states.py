@@ -32,9 +32,9 @@ class ModelStates:
         """A copy with its own buffers: one prompt, several continuations."""
         return self._with(Tensor.clone)
 
-    def first(self, rows: int) -> "ModelStates":
-        """The first sequences of the batch, in the same buffers."""
-        return self._with(lambda x: x[:rows])
+    def rows(self, begin: int, end: int) -> "ModelStates":
+        """Some neighbouring sequences of the batch, in the same buffers."""
+        return self._with(lambda x: x[begin:end])
 
     def take(self, row_B: Tensor) -> "ModelStates":
         """A batch of these rows in buffers of its own; a row may come more than once."""

@@ -5,7 +5,7 @@ an optimizer step. Forward and backward stay outside of it for ZeRO-1. It keeps 
 
     its optimizer                  stages                  master partitions                  place of a parameter
     DeepSpeedZeroOptimizer         1 and 2                 single_partition_of_fp32_groups    _hp_mapping
-    BF16_Optimizer                 1 in bf16, fp32 sums    fp32_groups_flat_partition         _hp_mapping
+    BF16_Optimizer                 1 in bf16, fp32 sums    fp32_groups_flat_partition         _hp_mapping; its step is ours (flat_step.py)
     DeepSpeedZeroOptimizer_Stage3  3                       fp32_partitioned_groups_flat       grad_position
 
 Checked against deepspeed 0.19.8: these names are not a public interface. Nothing else of ours knows them.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from based_megatron.config import OptimizerConfig, ParallelConfig
 from based_megatron.parallel.flat_step import FlatGroup, FlatStep
-from based_megatron.parallel.gradient_sums import gradient, keep_sum
+from based_megatron.parallel.gradient_sums import GradientSum, gradient, keep_sum
 from based_megatron.parallel.host import environment, log_level, replaced, without_warnings
 from based_megatron.parallel.linear import is_tied_copy, shard_spec
 from based_megatron.parallel.megatron import megatron_runs
@@ -215,7 +215,8 @@ class FlatEngine(ZeroEngine):
         zero = engine.optimizer
         for hook in zero._grad_acc_hooks:
             hook.remove()
-        groups, sums = [], []
+        groups: list[FlatGroup] = []
+        sums: list[GradientSum] = []
         for number, master in enumerate(zero.fp32_groups_flat_partition):
             weights, gradients = zero.bf16_groups_flat[number], zero.fp32_groups_gradients_flat[number]
             first = dist.get_rank(zero.dp_process_group) * master.numel()
@@ -278,7 +279,7 @@ def deepspeed_settings(parallel: ParallelConfig, optimizer: OptimizerConfig, bf1
         },
     }
     if bf16:
-        # immediate_grad_update adds each micro batch's gradient into an fp32 buffer as it is made.
+        # immediate_grad_update: gradients are added to fp32 buffers as they are made, by hooks that FlatEngine replaces.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings

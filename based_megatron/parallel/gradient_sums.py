@@ -6,7 +6,6 @@ layer is added to inside the very matrix product that makes its gradient; what a
 Legend: T tokens, D features of the input, O features of the output.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from based_megatron.kernels.column_sum import column_sum
+from based_megatron.kernels.layout import unit_last_stride
+
 
 class GradientSum:
     """The sum of one parameter's gradients over the micro batches of a step. The first one overwrites what is there."""
 
-    def __init__(self, sum_fp32: Tensor, on_added: Callable[[], None] | None = None) -> None:
-        """sum_fp32: of the parameter's shape; on_added: called whenever the gradient of a micro batch, or a part of it, is in."""
-        self.values, self.is_empty, self.on_added = sum_fp32, True, on_added
+    def __init__(self, sum_fp32: Tensor) -> None:
+        """sum_fp32: of the parameter's shape."""
+        self.values, self.is_empty = sum_fp32, True
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient of any float dtype."""
@@ -28,15 +30,13 @@ class GradientSum:
             self.values.copy_(gradient)
         else:
             self.values.add_(gradient)
-        self._added()
+        self.is_empty = False
 
     def add_rows(self, dy_TO: Tensor) -> None:
         """Add the gradient of a bias, the sum of dy over tokens."""
-        if self.is_empty:
-            torch.sum(dy_TO, 0, dtype=self.values.dtype, out=self.values)
-        else:
-            self.values.add_(dy_TO.sum(0, dtype=self.values.dtype))
-        self._added()
+        backend = "triton" if dy_TO.is_cuda else "reference"
+        column_sum(unit_last_stride(dy_TO), self.values, adds=not self.is_empty, backend=backend)
+        self.is_empty = False
 
     def add_product(self, dy_TO: Tensor, x_TD: Tensor) -> None:
         """Add the gradient of a weight, dy^T x, which no dtype below fp32 rounds."""
@@ -48,7 +48,7 @@ class GradientSum:
             torch.mm(dy_TO.t(), x_TD, out_dtype=dtype, out=self.values)
         else:
             torch.addmm(self.values, dy_TO.t(), x_TD, out_dtype=dtype, out=self.values)
-        self._added()
+        self.is_empty = False
 
     def complete(self) -> None:
         """Make the sum zero if nothing was added in this step: what is there is of an earlier one."""
@@ -59,11 +59,6 @@ class GradientSum:
     def begin(self) -> None:
         """Begin the sum of another step, which may be long before its first gradient is there."""
         self.is_empty = True
-
-    def _added(self) -> None:
-        self.is_empty = False
-        if self.on_added is not None:
-            self.on_added()
 
 
 def keep_sum(parameter: nn.Parameter, sum_fp32: Tensor) -> GradientSum:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based_megatron.kernels.column_sum.triton_column_sum import column_sum
 from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -137,7 +138,8 @@ class AddRMSNorm(torch.autograd.Function):
             PADDED_D=padded_D,
             num_warps=_warps(padded_D),
         )
-        return dresidual_TD, dupdate_TD, partial_dweight.sum(0).to(weight_D.dtype), None
+        dweight_D = column_sum(partial_dweight, torch.empty_like(weight_D), adds=False)
+        return dresidual_TD, dupdate_TD, dweight_D, None
 
 
 def _programs(device: torch.device) -> int:

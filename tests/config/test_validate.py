@@ -80,11 +80,6 @@ REFUSED: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         2,
         ["parallel.context 2", "parallel.context=1"],
     ),
-    "prefix and samples": (
-        {"model.prefix_tokens": 8, "monitor.sample_interval_steps": 5},
-        1,
-        ["monitor.sample_interval_steps 5", "monitor.sample_interval_steps=0"],
-    ),
     "prefix without a mask": (
         {
             "model.prefix_tokens": 8,

@@ -36,6 +36,7 @@ def trained_model(config: Config) -> tuple[dict[str, torch.Tensor], torch.Tensor
         ({"tie_embeddings": False, "rotary_fraction": 0.5, "rotary_base": 300.0}, 1e-6),
         ({"layer_pattern": "cLcL", "feature_map": "rebased"}, 1e-10),
         ({"layer_pattern": "cLcL", "prefix_tokens": 20}, 1e-10),
+        ({"layer_pattern": "cLcL", "prefix_tokens": 20, "feature_map": "rebased"}, 1e-10),
         ({"layer_pattern": "cLcL", "conv_kernel": 5, "conv_expand": 2, "norm_eps": 1e-2, "feature_dim": 6}, 1e-10),
     ],
 )

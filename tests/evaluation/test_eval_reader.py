@@ -94,6 +94,45 @@ def readings(pattern: str) -> dict[str, Any]:
     }
 
 
+def prefix_readings() -> dict[str, Any]:
+    """Errors of a model whose tokens all see a prefix of 18, against each row read in one piece and each token after it alone."""
+    scorer = state_scorer(prefix_tokens=18)
+    model, rows = scorer.engine.model, some_rows()
+    continuations = [(5,), rows[0] * 12, (7, 8), rows[1], (9, 10, 11)]
+
+    def alone(row: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[torch.Tensor, float]:
+        states = model.zero_states(1)
+        with torch.no_grad():
+            last = logits = model.decode(torch.tensor([row]), states)
+            log_p = 0.0
+            for token in continuation:
+                log_p += logits.log_softmax(-1)[0, token].item()
+                logits = model.decode(torch.tensor([token]), states)
+        return last[0], log_p
+
+    expected = [alone(*pair) for pair in zip(rows, continuations, strict=True)]
+    found: dict[str, Any] = {}
+    for name in ("read", "read_shared"):
+        reader = Reader(scorer.engine)
+        logits, states = getattr(reader, name)(rows)
+        scores = reader.score(continuations, logits, states)
+        found[name] = float((logits - torch.stack([last for last, _ in expected])).abs().max())
+        found[f"{name} scores"] = max(abs(s.log_likelihood - e) for s, (_, e) in zip(scores, expected, strict=True))
+    reader = Reader(scorer.engine)
+    logits, _ = reader.read_shared(rows[1:3])
+    found["shared start"] = float((logits - torch.stack([last for last, _ in expected[1:3]])).abs().max())
+    assert reader.computed_tokens == len(rows[1]) + len(rows[2]) - 30, "the start is longer than the prefix"
+    found["row of the start alone"] = float((alone(rows[1][:18], (3,))[0] - alone(rows[1], (3,))[0]).abs().max())
+    return found
+
+
+def test_a_prefix_is_read_at_once_and_is_that_of_its_row(worker_pool):
+    """Rows shorter than the prefix, as long, and longer; some share it."""
+    (found,) = worker_pool(1).run(prefix_readings)
+    assert found.pop("row of the start alone") > 1e-3
+    assert all(error < EXACT for error in found.values()), found
+
+
 @pytest.mark.parametrize("pattern", ["cLSc", "RDE"])
 def test_rows_are_read_and_scored_as_alone(worker_pool, pattern):
     """The mixers of Based, and of other architectures with states of constant size."""

@@ -22,7 +22,7 @@ WORDS = "hello world said the version author home page license one two three".sp
 VOCABULARY = 300
 
 
-def tiny(pattern: str = "cLSc") -> ModelConfig:
+def tiny(pattern: str = "cLSc", prefix_tokens: int = 0) -> ModelConfig:
     return ModelConfig(
         layer_pattern=pattern,
         hidden_size=32,
@@ -32,6 +32,7 @@ def tiny(pattern: str = "cLSc") -> ModelConfig:
         window_left=5,
         vocab_size=VOCABULARY,
         mixers="based_megatron.baselines" if set(pattern) - set("cLSA") else "",
+        prefix_tokens=prefix_tokens,
     )
 
 
@@ -50,9 +51,13 @@ def write_tiny(root: Path, pattern: str = "cLSc") -> Path:
     return root
 
 
-def state_scorer(dtype: torch.dtype = torch.float64, batch: int = 8, pattern: str = "cLSc") -> StateScorer:
-    model, topology = tiny(pattern), build_topology(ParallelConfig(), rank_device(dist.get_rank()))
-    return StateScorer(Engine(training_model(weights_of(model), model, topology, dtype), 16), batch, all_ranks())
+def state_scorer(
+    dtype: torch.dtype = torch.float64, batch: int = 8, pattern: str = "cLSc", prefix_tokens: int = 0
+) -> StateScorer:
+    model, topology = tiny(pattern, prefix_tokens), build_topology(ParallelConfig(), rank_device(dist.get_rank()))
+    return StateScorer(
+        Engine(training_model(weights_of(model), model, topology, dtype), max(16, prefix_tokens)), batch, all_ranks()
+    )
 
 
 def attention_scorer(batch: int = 8, pattern: str = "cLSc") -> AttentionScorer:

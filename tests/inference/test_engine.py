@@ -109,9 +109,11 @@ def test_splits_with_the_kernels(worker_pool):
         assert len(errors) == len(pieces) and all(error < 1e-5 for error in errors.values())
 
 
-def test_a_prompt_with_a_prefix_continues_as_the_full_forward(worker_pool):
+@pytest.mark.parametrize("feature_map", ["taylor", "rebased"])
+def test_a_prompt_with_a_prefix_continues_as_the_full_forward(worker_pool, feature_map):
     """The prefix is of 5 tokens: the first piece must hold them."""
-    (errors,) = worker_pool(1).run(split_errors, DOUBLE, "reference", [5, 6, TOKENS], [None, 5], prefix_tokens=5)
+    model = {"prefix_tokens": 5, "feature_map": feature_map}
+    (errors,) = worker_pool(1).run(split_errors, DOUBLE, "reference", [5, 6, TOKENS], [None, 5], **model)
     assert all(error < 1e-10 for error in errors.values())
 
 

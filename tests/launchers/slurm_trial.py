@@ -287,16 +287,51 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     return disturbed(trial, name, disturb)
 
 
-@scenario("the batch script is killed, then submitted again")
-def _(trial: Trial, name: str) -> tuple[Run, float]:
-    def disturb(run: Run) -> None:
-        for pid in trial.cluster.machines.pids(trial.nodes(run)[0], "slurm_script"):
-            os.kill(pid, signal.SIGKILL)
+def kill_script(trial: Trial, run: Run) -> None:
+    """Kill the batch script of the job that runs."""
+    for pid in trial.cluster.machines.pids(trial.nodes(run)[0], "slurm_script"):
+        os.kill(pid, signal.SIGKILL)
 
-    run, _when = disturbed(trial, name, disturb)
+
+@scenario("the batch script is killed")
+def _(trial: Trial, name: str) -> tuple[Run, float]:
+    """Its successor goes on."""
+    run, when = disturbed(trial, name, lambda run: kill_script(trial, run))
+    assert "was killed" in run.log and len(list(run.folder.glob("slurm-*.log"))) == 2, run.log
+    return run, when
+
+
+@scenario("the batch script is killed, then its successor is cancelled")
+def _(trial: Trial, name: str) -> tuple[Run, float]:
+    """The one in the place of the one that was killed: none is left."""
+    run = trial.launch(name)
+    trial.wait_step(run, 13)
+    kill_script(trial, run)
+    when = time.time()
+    wait(lambda: run.starts == 2, 60)
+    _output("scancel", trial.job(run))
+    trial.wait_end(run)
+    assert run.starts == 2 and len(run.losses) < STEPS, "a cancelled job came back"
+    return run, when
+
+
+@scenario("the batch script is killed without a successor, then submitted again")
+def _(trial: Trial, name: str) -> tuple[Run, float]:
+    run, _when = disturbed(trial, name, lambda run: kill_script(trial, run), 13, "--no-successor")
     left = [pid for node in trial.nodes(run) for pid in trial.cluster.machines.pids(node, str(run.folder))]
     assert run.starts == 1 and not left, f"ranks outlive the script: {left}"
     return resubmitted(trial, name, run)
+
+
+@scenario("the batch script is killed at every start")
+def _(trial: Trial, name: str) -> tuple[Run, float]:
+    """Before there is a checkpoint."""
+    run, when = trial.launch(name), time.time()
+    for start in (1, 2, 3):
+        wait(lambda start=start: run.starts == start, 120)
+        kill_script(trial, run)
+    trial.wait_end(run)
+    return run, when
 
 
 @scenario("slurmctld restarts")
@@ -350,7 +385,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     trial.launch(f"link-{name}")
     trial.wait_step(run, 1)
     states = run.jobs()
-    assert sorted(states) == ["PENDING", "RUNNING"], states
+    assert sorted(states) == ["PENDING", "PENDING", "RUNNING"], f"a job, its successor and the second one, not {states}"
     when = time.time()
     trial.wait_end(run)
     return run, when

@@ -13,11 +13,13 @@ from based_megatron.launchers.script import SlurmOptions, render_sbatch
 
 CONFIG = load_config("tiny")
 STUBS = {
-    "scontrol": 'case $1 in show) printf "node1\\nnode2\\n";; requeue) [ -z "$NO_REQUEUE" ] && echo requeue >>calls;; esac',
+    "scontrol": 'case "$1 $2" in *hostnames) printf "node1\\nnode2\\n";; *job) cat ended-$3;; '
+    'requeue*) [ -z "$NO_REQUEUE" ] && echo requeue >>calls;; esac',
     "squeue": 'case "$*" in *--steps*) printf "7.batch\\n7.1\\n";; *) cat state;; esac',
     "scancel": 'echo scancel "$@" >>calls',
     "sinfo": 'cat sinfo 2>/dev/null',
-    "sbatch": 'echo sbatch "$@" ${BASED_FORMER_JOB:+of $BASED_FORMER_JOB} >>calls; echo 8',
+    "sbatch": 'echo sbatch "$@" of $BASED_FORMER_JOB${BASED_KILLED_JOB:+, killed}${SLURM_RESTART_COUNT:+, restarted} >>calls; '
+    'echo "8;cluster"',
     "getent": "true",
     "sleep": "/bin/sleep 0.05",
     "hook": 'echo "$BASED_RUN_DIR $1: $2" >>hooks',
@@ -33,7 +35,8 @@ class Job:
     def __init__(self, folder: Path, **options) -> None:
         self.folder = folder
         config = dataclasses.replace(CONFIG, run_dir=str(folder / "run"))
-        settings = SlurmOptions(nodes=2, tasks_per_node=1, gpus_per_node=0, max_failures=2, hook="hook", **options)
+        usual = dict(nodes=2, tasks_per_node=1, gpus_per_node=0, max_failures=2, hook="hook", successor=False)
+        settings = SlurmOptions(**{**usual, **options})
         (folder / "script").write_text(render_sbatch(settings, ["train"], config))
         (folder / "state").write_text("RUNNING\n")
         (folder / "bin").mkdir()
@@ -238,6 +241,105 @@ def test_a_job_that_cannot_be_requeued_goes_on_in_a_new_one(job):
     assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch of 7"]
 
 
+def test_a_job_of_a_restarted_one_has_no_restarts_of_its_own(job):
+    """SLURM would hand on the number, and the lock tells a requeued job by it."""
+    job.run(CHECKPOINT % (3, 3), NO_REQUEUE="1", SLURM_RESTART_COUNT="2")
+    assert job.read("calls") == [f"sbatch --parsable {job.folder}/run/pretrain.sbatch of 7"]
+
+
+@pytest.fixture
+def guarded(tmp_path, monkeypatch) -> Job:
+    """A job with a successor."""
+    monkeypatch.chdir(tmp_path)
+    return Job(tmp_path, successor=True, exclude="node9")
+
+
+WAITS = "--exclude=node9 --dependency=singleton,afternotok:7 --kill-on-invalid-dep=yes"
+KILL_SCRIPT = "kill -KILL $PPID $(pgrep -P $PPID | grep -vx $$) $$"
+"""Shell of ranks that are killed with the script and all that it has started, as SLURM does it."""
+
+
+def successor(job: Job) -> str:
+    """The call that submits it."""
+    return f"sbatch --parsable {WAITS} {job.folder}/run/pretrain.sbatch of 7, killed"
+
+
+def test_a_script_that_is_killed_leaves_a_successor(guarded):
+    assert guarded.run(KILL_SCRIPT) == -9
+    assert guarded.read("calls") == [successor(guarded)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "after"),
+    [
+        ("touch run/done", []),
+        ("touch run/stopped", []),
+        (cause(0, 0, 2, "ConfigError: no") + "exit 2", []),
+        (CHECKPOINT % (3, 3), ["requeue"]),
+        ("echo 1 -1 >run/failures; exit 9", []),
+        ("echo CANCELLED >state; exit 9", []),
+        ("/bin/sleep 0.2; kill -TERM $PPID; exec /bin/sleep 5", ["requeue"]),
+        ("trap '' USR2; /bin/sleep 0.2; kill -TERM $PPID; /bin/sleep 0.3; " + KILL_SCRIPT, []),
+    ],
+    ids=[
+        "done",
+        "stopped",
+        "user's error",
+        "pause",
+        "failures",
+        "cancelled",
+        "preempted",
+        "killed after SLURM's request",
+    ],
+)
+def test_at_every_other_end_the_successor_is_cancelled(guarded, ranks, after):
+    """Before the job is requeued: it has another one in its next start."""
+    guarded.run(ranks)
+    assert guarded.read("calls") == [successor(guarded), "scancel 8", *after]
+    assert not list(guarded.folder.glob("run/logs/*.successor"))
+
+
+def test_a_start_that_lost_its_node_leaves_no_second_successor(guarded):
+    guarded.run(KILL_SCRIPT)
+    guarded.run("touch run/done", SLURM_RESTART_COUNT="1")
+    assert guarded.read("calls") == ["scancel 8", successor(guarded), "scancel 8"]
+
+
+KILLED = "JobState=FAILED Reason=JobLaunchFailure ExitCode=0:9"
+
+
+@pytest.mark.parametrize(
+    ("ended", "goes_on"),
+    [
+        (KILLED, True),
+        ("", True),
+        ("JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0", True),
+        ("JobState=CANCELLED Reason=None ExitCode=0:15", False),
+        ("JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0", False),
+    ],
+    ids=["killed", "forgotten", "lost", "cancelled", "ended by itself"],
+)
+def test_a_successor_goes_on_only_after_a_killed_script(job, ended, goes_on):
+    (job.folder / "ended-6").write_text(ended)
+    assert job.run("touch run/done", BASED_KILLED_JOB="6") == 0
+    assert (job.folder / "run/done").exists() is goes_on
+    assert ("nothing to go on with: job 6" in job.log) is not goes_on
+
+
+def test_scripts_that_are_killed_are_failures(job):
+    (job.folder / "ended-6").write_text(KILLED)
+    env = {"BASED_KILLED_JOB": "6"}
+    assert job.run(KILL_SCRIPT, **env) == -9 and job.read("run/failures") == ["1 -1"]
+    assert job.read("hooks") == [f"{job.folder / 'run'} crash: the batch script of job 6 was killed"]
+    assert job.run("touch started", **env) == 1 and not (job.folder / "started").exists()
+    assert "2 failures in a row without a newer checkpoint" in job.log
+
+
+def test_a_successor_that_is_requeued_is_a_job_like_any_other(job):
+    job.run('[ -z "$BASED_KILLED_JOB" ] && touch run/done', BASED_KILLED_JOB="6", SLURM_RESTART_COUNT="1")
+    assert "was killed" not in job.log and job.read("run/failures") == [] and (job.folder / "run/done").exists()
+
+
 HANG = """
 echo >run/heartbeat
 touch $(dirname $NCCL_DEBUG_FILE)/rank-0000-node1.log $(dirname $NCCL_DEBUG_FILE)/rank-0001-node2.log
@@ -361,7 +463,7 @@ def test_a_run_that_hangs_is_ended(job, beats, hangs):
     (job.folder / "run").mkdir()
     (job.folder / "run/heartbeat").write_text('{"limit_seconds": 0}')
     job.run("/bin/sleep 0.3; " + beats + ("exec /bin/sleep 10" if hangs else "exit 9"))
-    assert (hangs in job.log) if hangs else "no step for" not in job.log
+    assert (hangs in job.log) if hangs else "no step for" not in job.log, job.log
     assert (job.read("calls")[:1] == ["scancel --signal=KILL 7.1"]) is bool(hangs)
     assert ("status 137" in job.log) is (job.folder / "run/hung").exists() is bool(hangs)
 
@@ -382,11 +484,15 @@ def test_a_hook_that_fails_changes_nothing(job):
     assert job.run("touch run/done") == 0 and "the hook failed with status 3" in job.log
 
 
-def test_the_transport_that_nccl_took_is_in_the_log(job):
+@pytest.mark.parametrize("beats", [100, 0], ids=["while they train", "of ranks that end before their second beat"])
+def test_the_transport_that_nccl_took_is_in_the_log(job, beats):
     lines = "NCCL INFO Using network IB\\n" + "NCCL INFO Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0\\n" * 2
-    beats = "echo 1 >run/heartbeat; /bin/sleep 0.3; echo 2 >run/heartbeat; /bin/sleep 0.3; touch run/done"
-    job.run(f"/bin/sleep 0.2; printf '{lines}' >{LOGS}/nccl-node1-1.log; " + beats)
-    assert "NCCL: via NET/IB/0 (2 times), Using network IB (1 times)\n" in job.log
+    # They beat until the line is there, however seldom the script looks.
+    beat = f"for ((i = 0; i < {beats}; i++)); do echo $i >run/heartbeat; [ ! -e {LOGS}/transport ] || break; /bin/sleep 0.1; done; "
+    ends = f"[ ! -e {LOGS}/transport ] || touch while_they_train; touch run/done"
+    job.run(f"printf '{lines}' >{LOGS}/nccl-node1-1.log; " + beat + ends)
+    assert job.log.count("NCCL: via NET/IB/0 (2 times), Using network IB (1 times)\n") == 1
+    assert (job.folder / "while_they_train").exists() is bool(beats)
 
 
 def test_the_settings_of_nccl_are_the_owners_if_there_are_any(job):

@@ -90,22 +90,20 @@ def by_hand(letter: str, mixer: Any, x: Tensor) -> Tensor:
     q, k, v = (part.unflatten(-1, (4, 8)).transpose(0, 1) for part in (x @ weights["qkv.weight"].T).chunk(3, dim=-1))
     distance = here(torch.arange(LENGTH)[:, None] - torch.arange(LENGTH))
     if letter == "L":
-        scores = q @ k.transpose(1, 2) / 8**0.5
-        weight = (1 + scores + scores**2 / 2) * (distance >= 0)
-        mixed = (weight / weight.sum(-1, keepdim=True)) @ v
+        seen, square = distance >= 0, "q_norm.weight" in weights
         if "prefix_kv.weight" in weights:
             prefix = (x[:7] @ weights["prefix_kv.weight"].T).chunk(2, dim=-1)
             prefix_k, prefix_v = (part.unflatten(-1, (4, 8)).transpose(0, 1) for part in prefix)
-            scores = q @ prefix_k.transpose(1, 2) / 8**0.5
-            both = torch.cat([weight, 1 + scores + scores**2 / 2], dim=-1)
-            mixed = (both / both.sum(-1, keepdim=True)) @ torch.cat([v, prefix_v], dim=1)
-        if "q_norm.weight" in weights:
+            k, v = torch.cat([k, prefix_k], dim=1), torch.cat([v, prefix_v], dim=1)
+            seen = torch.cat([seen, torch.ones_like(seen[:, :7])], dim=1)
+        if square:
             q, k = (
                 by_hand_norm(x) * weights[f"{name}.weight"].view(4, 1, 8) + weights[f"{name}.bias"].view(4, 1, 8)
                 for x, name in ((q, "q_norm"), (k, "k_norm"))
             )
-            weight = (q @ k.transpose(1, 2)) ** 2 / 8 * (distance >= 0)
-            mixed = (weight / (weight.sum(-1, keepdim=True) + 1e-5)) @ v
+        scores = q @ k.transpose(1, 2) / 8**0.5
+        weight = (scores**2 if square else 1 + scores + scores**2 / 2) * seen
+        mixed = (weight / (weight.sum(-1, keepdim=True) + (1e-5 if square else 0))) @ v
     else:
         q, k = rotated(q), rotated(k)
         seen = (distance >= 0) & (distance <= (11 if letter == "S" else LENGTH))
@@ -144,9 +142,10 @@ def test_rebased_linear_attention_is_its_formula(worker_pool):
     assert error < 1e-10
 
 
-def test_linear_attention_with_a_prefix_is_its_formula(worker_pool):
-    """All tokens see the second keys and values of the first 7."""
-    (error,) = worker_pool(1).run(formula_error, "L", prefix_tokens=7)
+@pytest.mark.parametrize("feature_map", ["taylor", "rebased"])
+def test_linear_attention_with_a_prefix_is_its_formula(worker_pool, feature_map):
+    """All tokens see the second keys and values of the first 7; ReBased norms those keys too."""
+    (error,) = worker_pool(1).run(formula_error, "L", prefix_tokens=7, feature_map=feature_map)
     assert error < 1e-10
 
 

@@ -94,15 +94,6 @@ def test_sums_of_nothing_are_zero() -> None:
     assert total.values.eq(1).all(), "what was added stays"
 
 
-def test_whoever_waits_hears_of_each_addition() -> None:
-    made, heard = layer(torch.float32), []
-    for name, parameter in made.named_parameters():
-        gradient_sum(parameter).on_added = lambda name=name: heard.append(name)
-    for x in inputs(torch.float32):
-        loss_of(linear(x, made.weight, made.bias)).backward()
-    assert heard == ["weight", "bias"] * MICRO_BATCHES
-
-
 def test_without_a_sum_a_gradient_is_where_torch_has_it() -> None:
     plain, x = nn.Linear(FEATURES, OUTPUTS), inputs(torch.float32)[0].cpu()
     loss_of(linear(x, plain.weight, plain.bias)).backward()

@@ -26,9 +26,9 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def expected_tokens() -> list[int]:
+def expected_tokens(**model: Any) -> list[int]:
     """The argmax after each prompt, of a forward pass over the prompt alone."""
-    config = small_config()
+    config = small_config(model=model)
     topology = build_topology(config.parallel, rank_device(0))
     (model,) = build_model(config, topology)
     found = []
@@ -40,8 +40,8 @@ def expected_tokens() -> list[int]:
     return found
 
 
-def sampled_tokens(parallel: ParallelConfig) -> list[int]:
-    run = build_run(small_config(parallel))
+def sampled_tokens(parallel: ParallelConfig, **model: Any) -> list[int]:
+    run = build_run(small_config(parallel, model=model))
     trainer: Any = SimpleNamespace(config=run.config, topology=run.topology, step_runner=run.step)
     return [next_token(trainer, ids) for ids in prompts()]
 
@@ -67,6 +67,12 @@ def expected(worker_pool) -> list[int]:
 )
 def test_the_next_token_is_that_of_the_whole_model(worker_pool, expected, parallel):
     assert worker_pool(2).run(sampled_tokens, parallel) == [expected, expected]
+
+
+def test_a_prefix_ends_with_the_prompt(worker_pool):
+    """Prompts shorter and longer than the prefix that all tokens see; the padding behind them is not seen."""
+    (expected,) = worker_pool(1).run(expected_tokens, prefix_tokens=20)
+    assert worker_pool(2).run(sampled_tokens, ParallelConfig(pipeline=2), prefix_tokens=20) == [expected, expected]
 
 
 def token_beside_a_loud_row() -> tuple[int, int]:

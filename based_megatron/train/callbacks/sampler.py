@@ -61,14 +61,17 @@ def next_token(trainer: Trainer, ids: list[int]) -> int:
 
 
 def _batch(ids: list[int], trainer: Trainer) -> MicroBatch:
-    """The prompt in the shape of a training micro batch; what follows it cannot be seen from its last token."""
+    """The prompt in the shape of a training micro batch; what follows it cannot be seen from its last token.
+
+    A prefix that all tokens see (model.prefix_tokens) ends with the prompt: what follows is a document of its own.
+    """
     config, context = trainer.config, trainer.topology.context
     length = config.data.sequence_length_tokens
     bounds = even_bounds(length, context.size, slice_multiple(config.parallel))
     tokens_BS = torch.zeros(config.train.micro_batch_sequences, length, dtype=torch.int64)
     tokens_BS[:, : len(ids)] = torch.tensor(ids)
     tokens_BL = tokens_BS[:, slice_of(bounds, context.rank)].contiguous()
-    documents = (
-        Documents((torch.zeros(1, dtype=torch.int64),) * len(tokens_BS)) if config.data.isolate_documents else None
-    )
+    prefix_ends = [len(ids)] if config.model.prefix_tokens else []
+    starts = torch.tensor([0, *prefix_ends])
+    documents = Documents((starts,) * len(tokens_BS)) if config.data.isolate_documents or prefix_ends else None
     return MicroBatch(tokens_BL, tokens_BL, torch.zeros_like(tokens_BL, dtype=torch.float32), documents, bounds)
