@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005 (Triton has no starred tuples)
-# mypy: disable-error-code="assignment, var-annotated" (nor has mypy tuples that grow in a loop)
+# mypy: disable-error-code="assignment,var-annotated"
 """Triton kernels of the selective scan; `triton_scan.py` launches them.
 
 Legend: B batch, T tokens, C channels, N states of a channel, S saved states of a row, one before each chunk.
