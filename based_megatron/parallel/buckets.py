@@ -1,4 +1,4 @@
-"""The communication of ZeRO-1 in buckets, beside computation: gradients in the last backward, weights in the next forward.
+"""The communication of ZeRO-1 in buckets, during computation: gradients in the last backward, weights in the next forward.
 
 A bucket is some parameters, one after another in two flat tensors, of their gradients and of their weights. Every data x context
 rank owns an equal range of both:

@@ -129,7 +129,7 @@ def _step_seconds(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu, mfu:
 def _reduction_seconds(
     config: Config, shards: int, gpus_per_node: int, nodes: int, micro_batch_seconds: float
 ) -> float:
-    """What is exposed of the reduction of fp32 gradients, beside the last backward, and the gathering of weights, beside the next forward.
+    """What is exposed of the reduction of fp32 gradients during the last backward, and of the gathering of weights during the next forward.
 
     Nothing hides the embedding's part, whose gradient is complete last and which is read first.
     """

@@ -1,4 +1,4 @@
-"""What ZeRO sends beside computation changes no value, whenever it arrives, and is sent as early as can be."""
+"""What ZeRO sends during computation changes no value, whenever it arrives, and is sent as early as can be."""
 
 import dataclasses
 from typing import Any
@@ -147,7 +147,7 @@ def order_of_a_step(parallel: ParallelConfig) -> list[str]:
     return events
 
 
-def test_buckets_go_beside_computation(worker_pool):
+def test_buckets_go_during_computation(worker_pool):
     """One by one between the gradients of the last micro batch, and while layers run."""
     events = worker_pool(2).run(order_of_a_step, ParallelConfig())[0]
     last_backward = events[len(events) - 1 - events[::-1].index("first gradient") :]
