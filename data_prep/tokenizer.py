@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.errors import DataError
 
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 EOS_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 GPT2_PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
@@ -57,7 +58,7 @@ class Encoder:
             "clean_up_tokenization_spaces": False,
         }
         (folder / TOKENIZER_NAME).write_text(self._json, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / TOKENIZER_CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     def _ids(self, pieces: list[str]) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
@@ -154,11 +155,11 @@ def _eos(tokenizer: Tokenizer, folder: Path, eos_token: str) -> str:
 
 def _configured_eos(folder: Path) -> str:
     try:
-        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or ""
+        token = json.loads((folder / TOKENIZER_CONFIG_NAME).read_text(encoding="utf-8")).get("eos_token") or ""
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read {folder / 'tokenizer_config.json'}: {error}; repair it or set --eos-token"
+            f"cannot read {folder / TOKENIZER_CONFIG_NAME}: {error}; repair it or set --eos-token"
         ) from error
     return token["content"] if isinstance(token, dict) else token

@@ -206,13 +206,6 @@ def test_an_empty_folder_is_used(config, tmp_path):
     assert prepare(config) == load_manifest(config.output)
 
 
-def test_what_a_killed_run_left_is_named_and_can_be_overwritten(config, tmp_path):
-    (tmp_path / "out.tmp").mkdir()
-    with pytest.raises(DataError, match=r"out\.tmp is in the way.*--overwrite"):
-        prepare(config)
-    assert prepare(dataclasses.replace(config, overwrite=True)).splits["train"].documents
-
-
 def test_a_full_disk_is_one_line_and_leaves_nothing(config, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writes fail in the middle of a file, as on a full disk
@@ -253,6 +246,7 @@ def test_an_interrupt_leaves_nothing(config, tmp_path, monkeypatch):
         ("validation_fraction", 1.0, "--validation-fraction"),
         ("validation_fraction", -0.1, "--validation-fraction"),
         ("block_tokens", 0, "--block-tokens"),
+        ("block_tokens", 2**40, "--block-tokens 1099511627776 is more .* at most 268435456"),
         ("shard_blocks", 0, "--shard-blocks"),
         ("shuffle_tokens", 0, "--shuffle-tokens"),
         ("train_tokenizer_bytes", 0, "--train-tokenizer-bytes"),
