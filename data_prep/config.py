@@ -44,5 +44,10 @@ class PrepConfig:
     """Tokens of one sample of a shard."""
     shard_blocks: int = 64
     """Samples of one shard file."""
+    max_skipped: int | None = None
+    """Most documents, lines and files that may be left out because they cannot be read; one more ends the run, and nothing is kept.
+    Empty ones are not counted. By default any number is left out, named and counted."""
+    strict: bool = False
+    """Leave nothing out: the same as --max-skipped 0."""
     overwrite: bool = False
     """Replace an output folder of an earlier `based prep`."""

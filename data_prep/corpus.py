@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.formats.base import Format, Skip
+from based_megatron.data_prep.formats.base import Damaged, Format, Skip
 from based_megatron.data_prep.formats.registry import known_formats
 from based_megatron.errors import DataError
 
@@ -33,15 +33,24 @@ class Document:
 class Skips:
     """Counts what is left out of a corpus, by reason, and warns about the first ones of each."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, most: int | None = None):
+        """most: documents, lines and files that may be left out, empty ones not counted; by default all may."""
         self.counts: Counter[str] = Counter()
-        self.quiet = quiet
+        self._quiet, self._most, self._warned = quiet, most, Counter[str]()
+        self._total = 0
 
-    def add(self, reason: str, where: str, detail: str) -> None:
-        """Note that the document at `where` (file:record) is skipped."""
-        self.counts[reason] += 1
-        if not self.quiet and self.counts[reason] <= WARNINGS_PER_REASON:
-            last = "; further ones are only counted" if self.counts[reason] == WARNINGS_PER_REASON else ""
+    def add(self, reason: str, where: str, detail: str, records: int = 1) -> None:
+        """Note that so many documents from `where` (file:record) on are skipped. Raises DataError if these are too many."""
+        self.counts[reason] += records
+        self._total += records
+        self._warned[reason] += 1
+        if self._most is not None and self._total > self._most:
+            raise DataError(
+                f"{self._total} skipped, more than the {self._most} of --max-skipped, when {where} was ({reason}: {detail}); "
+                f"repair or leave out such files, or raise --max-skipped"
+            )
+        if not self._quiet and self._warned[reason] <= WARNINGS_PER_REASON:
+            last = "; further ones are only counted" if self._warned[reason] == WARNINGS_PER_REASON else ""
             logger.warning("skipped %s (%s): %s%s", where, reason, detail, last)
 
 
@@ -72,18 +81,24 @@ class Corpus:
         self._finished_bytes = 0
         for name, path, size in self._files:
             kind = format_of(name, self._formats)
-            read_errors: tuple[type[Exception], ...] = (OSError, EOFError, *kind.read_errors)
+            read_errors: tuple[type[Exception], ...] = (OSError, EOFError, Damaged, *kind.read_errors)
+            passed = 0
             try:
                 with path.open("rb") as self._current:
                     for record, text in kind.read(self._current, name, self._config):
+                        passed += 1
                         if isinstance(text, Skip):
-                            skips.add(text.reason, f"{name}:{record}", text.detail)
+                            skips.add(text.reason, f"{name}:{record}", text.detail, text.records)
                         elif text.strip():
                             yield Document(text, name, record)
                         else:
                             skips.counts["empty"] += 1  # such as __init__.py: nothing to warn about
             except read_errors as error:
-                skips.add("unreadable", name, f"the rest of this file cannot be read: {error}")
+                lost = f"what follows on its first {passed:,} records is lost"
+                if isinstance(error, Damaged) and error.byte < size:
+                    skips.counts["unreadable bytes"] += size - error.byte
+                    lost += f", {size - error.byte:,} of {size:,} bytes"
+                skips.add("unreadable", name, f"{lost}: {error}")
             finally:
                 self._current = None
             self._finished_bytes += size

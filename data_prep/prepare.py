@@ -54,6 +54,8 @@ def is_validation(text: str, fraction: float) -> bool:
 def _check(config: PrepConfig) -> None:
     if not 0 <= config.validation_fraction < 1:
         raise DataError(f"--validation-fraction {config.validation_fraction} is not in [0, 1)")
+    if config.max_skipped is not None and (config.max_skipped < 0 or (config.strict and config.max_skipped)):
+        raise DataError(f"--max-skipped is {config.max_skipped}: set 0 or more, and with --strict nothing else than 0")
     for flag in ("shuffle_tokens", "block_tokens", "shard_blocks", "train_tokenizer_bytes"):
         if getattr(config, flag) < 1:
             raise DataError(f"--{flag.replace('_', '-')} is {getattr(config, flag)} but must be at least 1")
@@ -66,7 +68,7 @@ def _check(config: PrepConfig) -> None:
 def _write(config: PrepConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
     encoder = _tokenizer(config, corpus, progress)
     encoder.save(folder)
-    skips = Skips()
+    skips = Skips(most=0 if config.strict else config.max_skipped)
     with contextlib.ExitStack() as shards:
         writers = {
             name: shards.enter_context(

@@ -12,6 +12,17 @@ class Skip(NamedTuple):
 
     reason: str
     detail: str
+    records: int = 1
+    """Records that it stands for, from the one that it is yielded with on."""
+
+
+class Damaged(Exception):
+    """The rest of a file cannot be read."""
+
+    def __init__(self, reason: str, byte: int):
+        """byte: where the part begins that is lost, in the file as it lies on the disk; its length if that was cut."""
+        super().__init__(reason)
+        self.byte = byte
 
 
 Record = tuple[int, str | Skip]
@@ -28,8 +39,8 @@ class Format:
     """The records of an open file. The name of the file and the settings of `based prep` come along, for what depends on them.
 
     The reader takes from the file in order, so that progress can be shown as bytes read. What is wrong with one record it yields
-    as a Skip; what makes the rest of the file unreadable it raises (`read_errors`, OSError or EOFError); a setting that does not
-    fit is a DataError, which ends the run.
+    as a Skip; what makes the rest of the file unreadable it raises (Damaged, `read_errors`, OSError or EOFError); a setting that does
+    not fit is a DataError, which ends the run.
     """
     read_errors: tuple[type[Exception], ...] = ()
     """Errors of the library that reads the format: the rest of the file is skipped and counted as unreadable."""

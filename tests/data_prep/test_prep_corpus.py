@@ -131,6 +131,17 @@ def test_a_bad_jsonl_line_is_counted_and_the_others_are_kept(tmp_path, line, rea
     assert read(path) == ({("a.jsonl", 1): "one", ("a.jsonl", 3): "three"}, {reason: 1})
 
 
+def test_more_skips_than_allowed_end_the_run_and_empty_ones_do_not_count():
+    skips = Skips(most=3)
+    skips.counts["empty"] += 9
+    skips.add("damaged", "a:1", "lost", 2)
+    skips.add("malformed", "a:9", "not JSON")
+    with pytest.raises(
+        DataError, match=r"4 skipped, more than the 3 of --max-skipped, when b:7 was \(malformed: cut\)"
+    ):
+        skips.add("malformed", "b:7", "cut")
+
+
 def test_the_warning_names_file_and_line(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl("one") + b"{\n")
@@ -146,29 +157,91 @@ def test_warnings_do_not_flood(tmp_path, caplog):
     assert "only counted" in caplog.records[-1].getMessage()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_file_that_is_not_what_its_name_says_is_skipped(tmp_path, name, caplog):
+@pytest.mark.parametrize(("name", "lost"), [("a.jsonl.gz", 43), ("a.jsonl.zst", 43), ("a.parquet", None)])
+def test_a_file_that_is_not_what_its_name_says_is_skipped(tmp_path, name, lost, caplog):
     (tmp_path / name).write_bytes(b"this is no such file, whatever it is called")
     (tmp_path / "b.txt").write_text("fine")
     documents, skipped = read(tmp_path / name, tmp_path / "b.txt")
-    assert list(documents.values()) == ["fine"] and skipped == {"unreadable": 1}
+    assert list(documents.values()) == ["fine"]
+    assert skipped == {"unreadable": 1} | ({"unreadable bytes": lost} if lost else {})
     assert name in caplog.records[0].getMessage()
 
 
-def test_a_truncated_gzip_gives_what_can_be_read(tmp_path):
-    lines = jsonl(*(f"document {i} {'x' * 50}" for i in range(20_000)))
-    data = gzip.compress(lines)
-    (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
-    documents, skipped = read(tmp_path / "a.jsonl.gz")
-    assert 5_000 < len(documents) < 15_000 and skipped == {"unreadable": 1}
+COMPRESS = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
 
-def test_a_truncated_zst_gives_what_can_be_read_and_is_counted(tmp_path):
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_file_cut_inside_of_a_member_gives_what_can_be_read_and_is_counted(tmp_path, ending):
     lines = jsonl(*(f"document {i} {random.Random(i).random()}" for i in range(20_000)))
-    data = zstandard.ZstdCompressor().compress(lines)
-    (tmp_path / "a.jsonl.zst").write_bytes(data[: len(data) // 2])
-    documents, skipped = read(tmp_path / "a.jsonl.zst")
-    assert 2_000 < len(documents) < 18_000 and sum(skipped.values()) == 1
+    data = COMPRESS[ending](lines)
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(data[: len(data) // 2])
+    documents, skipped = read(path)
+    assert 2_000 < len(documents) < 18_000 and skipped == {"unreadable": 1}
+    assert [record for _, record in documents] == list(range(1, len(documents) + 1))
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("kept_bytes", [1, 3, 10])
+def test_a_file_cut_in_the_head_of_its_second_member_is_counted(tmp_path, ending, kept_bytes, caplog):
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(COMPRESS[ending](jsonl("one", "two")) + COMPRESS[ending](jsonl("three"))[:kept_bytes])
+    documents, skipped = read(path)
+    assert list(documents.values()) == ["one", "two"] and skipped == {"unreadable": 1}
+    assert "what follows on its first 2 records is lost: it is cut off" in caplog.text
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_garbage_behind_a_member_costs_nothing_before_it_and_is_named_in_bytes(tmp_path, ending, caplog):
+    texts = [f"document {i} {random.Random(i).random()}" for i in range(3000)]
+    data = COMPRESS[ending](jsonl(*texts))
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(data + b"garbage")
+    documents, skipped = read(path)
+    assert list(documents.values()) == texts and skipped == {"unreadable": 1, "unreadable bytes": 7}
+    assert f"its first 3,000 records is lost, 7 of {len(data) + 7:,} bytes" in caplog.text
+
+
+@pytest.mark.parametrize("padding", [1, 512, 40_000])
+def test_zeros_between_and_behind_members_are_no_damage(tmp_path, padding):
+    zeros = bytes(padding)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl("one")) + zeros + gzip.compress(jsonl("two")) + zeros)
+    documents, skipped = read(path)
+    assert list(documents.values()) == ["one", "two"] and skipped == {}
+
+
+def test_a_zst_with_a_skippable_frame_is_whole(tmp_path):
+    compress, skippable = COMPRESS[".zst"], b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skippable + compress(jsonl("one")) + skippable + compress(jsonl("two")))
+    documents, skipped = read(path)
+    assert list(documents.values()) == ["one", "two"] and skipped == {}
+
+
+def test_damage_inside_of_a_gzip_keeps_what_is_before_it(tmp_path):
+    texts = [f"document {i} {random.Random(i).random()}" for i in range(20_000)]
+    data = bytearray(gzip.compress(jsonl(*texts)))
+    half = len(data) // 2
+    data[half : half + 2000] = bytes(2000)
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    documents, skipped = read(tmp_path / "a.jsonl.gz")
+    found = list(documents.values())
+    assert found[:8000] == texts[:8000] and skipped["unreadable"] == 1
+    assert half - 40_000 < len(data) - skipped["unreadable bytes"] < half + 40_000
+
+
+def test_a_damaged_page_of_parquet_costs_the_rest_of_its_row_group_alone(tmp_path, caplog):
+    path = tmp_path / "a.parquet"
+    texts = [f"row {i}" for i in range(1, 31)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=10, use_dictionary=False)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset : column.data_page_offset + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    documents, skipped = read(path)
+    assert documents == {("a.parquet", i): f"row {i}" for i in range(1, 31) if not 11 <= i <= 20}
+    assert skipped == {"damaged": 10} and "skipped a.parquet:11 (damaged): 10 rows" in caplog.text
 
 
 def test_file_order_follows_from_the_seed(tmp_path):
