@@ -15,7 +15,7 @@ from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.corpus import Corpus, Document, Skips
 from based_megatron.data_prep.output import SPLITS, resolved_output, workplace
 from based_megatron.data_prep.shards import ShuffleBuffer, SplitWriter, TokenizedDocument
-from based_megatron.data_prep.tokenizer import Encoder, load_tokenizer, train_tokenizer
+from based_megatron.data_prep.tokenizer import END_OF_TEXT, Encoder, load_tokenizer, train_tokenizer
 from based_megatron.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _tokenizer(config: PrepConfig, corpus: Corpus, progress: Progress) -> Encode
             if left_bytes <= 0:
                 return
 
-    encoder = train_tokenizer(texts(), config.vocab_size)
+    encoder = train_tokenizer(texts(), config.vocab_size, config.eos_token or END_OF_TEXT)
     progress.remove_task(task)
     if encoder.vocab_size < config.vocab_size:
         logger.warning(

@@ -27,7 +27,6 @@ class Encoder:
     """A tokenizer as the shards need it: no special tokens from text, one eos at the end of each document."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token: str):
-        self._tokenizer = tokenizer
         self.eos_token = eos_token
         self.eos_id = tokenizer.get_vocab(with_added_tokens=True)[eos_token]
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -36,7 +35,13 @@ class Encoder:
         tokenizer.no_padding()
         self._json = tokenizer.to_str(pretty=True)
         # A document that spells out <|endoftext|> must not end in its middle.
-        tokenizer.encode_special_tokens = True
+        self._tokenizer = _with_special(self._json, eos_token)
+        self._tokenizer.encode_special_tokens = True
+        if self.eos_id in self._ids([eos_token])[0]:
+            raise DataError(
+                f"a text that spells {eos_token!r} would end its document, because the tokenizer makes this token of text: "
+                f"set --eos-token to a special token"
+            )
         whole, *parts = self._ids([CUT_PROBE, *SAFE_CUT.split(CUT_PROBE)])
         self._cuttable = np.array_equal(whole, np.concatenate(parts))
 
@@ -70,22 +75,22 @@ class Encoder:
         return ids
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
-    """A byte-level BPE of `vocab_size` entries, or fewer where the text has no more pairs; <|endoftext|> is 0."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str = END_OF_TEXT) -> Encoder:
+    """A byte-level BPE of `vocab_size` entries, or fewer where the text has no more pairs; the end of a document is 0."""
     if vocab_size < BYTE_ALPHABET + 1:
         raise DataError(
-            f"--vocab-size {vocab_size} has no room for the {BYTE_ALPHABET} bytes and {END_OF_TEXT}: "
+            f"--vocab-size {vocab_size} has no room for the {BYTE_ALPHABET} bytes and {eos_token}: "
             f"set it to {BYTE_ALPHABET + 1} or more"
         )
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[eos_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)
-    return Encoder(tokenizer, END_OF_TEXT)
+    return Encoder(tokenizer, eos_token)
 
 
 def load_tokenizer(path: str, eos_token: str = "") -> Encoder:
@@ -121,6 +126,14 @@ def cut(text: str) -> Iterator[str]:
         yield text[start : match.start()]
         start = match.start()
     yield text[start:]
+
+
+def _with_special(tokenizer_json: str, token: str) -> Tokenizer:
+    """The tokenizer, with one of its added tokens special, whatever its file says: only special tokens can be kept out of text."""
+    values = json.loads(tokenizer_json)
+    for added in values["added_tokens"]:
+        added["special"] = added["special"] or added["content"] == token
+    return Tokenizer.from_str(json.dumps(values))
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

@@ -6,6 +6,9 @@ from typing import BinaryIO, NamedTuple
 
 from based_megatron.data_prep.config import PrepConfig
 
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+"""Endings of compressed files, behind that of their format."""
+
 
 class Skip(NamedTuple):
     """Why a record has no text: `reason` is a word that is counted ("malformed"), `detail` goes into the warning."""
@@ -45,9 +48,21 @@ class Format:
     read_errors: tuple[type[Exception], ...] = ()
     """Errors of the library that reads the format: the rest of the file is skipped and counted as unreadable."""
 
+    compressible: bool = False
+    """Whether its files may be compressed, with one more ending (COMPRESSED): the reader then gets what is in them."""
+    check: Callable[[BinaryIO, str, PrepConfig], None] | None = None
+    """Raises DataError for an open file that does not fit the settings: it is called for all files before any work begins. What
+    cannot be read is left to the reader."""
+
     def holds(self, name: str) -> bool:
         """True if a file of this name is of this format."""
-        return name.lower().endswith(self.suffixes)
+        return (bare_name(name) if self.compressible else name.lower()).endswith(self.suffixes)
+
+
+def bare_name(name: str) -> str:
+    """A file's name in lower case, without the ending of its compression."""
+    name = name.lower()
+    return next((name.removesuffix(ending) for ending in COMPRESSED if name.endswith(ending)), name)
 
 
 def decoded(data: bytes) -> str | Skip:

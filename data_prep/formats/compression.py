@@ -4,7 +4,10 @@ Such a file is a chain of members (frames, in zstd). Libraries that read across 
 drop what they had decompressed before an error; here every member says for itself whether it is whole.
 """
 
+import bz2
 import io
+import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -27,15 +30,28 @@ def _zstd_frame() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).decompressobj()
 
 
-COMPRESSIONS: dict[str, Callable[[], Any]] = {".gz": _gzip_member, ".zst": _zstd_frame}
-"""By the ending of a file: what decompresses one member of it."""
-ERRORS = (zlib.error, zstandard.ZstdError)
+def _xz_stream() -> Any:
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
 
 
-def decompressed(raw: BinaryIO, name: str) -> BinaryIO:
-    """The content of an open file of this name, which is the file itself if it is not compressed. Reading it raises Damaged."""
-    for ending, new_member in COMPRESSIONS.items():
-        if name.lower().endswith(ending):
+MEMBERS: dict[bytes, Callable[[], Any]] = {
+    rb"\x1f\x8b\x08": _gzip_member,
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _zstd_frame,
+    rb"BZh[1-9](\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)": bz2.BZ2Decompressor,
+    rb"\xfd7zXZ\x00": _xz_stream,
+}
+"""What decompresses one member of a file that begins with a match of the pattern. No text begins so."""
+MAGIC_BYTES = 10
+ERRORS = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
+"""What decompressors raise; that of bz2 an OSError."""
+
+
+def decompressed(raw: BinaryIO) -> BinaryIO:
+    """The content of an open file, compressed or not, whatever its name says. Reading it raises Damaged."""
+    magic = raw.read(MAGIC_BYTES)
+    raw.seek(0)
+    for pattern, new_member in MEMBERS.items():
+        if re.match(pattern, magic):
             return io.BufferedReader(_Parts(_parts(raw, new_member)))  # type: ignore[return-value]
     return raw
 
