@@ -52,7 +52,7 @@ def decompressed(raw: BinaryIO) -> BinaryIO:
     raw.seek(0)
     for pattern, new_member in MEMBERS.items():
         if re.match(pattern, magic):
-            return io.BufferedReader(_Parts(_parts(raw, new_member)))  # type: ignore[return-value]
+            return io.BufferedReader(_Parts(_parts(raw, new_member)))
     return raw
 
 
