@@ -1,5 +1,9 @@
 """The command `based prep`."""
 
+import contextlib
+import signal
+from collections.abc import Iterator
+
 import tyro
 
 from based_megatron.data_prep.config import PrepConfig
@@ -8,9 +12,25 @@ from based_megatron.data_prep.prepare import prepare
 
 def main(argv: list[str]) -> None:
     """Parse the command line, prepare the corpus and say what was made."""
-    manifest = prepare(tyro.cli(PrepConfig, args=argv, prog="based prep"))
+    config = tyro.cli(PrepConfig, args=argv, prog="based prep")
+    with _cleaned_up_at_sigterm():
+        manifest = prepare(config)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
     skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.items())
     print(f"skipped: {skipped or 'nothing'}")
     print(f"wrote {manifest.folder} (vocabulary of {manifest.vocab_size:,}, {manifest.dtype})")
+
+
+@contextlib.contextmanager
+def _cleaned_up_at_sigterm() -> Iterator[None]:
+    """SIGTERM, the end of a SLURM job's time, ends the process as an error does: what it has written is removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -15,24 +15,26 @@ class PrepConfig:
     """Turn text into tokenized webdataset shards with a manifest, ready for `based train --data.path OUTPUT`."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, sources), and folders, searched for all of these."""
+    """Files (.txt, .jsonl, .ndjson, .json, sources, each also as .gz, .zst, .bz2 or .xz, and .parquet), and folders, searched for
+    all of these, behind links too. Each file is read once."""
     output: str
     """Folder to write: tokenizer.json, train/, validation/ and manifest.json."""
     tokenizer: str = "train"
     """`train` for a new byte-level BPE, or a path: a Hugging Face tokenizer.json, its folder, or a folder with the
     vocab.json and merges.txt of GPT-2."""
     vocab_size: int = 8192
-    """Entries of a trained tokenizer, <|endoftext|> included."""
+    """Entries of a trained tokenizer, that of --eos-token included."""
     train_tokenizer_bytes: int = 256 * 2**20
     """Text to train the tokenizer on, from the start of the shuffled list of files; less text needs less memory."""
     eos_token: str = ""
-    """Token that ends every document; by default the one that the tokenizer names, or <|endoftext|>."""
+    """Token that ends every document; by default the one that the tokenizer names, or <|endoftext|>, also of a trained one."""
     text_key: str = "text"
-    """Key of the text in .jsonl lines, and name of its column in .parquet files."""
+    """Key of the text in JSON, and name of its column in .parquet files; `a.b` is `b` in the object `a`."""
     separator: str | None = None
     """A line that separates the documents of a .txt file ('' is a blank line); by default a file is one document."""
     suffixes: tuple[str, ...] = tuple(TEXT_SUFFIXES.split())
-    """Endings of plain text files; each file is one document."""
+    """Endings of plain text files; each file is one document. What is given replaces the list; endings with a + (+.log) are
+    added to it."""
     validation_fraction: float = 0.01
     """Part of the documents to hold out. The side of a document follows from a hash of its text: it never changes, and
     copies stay together."""
@@ -44,5 +46,10 @@ class PrepConfig:
     """Tokens of one sample of a shard."""
     shard_blocks: int = 64
     """Samples of one shard file."""
+    max_skipped: int | None = None
+    """Most documents, lines and files that may be left out because they cannot be read; one more ends the run, and nothing is kept.
+    Empty ones are not counted. By default any number is left out, named and counted."""
+    strict: bool = False
+    """Leave nothing out: the same as --max-skipped 0."""
     overwrite: bool = False
     """Replace an output folder of an earlier `based prep`."""

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,44 +10,40 @@ import xxhash
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from based_megatron.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, make_manifest, save_manifest
+from based_megatron.data.manifest import TOKENIZER_NAME, Manifest, make_manifest, save_manifest
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.corpus import Corpus, Document, Skips
+from based_megatron.data_prep.output import SPLITS, resolved_output, workplace
 from based_megatron.data_prep.shards import ShuffleBuffer, SplitWriter, TokenizedDocument
-from based_megatron.data_prep.tokenizer import Encoder, load_tokenizer, train_tokenizer
+from based_megatron.data_prep.tokenizer import END_OF_TEXT, Encoder, load_tokenizer, train_tokenizer
 from based_megatron.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 BATCH_CHARACTERS = 1 << 22
-SPLITS = ("train", "validation")
+MAX_BLOCK_TOKENS = 2**28
+"""A block is in memory several times while it is written: some 4 GiB of uint32."""
 
 
 def prepare(config: PrepConfig) -> Manifest:
     """Write the prepared corpus to config.output and return its manifest.
 
-    Everything is written to `<output>.tmp`, which takes the output's name when it is complete; a failure removes it.
-    Raises DataError: no documents, no tokenizer, an output in the way, a full disk.
+    Everything is written to a workplace beside the output (output.py), which gets the output's name when it is complete; a failure
+    removes it. Raises DataError: no documents, no tokenizer, an output in the way or at work, a full disk.
     """
     _check(config)
-    output = Path(config.output)
-    temporary = output.with_name(output.name + ".tmp")
-    _check_free(output, temporary, config.overwrite)
+    output = resolved_output(config.output)
     corpus = Corpus(config)
     try:
-        temporary.mkdir(parents=True)
-        try:
+        with workplace(output, config.overwrite) as place:
             with _progress_bar() as progress:
-                manifest = _write(config, corpus, temporary, progress)
-            _publish(temporary, output)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+                manifest = _write(config, corpus, place.corpus, progress)
+            place.publish()
     except OSError as error:
         raise DataError(
             f"cannot write {output}: {error.strerror or error}; make room or change --output (nothing was kept)"
         ) from error
-    return dataclasses.replace(manifest, folder=output)
+    return dataclasses.replace(manifest, folder=Path(config.output))
 
 
 def is_validation(text: str, fraction: float) -> bool:
@@ -60,32 +54,21 @@ def is_validation(text: str, fraction: float) -> bool:
 def _check(config: PrepConfig) -> None:
     if not 0 <= config.validation_fraction < 1:
         raise DataError(f"--validation-fraction {config.validation_fraction} is not in [0, 1)")
+    if config.max_skipped is not None and (config.max_skipped < 0 or (config.strict and config.max_skipped)):
+        raise DataError(f"--max-skipped is {config.max_skipped}: set 0 or more, and with --strict nothing else than 0")
     for flag in ("shuffle_tokens", "block_tokens", "shard_blocks", "train_tokenizer_bytes"):
         if getattr(config, flag) < 1:
             raise DataError(f"--{flag.replace('_', '-')} is {getattr(config, flag)} but must be at least 1")
-
-
-def _check_free(output: Path, temporary: Path, overwrite: bool) -> None:
-    if temporary.exists():
-        if not overwrite:
-            raise DataError(
-                f"{temporary} is in the way, of a `based prep` that runs or was killed: remove it or add --overwrite"
-            )
-        shutil.rmtree(temporary)
-    if output.exists():
-        prepared = (output / MANIFEST_NAME).is_file()
-        if prepared and not overwrite:
-            raise DataError(
-                f"{output} already holds a prepared corpus: change --output, or add --overwrite to replace it"
-            )
-        if not prepared and (not output.is_dir() or any(output.iterdir())):
-            raise DataError(f"{output} exists and is not a prepared corpus: change --output")
+    if config.block_tokens > MAX_BLOCK_TOKENS:
+        raise DataError(
+            f"--block-tokens {config.block_tokens} is more than a block can have: set at most {MAX_BLOCK_TOKENS}"
+        )
 
 
 def _write(config: PrepConfig, corpus: Corpus, folder: Path, progress: Progress) -> Manifest:
     encoder = _tokenizer(config, corpus, progress)
     encoder.save(folder)
-    skips = Skips()
+    skips = Skips(most=0 if config.strict else config.max_skipped)
     with contextlib.ExitStack() as shards:
         writers = {
             name: shards.enter_context(
@@ -148,7 +131,7 @@ def _tokenizer(config: PrepConfig, corpus: Corpus, progress: Progress) -> Encode
             if left_bytes <= 0:
                 return
 
-    encoder = train_tokenizer(texts(), config.vocab_size)
+    encoder = train_tokenizer(texts(), config.vocab_size, config.eos_token or END_OF_TEXT)
     progress.remove_task(task)
     if encoder.vocab_size < config.vocab_size:
         logger.warning(
@@ -189,27 +172,6 @@ def _check_documents(config: PrepConfig, documents: dict[str, int], skips: Skips
             documents["train"],
             config.validation_fraction,
         )
-
-
-def _publish(temporary: Path, output: Path) -> None:
-    """Give the complete folder its name, in the place of an older one if there is one."""
-    for folder in (*(temporary / split for split in SPLITS), temporary):
-        _fsync_folder(folder)
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    temporary.rename(output)
-    _fsync_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _TokensPerSecond(ProgressColumn):

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.errors import DataError
 
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 EOS_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 GPT2_PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
@@ -26,7 +27,6 @@ class Encoder:
     """A tokenizer as the shards need it: no special tokens from text, one eos at the end of each document."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token: str):
-        self._tokenizer = tokenizer
         self.eos_token = eos_token
         self.eos_id = tokenizer.get_vocab(with_added_tokens=True)[eos_token]
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -35,7 +35,13 @@ class Encoder:
         tokenizer.no_padding()
         self._json = tokenizer.to_str(pretty=True)
         # A document that spells out <|endoftext|> must not end in its middle.
-        tokenizer.encode_special_tokens = True
+        self._tokenizer = _with_special(self._json, eos_token)
+        self._tokenizer.encode_special_tokens = True
+        if self.eos_id in self._ids([eos_token])[0]:
+            raise DataError(
+                f"a text that spells {eos_token!r} would end its document, because the tokenizer makes this token of text: "
+                f"set --eos-token to a special token"
+            )
         whole, *parts = self._ids([CUT_PROBE, *SAFE_CUT.split(CUT_PROBE)])
         self._cuttable = np.array_equal(whole, np.concatenate(parts))
 
@@ -57,7 +63,7 @@ class Encoder:
             "clean_up_tokenization_spaces": False,
         }
         (folder / TOKENIZER_NAME).write_text(self._json, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / TOKENIZER_CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     def _ids(self, pieces: list[str]) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
@@ -69,22 +75,22 @@ class Encoder:
         return ids
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Encoder:
-    """A byte-level BPE of `vocab_size` entries, or fewer where the text has no more pairs; <|endoftext|> is 0."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str = END_OF_TEXT) -> Encoder:
+    """A byte-level BPE of `vocab_size` entries, or fewer where the text has no more pairs; the end of a document is 0."""
     if vocab_size < BYTE_ALPHABET + 1:
         raise DataError(
-            f"--vocab-size {vocab_size} has no room for the {BYTE_ALPHABET} bytes and {END_OF_TEXT}: "
+            f"--vocab-size {vocab_size} has no room for the {BYTE_ALPHABET} bytes and {eos_token}: "
             f"set it to {BYTE_ALPHABET + 1} or more"
         )
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[eos_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)
-    return Encoder(tokenizer, END_OF_TEXT)
+    return Encoder(tokenizer, eos_token)
 
 
 def load_tokenizer(path: str, eos_token: str = "") -> Encoder:
@@ -122,6 +128,14 @@ def cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _with_special(tokenizer_json: str, token: str) -> Tokenizer:
+    """The tokenizer, with one of its added tokens special, whatever its file says: only special tokens can be kept out of text."""
+    values = json.loads(tokenizer_json)
+    for added in values["added_tokens"]:
+        added["special"] = added["special"] or added["content"] == token
+    return Tokenizer.from_str(json.dumps(values))
+
+
 def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -154,11 +168,11 @@ def _eos(tokenizer: Tokenizer, folder: Path, eos_token: str) -> str:
 
 def _configured_eos(folder: Path) -> str:
     try:
-        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or ""
+        token = json.loads((folder / TOKENIZER_CONFIG_NAME).read_text(encoding="utf-8")).get("eos_token") or ""
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read {folder / 'tokenizer_config.json'}: {error}; repair it or set --eos-token"
+            f"cannot read {folder / TOKENIZER_CONFIG_NAME}: {error}; repair it or set --eos-token"
         ) from error
     return token["content"] if isinstance(token, dict) else token

@@ -87,7 +87,7 @@ class Manifest:
     splits: dict[str, Split]
     """train and validation."""
     skipped: dict[str, int]
-    """Documents, lines or files of the inputs that were left out, by reason."""
+    """Documents, lines or files of the inputs that were left out, by reason; "unreadable bytes" of damaged files."""
     fingerprint: str
     """xxh3_128 of all of the above: two corpora with one fingerprint hold the same tokens in the same order."""
     folder: Path

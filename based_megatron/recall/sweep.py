@@ -11,14 +11,13 @@ import math
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from based_megatron.errors import ConfigError
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.recall.mqar import Task
 from based_megatron.recall.presets import Preset
@@ -27,7 +26,7 @@ from based_megatron.recall.systems import Point, state_bytes
 from based_megatron.recall.train import mean
 from based_megatron.recall.worker import Job, Setup, serve
 from based_megatron.run_folder.json_lines import append_line, read_lines
-from based_megatron.run_folder.lock import RunLock, read_owner, this_process
+from based_megatron.run_folder.lock import RunLock, held
 
 RESULTS, UNFINISHED = "results.jsonl", "unfinished"
 LOCK_SECONDS = 60
@@ -55,21 +54,11 @@ def _hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[RunLock]:
     """The folder for one sweep alone. Raises ConfigError if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(folder, this_process(LOCK_SECONDS), lambda line: print(line, flush=True))
-    try:
-        while not lock.try_take():
-            pass
-    except ConfigError as error:
-        owner = read_owner(folder) or "another sweep"
-        raise ConfigError(f"{folder} is in use by {owner}: wait for it, or set --output to another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
+    advice = "wait for it, or set --output to another folder"
+    return held(folder, LOCK_SECONDS, lambda line: print(line, flush=True), advice)
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:

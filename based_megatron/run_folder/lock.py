@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -214,6 +214,24 @@ class RunLock:
                 else:
                     self.lost = str(_owner(found[0]) or "another job")
                     return
+
+
+@contextlib.contextmanager
+def held(folder: Path, stale_seconds: int, tell: Callable[[str], None], advice: str) -> Iterator[RunLock]:
+    """A folder for this process alone, with its lock.
+
+    Raises ConfigError, which ends in the advice, if another process has the folder; OSError if the lock cannot be written.
+    """
+    lock = RunLock(folder, this_process(stale_seconds), tell, os.environ.get(FORMER_JOB))
+    try:
+        while not lock.try_take():
+            pass
+    except ConfigError as error:
+        raise ConfigError(f"{folder} is in use by {read_owner(folder) or 'another process'}: {advice}") from error
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def _in_use(run_dir: Path, owner: Owner | None) -> ConfigError:

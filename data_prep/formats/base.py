@@ -6,12 +6,26 @@ from typing import BinaryIO, NamedTuple
 
 from based_megatron.data_prep.config import PrepConfig
 
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+"""Endings of compressed files, behind that of their format."""
+
 
 class Skip(NamedTuple):
     """Why a record has no text: `reason` is a word that is counted ("malformed"), `detail` goes into the warning."""
 
     reason: str
     detail: str
+    records: int = 1
+    """Records that it stands for, from the one that it is yielded with on."""
+
+
+class Damaged(Exception):
+    """The rest of a file cannot be read."""
+
+    def __init__(self, reason: str, byte: int):
+        """byte: where the part begins that is lost, in the file as it lies on the disk; its length if that was cut."""
+        super().__init__(reason)
+        self.byte = byte
 
 
 Record = tuple[int, str | Skip]
@@ -28,15 +42,27 @@ class Format:
     """The records of an open file. The name of the file and the settings of `based prep` come along, for what depends on them.
 
     The reader takes from the file in order, so that progress can be shown as bytes read. What is wrong with one record it yields
-    as a Skip; what makes the rest of the file unreadable it raises (`read_errors`, OSError or EOFError); a setting that does not
-    fit is a DataError, which ends the run.
+    as a Skip; what makes the rest of the file unreadable it raises (Damaged, `read_errors`, OSError or EOFError); a setting that does
+    not fit is a DataError, which ends the run.
     """
     read_errors: tuple[type[Exception], ...] = ()
     """Errors of the library that reads the format: the rest of the file is skipped and counted as unreadable."""
 
+    compressible: bool = False
+    """Whether its files may be compressed, with one more ending (COMPRESSED): the reader then gets what is in them."""
+    check: Callable[[BinaryIO, str, PrepConfig], None] | None = None
+    """Raises DataError for an open file that does not fit the settings: it is called for all files before any work begins. What
+    cannot be read is left to the reader."""
+
     def holds(self, name: str) -> bool:
         """True if a file of this name is of this format."""
-        return name.lower().endswith(self.suffixes)
+        return (bare_name(name) if self.compressible else name.lower()).endswith(self.suffixes)
+
+
+def bare_name(name: str) -> str:
+    """A file's name in lower case, without the ending of its compression."""
+    name = name.lower()
+    return next((name.removesuffix(ending) for ending in COMPRESSED if name.endswith(ending)), name)
 
 
 def decoded(data: bytes) -> str | Skip:

@@ -1,46 +1,61 @@
-"""JSON lines, plain or compressed with gzip or zstd: the text of a line stands under `--text-key`."""
+"""JSON lines, and the JSON documents that go by the same endings: the text of a record stands under `--text-key`."""
 
-import gzip
-import io
+import codecs
+import itertools
 import json
-import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
-
-import zstandard
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.formats.base import Format, Record, Skip
 
 
-def read_lines(raw: BinaryIO, name: str, config: PrepConfig) -> Iterator[Record]:
+def read_lines(raw: Iterable[bytes], name: str, config: PrepConfig) -> Iterator[Record]:
     """One record for each line that is not blank; blank lines are counted in the numbers."""
-    for number, line in enumerate(_decompressed(raw, name.lower()), start=1):
+    for number, line in enumerate(raw, start=1):
         if line.strip():
-            yield number, _text(line, config.text_key)
+            yield number, _text_of_line(line, config.text_key)
 
 
-def _text(line: bytes, text_key: str) -> str | Skip:
+def read_json(raw: BinaryIO, name: str, config: PrepConfig) -> Iterator[Record]:
+    """JSON lines if the first line is an object by itself; else one document, a record or a list of records, which is held in memory."""
+    first = next(raw, b"").removeprefix(codecs.BOM_UTF8)
+    if first.strip().startswith(b"{") and first.strip().endswith(b"}"):
+        yield from read_lines(itertools.chain([first], raw), name, config)
+        return
     try:
-        text = json.loads(line)[text_key]
-        text.encode()  # a lone surrogate such as \ud800 is legal JSON but no text
+        values = json.loads(first + raw.read())
+    except (ValueError, RecursionError) as error:
+        yield 1, Skip("malformed", f"neither JSON lines nor one JSON document: {error}")
+        return
+    for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
+        yield number, _text(value, config.text_key)
+
+
+def _text_of_line(line: bytes, text_key: str) -> str | Skip:
+    try:
+        value = json.loads(line)
     except UnicodeError as error:
         return Skip("undecodable", str(error))
     except ValueError as error:
         return Skip("malformed", f"not JSON: {error}")
-    except (KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return Skip("malformed", f"no text under {text_key!r} in this line")
-    return text
+    except RecursionError:
+        return Skip("malformed", f"no text under {text_key!r} in this record")
+    return _text(value, text_key)
 
 
-def _decompressed(raw: BinaryIO, lower_name: str) -> BinaryIO:
-    if lower_name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if lower_name.endswith(".zst"):
-        # Public corpora are often compressed with --long=31 and are chains of frames.
-        decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))  # type: ignore[arg-type]
-    return raw
+def _text(value: Any, text_key: str) -> str | Skip:
+    """The text of a record. A key with points leads into objects, unless the record has it as it is."""
+    for key in [text_key] if isinstance(value, dict) and text_key in value else text_key.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        return Skip("malformed", f"no text under {text_key!r} in this record")
+    try:
+        value.encode()  # a lone surrogate such as \ud800 is legal JSON but no text
+    except UnicodeError as error:
+        return Skip("undecodable", str(error))
+    return value
 
 
-JSONL = Format((".jsonl", ".jsonl.gz", ".jsonl.zst"), read_lines, (zlib.error, zstandard.ZstdError))
+JSONL = Format((".jsonl", ".ndjson"), read_lines, compressible=True)
+JSON = Format((".json",), read_json, compressible=True)

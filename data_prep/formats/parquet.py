@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from based_megatron.data_prep.config import PrepConfig
@@ -11,21 +12,54 @@ from based_megatron.data_prep.formats.base import Format, Record, Skip, decoded
 from based_megatron.errors import DataError
 
 BATCH_ROWS = 1024
+TEXT_TYPES = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+
+
+def check_column(raw: BinaryIO, name: str, config: PrepConfig) -> None:
+    """Raise DataError unless there is a column of texts under `--text-key`."""
+    schema = pyarrow.parquet.read_schema(raw)
+    kind: pyarrow.DataType = pyarrow.struct(list(schema))
+    for key in _path(schema, config.text_key):
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(key) < 0:
+            only = ", ".join(schema.names)
+            raise DataError(
+                f"{name} has no column {config.text_key!r}, only {only}: set --text-key, or leave the file out"
+            )
+        kind = kind.field(key).type
+    if (kind.value_type if pyarrow.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
+        raise DataError(
+            f"the column {config.text_key!r} of {name} holds {kind} and no text: set --text-key, or leave the file out"
+        )
 
 
 def read_rows(raw: BinaryIO, name: str, config: PrepConfig) -> Iterator[Record]:
-    """One record for each row. Raises DataError if there is no column of that name."""
-    parquet, text_key = pyarrow.parquet.ParquetFile(raw), config.text_key
-    columns = parquet.schema_arrow.names
-    if text_key not in columns:
-        raise DataError(f"{name} has no column {text_key!r}, only {', '.join(columns)}: set --text-key")
-    row = 0
-    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[text_key]):
-        # As bytes: one row that is not UTF-8 must not make its whole batch unreadable.
-        for value in batch.column(0).cast(pyarrow.large_binary()):
-            row += 1
-            data = value.as_py()
-            yield row, Skip("malformed", f"no {text_key!r} in this row") if data is None else decoded(data)
+    """One record for each row."""
+    parquet = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
+    first_row = 1
+    for group in range(parquet.num_row_groups):
+        yield from _rows_of_group(parquet, group, first_row, config.text_key)
+        first_row += parquet.metadata.row_group(group).num_rows
 
 
-PARQUET = Format((".parquet",), read_rows, (pyarrow.ArrowException,))
+def _rows_of_group(parquet: pyarrow.parquet.ParquetFile, group: int, first_row: int, text_key: str) -> Iterator[Record]:
+    """The rows of one row group, up to damage: what follows on a damaged page is found again at the next row group."""
+    row, end = first_row, first_row + parquet.metadata.row_group(group).num_rows
+    column, *inner = _path(parquet.schema_arrow, text_key)
+    try:
+        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[text_key]):
+            texts = pyarrow.compute.struct_field(batch.column(column), inner) if inner else batch.column(column)
+            # As bytes: one row that is not UTF-8 must not make its whole batch unreadable.
+            for value in texts.cast(pyarrow.large_binary()):
+                data = value.as_py()
+                yield row, Skip("malformed", f"no {text_key!r} in this row") if data is None else decoded(data)
+                row += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        yield row, Skip("damaged", f"{end - row:,} rows, up to the next row group, cannot be read: {error}", end - row)
+
+
+def _path(schema: pyarrow.Schema, text_key: str) -> list[str]:
+    """The column of a key and the fields inside of it: a key with points leads into structs, unless it is a column as it is."""
+    return [text_key] if text_key in schema.names else text_key.split(".")
+
+
+PARQUET = Format((".parquet",), read_rows, (pyarrow.ArrowException,), check=check_column)

@@ -170,3 +170,32 @@ def test_a_file_that_is_no_tokenizer(tmp_path):
     with pytest.raises(DataError, match="cannot read a tokenizer") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_eos_never_comes_from_text_whatever_its_file_says(trained, tmp_path, special):
+    values = json.loads(trained._json)
+    values["added_tokens"][0]["special"] = special
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    encoder = load_tokenizer(str(tmp_path))
+    (ids,) = encoder.encode([f"before{END_OF_TEXT}after"])
+    assert np.flatnonzero(ids == encoder.eos_id).tolist() == [len(ids) - 1]
+    assert encoder._tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == f"before{END_OF_TEXT}after"
+    assert json.loads(encoder._json)["added_tokens"][0]["special"] is special
+
+
+def test_an_eos_that_the_tokenizer_makes_of_text_is_refused(trained, tmp_path):
+    trained.save(tmp_path)
+    with pytest.raises(DataError, match=r"a text that spells 'a' would end its document.*--eos-token"):
+        load_tokenizer(str(tmp_path), "a")
+    with pytest.raises(DataError, match=r"a text that spells 'the'"):
+        train_tokenizer(["the the the the"], 300, "the")
+
+
+def test_a_trained_tokenizer_ends_documents_with_the_token_asked_for(tmp_path):
+    encoder = train_tokenizer([text_of(500)], 300, "<stop>")
+    encoder.save(tmp_path)
+    read = load_tokenizer(str(tmp_path))
+    for each in (encoder, read):
+        assert (each.eos_token, each.eos_id, each.vocab_size) == ("<stop>", 0, 300)
+        assert each._tokenizer.token_to_id(END_OF_TEXT) is None

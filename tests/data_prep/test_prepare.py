@@ -12,6 +12,7 @@ import pytest
 import xxhash
 from tokenizers import Tokenizer
 
+from based_megatron.cli import main as command_line
 from based_megatron.data.manifest import load_manifest
 from based_megatron.data.reader import SequenceReader
 from based_megatron.data_prep.cli import main
@@ -147,6 +148,18 @@ def test_skips_are_in_the_manifest_and_in_the_summary(config, tmp_path, capsys):
     assert "skipped: 1 empty, 2 malformed, 1 undecodable" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("allowed", "refused"),
+    [(["--strict"], True), (["--max-skipped", "0"], True), (["--max-skipped", "1"], False), ([], False)],
+)
+def test_what_may_be_skipped_is_a_setting_and_more_is_an_error(config, tmp_path, capsys, allowed, refused):
+    with (tmp_path / "in.jsonl").open("ab") as file:
+        file.write(b"{\n")
+    command = ["prep", *config.inputs, "--output", config.output, "--vocab-size", "400", *allowed]
+    assert command_line(command) == (2 if refused else 0)
+    assert ("more than the 0 of --max-skipped" in capsys.readouterr().err) == refused == nothing_left(tmp_path)
+
+
 def nothing_left(tmp_path) -> bool:
     return sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
@@ -206,13 +219,6 @@ def test_an_empty_folder_is_used(config, tmp_path):
     assert prepare(config) == load_manifest(config.output)
 
 
-def test_what_a_killed_run_left_is_named_and_can_be_overwritten(config, tmp_path):
-    (tmp_path / "out.tmp").mkdir()
-    with pytest.raises(DataError, match=r"out\.tmp is in the way.*--overwrite"):
-        prepare(config)
-    assert prepare(dataclasses.replace(config, overwrite=True)).splits["train"].documents
-
-
 def test_a_full_disk_is_one_line_and_leaves_nothing(config, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writes fail in the middle of a file, as on a full disk
@@ -253,6 +259,8 @@ def test_an_interrupt_leaves_nothing(config, tmp_path, monkeypatch):
         ("validation_fraction", 1.0, "--validation-fraction"),
         ("validation_fraction", -0.1, "--validation-fraction"),
         ("block_tokens", 0, "--block-tokens"),
+        ("block_tokens", 2**40, "--block-tokens 1099511627776 is more .* at most 268435456"),
+        ("max_skipped", -1, "--max-skipped is -1"),
         ("shard_blocks", 0, "--shard-blocks"),
         ("shuffle_tokens", 0, "--shuffle-tokens"),
         ("train_tokenizer_bytes", 0, "--train-tokenizer-bytes"),
