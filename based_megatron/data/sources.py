@@ -8,6 +8,7 @@ import numpy as np
 from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.data.manifest import HASHED_VERSION, load_manifest
 from based_megatron.data.mixture import Mixture, split_counts
+from based_megatron.data.open_shards import OPEN_SHARDS, OpenShards
 from based_megatron.data.order import shuffled
 from based_megatron.data.reader import SequenceReader
 from based_megatron.errors import ConfigError, DataError
@@ -32,13 +33,12 @@ class Sources:
                     f"{manifest.folder} and {self.manifests[0].folder} were made with different tokenizers: "
                     f"prepare both with the same --tokenizer, or take one out of data.sources"
                 )
+        length, shards = data.sequence_length_tokens, OpenShards(OPEN_SHARDS)
         self.train = [
-            SequenceReader(manifest, "train", data.sequence_length_tokens, joined=data.carry_state)
+            SequenceReader(manifest, "train", length, joined=data.carry_state, shards=shards)
             for manifest in self.manifests
         ]
-        self.validation = [
-            SequenceReader(manifest, "validation", data.sequence_length_tokens) for manifest in self.manifests
-        ]
+        self.validation = [SequenceReader(manifest, "validation", length, shards=shards) for manifest in self.manifests]
         for reader in self.train:
             if not len(reader):
                 raise DataError(
