@@ -22,7 +22,8 @@ class OpenShards:
         """The bytes from `begin` to `end`, or to the end of the file. Raises DataError if they cannot be read."""
         # Not a memory map: a file that is truncated under it kills the process without a word.
         try:
-            return os.pread(self._shard(path).descriptor, end - begin, begin)
+            shard = self._shard(path)  # by a name, so that it is not closed before the bytes are there
+            return os.pread(shard.descriptor, end - begin, begin)
         except OSError as error:
             raise DataError(f"cannot read shard {path}: {error.strerror}; {_advice(error)}") from error
 

@@ -44,7 +44,7 @@ class SequenceReader:
         self.manifest = manifest
         self._shards = shards or OpenShards()
         self._length_tokens = sequence_length_tokens
-        self._joined = joined
+        self.joined = joined
         self.members = manifest.splits[split].members
         tokens = [member.tokens for member in self.members]
         self._first_token = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
@@ -55,14 +55,14 @@ class SequenceReader:
         self.ends: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_MEMBERS)(self._read_ends)
 
     def __len__(self) -> int:
-        if self._joined:
+        if self.joined:
             return max(0, int(self._first_token[-1]) - 1) // self._length_tokens
         return int(self._first_sequence[-1])
 
     def pieces(self, sequence: int, begin: int = 0, end: int | None = None) -> list[Piece]:
         """The pieces of members that make up a window of S + 1 tokens, or the part of it from `begin` to `end`."""
         end = self._length_tokens + 1 if end is None else end
-        if not self._joined:
+        if not self.joined:
             member = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
             start = (sequence - int(self._first_sequence[member])) * self._length_tokens
             return [Piece(member, start + begin, start + end)]

@@ -122,6 +122,17 @@ def test_the_settings_of_the_checkpoint_count_not_those_of_a_start_that_saved_no
     assert "optimizer.lr" in refusal(run({"optimizer.lr": 0.01}))
 
 
+def test_a_run_from_before_sequences_crossed_blocks_keeps_its_order(run):
+    """Its config has no word of it: it goes on as it was, or not without being told."""
+    values = to_dict(run())
+    del values["data"]["cross_blocks"]
+    save(run(), 15, config=values)
+    assert "other settings: data.cross_blocks False -> True. Give" in refusal(run())
+    assert identify(run({"data.cross_blocks": False}), DATA).changes == {}
+    allowed = run({"checkpoint.allow_changed": ["data.cross_blocks"]})
+    assert identify(allowed, DATA).changes == {"data.cross_blocks": [False, True]}
+
+
 @pytest.mark.parametrize("name", ["data.path", "data"])
 def test_data_may_move_but_not_change_unless_allowed(run, name):
     save(run(), 15)
