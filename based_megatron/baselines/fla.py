@@ -95,6 +95,7 @@ def _document_bounds(document_ids_BT: Tensor) -> Tensor:
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def _is_usable(device: torch.device) -> bool:
     """Whether the library is installed and computes on this device; layers ask in every forward pass."""
     if importlib.util.find_spec("fla") is None:

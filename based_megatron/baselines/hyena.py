@@ -123,16 +123,19 @@ class Hyena(Mixer):
 
     @classmethod
     def initial(cls, name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Initial values, fp32: taps and the filter's network U(-1 / sqrt(inputs), 1 / sqrt(inputs)), its frequencies 1, skip N(0, 1)."""
+        """Initial values, fp32: taps and their biases U(-1 / sqrt(K), 1 / sqrt(K)), the filter's frequencies 1, skip N(0, 1).
+
+        The filter's network starts as projections do, N(0, init_std^2) with biases of 0: there is hardly a filter at first.
+        """
         if name == "filter.frequency":
             return torch.ones(shape)
         if name == "skip":
             return torch.empty(shape).normal_(generator=generator)
-        if name.startswith(("conv_", "filter.")):
-            units = cls.options(model).filter_units
-            fan_in = {"conv": TAPS, "filter.first": FEATURES}.get(name.split("_")[0], units)
-            bound = fan_in**-0.5
+        if name.startswith("conv_"):
+            bound = TAPS**-0.5
             return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        if name in ("filter.first_bias", "filter.inner_bias"):
+            return torch.zeros(shape)
         return Mixer.initial(name, shape, model, generator)
 
     @staticmethod

@@ -127,7 +127,7 @@ class Mamba(Mixer):
     def initial(name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
         """Initial values, fp32: rates 1 .. N in every channel, steps of 0.001 to 0.1, their projection U(-1 / sqrt(r), 1 / sqrt(r)), taps
 
-        as of a convolution, skips 1; all else as for other mixers.
+        and their biases as PyTorch's of a convolution, skips 1; all else as for other mixers.
         """
         if name == "log_rate":
             return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().expand(shape).clone()
@@ -135,9 +135,11 @@ class Mamba(Mixer):
             return drawn_step_bias(shape, generator)
         if name in ("taps", "step_proj.weight"):
             return drawn_taps(shape, generator)
+        if name == "taps_bias":
+            return drawn_taps((*shape, Mamba.options(model).conv_taps), generator)[..., 0]
         if name == "skip":
             return torch.ones(shape)
-        return torch.zeros(shape) if name == "taps_bias" else Mixer.initial(name, shape, model, generator)
+        return Mixer.initial(name, shape, model, generator)
 
     @staticmethod
     def decays(name: str) -> bool:

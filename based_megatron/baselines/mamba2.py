@@ -175,16 +175,18 @@ class Mamba2(Mixer):
 
     @staticmethod
     def initial(name: str, shape: Shape, model: ModelConfig, generator: torch.Generator) -> Tensor:
-        """Initial values, fp32: rates U(1, 16), steps of 0.001 to 0.1, taps as of a convolution, skips and norm 1; all else as usual."""
+        """Initial values, fp32: rates U(1, 16), steps of 0.001 to 0.1, taps, biases as PyTorch's, skips and norm 1; all else as usual."""
         if name.endswith("_taps"):
             return drawn_taps(shape, generator)
+        if name in ("x_bias", "bc_bias"):
+            return drawn_taps((*shape, Mamba2.options(model).conv_taps), generator)[..., 0]
         if name == "step_bias":
             return drawn_step_bias(shape, generator)
         if name == "log_rate":
             return torch.empty(shape).uniform_(*RATES, generator=generator).log()
         if name in ("skip", "norm_weight"):
             return torch.ones(shape)
-        return torch.zeros(shape) if name.endswith("_bias") else Mixer.initial(name, shape, model, generator)
+        return Mixer.initial(name, shape, model, generator)
 
     @staticmethod
     def decays(name: str) -> bool:

@@ -44,6 +44,8 @@ class RecallConfig:
     """Draw new training examples in every epoch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on: auto takes a GPU if there is one."""
+    compile: bool = True
+    """On a GPU, train layers that are plain PyTorch through torch.compile: the elementwise chains of a layer become a few kernels."""
     backend: Literal["auto", "reference", "triton"] = "auto"
     """Kernels of the product's mixers: auto takes triton on a GPU, else the PyTorch references."""
 

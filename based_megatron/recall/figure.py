@@ -23,7 +23,7 @@ from based_megatron.recall.systems import SYSTEMS, StateBytes
 
 NAME = "recall"
 OTHER_COLORS = ("#17becf", "#bcbd22", "#e377c2", "#9467bd")
-MARKERS = "osD^vP*X<>hp"
+MARKERS = "osD^vP*X<>hpd8H"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def study(config: RecallConfig, command: str) -> int:
     devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) if device == "cuda" else ("cpu",)
     workers = config.workers or (WORKERS_OF_A_GPU * len(devices) if device == "cuda" else cores)
     deadline = time.time() + 60 * config.minutes if config.minutes else None
-    setup = Setup(preset, devices, config.backend, max(1, cores // workers), deadline)
+    setup = Setup(preset, devices, config.backend, max(1, cores // workers), deadline, config.compile)
     with locked(config.output):
         sweep = Sweep(config.output, setup, workers, jobs_of(points, preset, config.seeds))
         try:

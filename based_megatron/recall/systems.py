@@ -14,6 +14,7 @@ from based_megatron.config import ModelConfig
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.kernels.decode import ConvState, WindowState
 from based_megatron.model.mixers import MIXERS, Mixer, layer_mixers, mixers_of
+from based_megatron.recall.model import Block
 
 BASE_CONV = "based_megatron.recall.base_conv"
 BASELINES = "based_megatron.baselines"
@@ -30,6 +31,7 @@ class Point:
     system: str
     name: str
     model: ModelConfig
+    block: Block = "plain"
     product: bool = False
     """The whole model of the product, with positions and MLPs, instead of the study's."""
 
@@ -126,16 +128,25 @@ def _based(width: int, features: int) -> Callable[[int], Point]:
     return lambda vocab: Point("based", f"based-d{width}-f{features}", _model("bL", width, vocab, feature_dim=features))
 
 
+def _variant(system: str, width: int, features: int, **settings: Any) -> Callable[[int], Point]:
+    """A variant of Based. At equal bytes of state ReBased has a feature dim larger by 1: (F + 1) (F + 2) / 2 rows in both."""
+    return lambda vocab: Point(
+        system, f"{system}-d{width}-f{features}", _model("bL", width, vocab, feature_dim=features, **settings)
+    )
+
+
 def _window(width: int, previous: int) -> Callable[[int], Point]:
     return lambda vocab: Point(
         "window", f"window-d{width}-w{previous}", _model("bS", width, vocab, window_left=previous)
     )
 
 
-def _heads(system: str, letters: str, width: int, *options: str, heads: int = 2) -> Callable[[int], Point]:
+def _heads(
+    system: str, letters: str, width: int, *options: str, heads: int = 2, block: Block = "plain"
+) -> Callable[[int], Point]:
     """A system whose size is its width."""
     return lambda vocab: Point(
-        system, f"{system}-d{width}", _model(letters, width, vocab, num_heads=heads, mixer_options=options)
+        system, f"{system}-d{width}", _model(letters, width, vocab, num_heads=heads, mixer_options=options), block
     )
 
 
@@ -147,7 +158,7 @@ def _state_space(system: str, letters: str, width: int, states: int, *options: s
     """A system of two equal layers with convolutions of their own, and so many states a channel."""
     words = (f"{system}.state_dim={states}", *options)
     return lambda vocab: Point(
-        system, f"{system}-d{width}-n{states}", _model(letters, width, vocab, mixer_options=words)
+        system, f"{system}-d{width}-n{states}", _model(letters, width, vocab, mixer_options=words), "mamba"
     )
 
 
@@ -159,6 +170,16 @@ SYSTEMS = {
             "based", "Based", "#d62728",
             (_based(64, 16), _based(128, 16), _based(48, 8), _based(64, 8), _based(128, 8), _based(256, 16)),
             (_based(32, 8), _based(32, 2), _based(32, 4)),
+        ),
+        System(
+            "rebased", "ReBased", "#ff9896",
+            tuple(_variant("rebased", *sizes, feature_map="rebased") for sizes in ((64, 17), (128, 17), (64, 9))),
+            tuple(_variant("rebased", *sizes, feature_map="rebased") for sizes in ((32, 9), (32, 3), (32, 5))),
+        ),
+        System(
+            "jrt", "Based with a prefix (JRT)", "#c49c94",
+            tuple(_variant("jrt", *sizes, prefix_tokens=1024) for sizes in ((64, 16), (128, 16), (64, 8))),
+            tuple(_variant("jrt", *sizes, prefix_tokens=32) for sizes in ((32, 8), (32, 2), (32, 4))),
         ),
         System("attention", "attention", "#000000", (_attention(64), _attention(128)), (_attention(32),)),
         System(
@@ -198,22 +219,22 @@ SYSTEMS = {
         ),
         System(
             "hyena", "Hyena", "#bcbd22",
-            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=1024", heads=1) for width in (64, 128)),
-            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=32", heads=1) for width in (32,)),
+            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=1024", heads=1, block="residual norm") for width in (64, 128)),
+            tuple(_heads("hyena", "HH", width, "hyena.length_tokens=32", heads=1, block="residual norm") for width in (32,)),
         ),
         System(
             "h3", "H3", "#aec7e8",
-            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1) for width in (128, 64)),
-            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1) for width in (32,)),
+            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1, block="residual norm") for width in (128, 64)),
+            tuple(_heads("h3", "KK", width, f"h3.state_dim={width // 4}", heads=1, block="residual norm") for width in (32,)),
         ),
         System(
             "rwkv4", "RWKV-4", "#f7b6d2",
-            tuple(_heads("rwkv4", "bV", width, heads=1) for width in (256, 128)),
+            tuple(_heads("rwkv4", "bV", width, heads=1) for width in (128, 256)),
             tuple(_heads("rwkv4", "bV", width, heads=1) for width in (32,)),
         ),
         System(
             "mamba", "Mamba", "#17becf",
-            tuple(_state_space("mamba", "MM", *sizes) for sizes in ((128, 16), (64, 16), (128, 24))),
+            tuple(_state_space("mamba", "MM", *sizes) for sizes in ((64, 16), (128, 16), (128, 24))),
         ),
     )
 }  # fmt: skip

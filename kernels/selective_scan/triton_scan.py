@@ -189,6 +189,7 @@ class SelectiveScan(torch.autograd.Function):
         )
 
 
+@torch.compiler.disable  # a kernel of ours inside of an autograd function: one call in a compiled graph
 def selective_scan(
     x_BTC: Tensor,
     step_BTC: Tensor,

@@ -1,6 +1,7 @@
 """Models of the study: logits at queries alone are those of all positions, and its convolution is right in every form."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -27,6 +28,11 @@ MODEL = ModelConfig(
 
 def with_pattern(pattern: str) -> ModelConfig:
     return dataclasses.replace(MODEL, layer_pattern=pattern)
+
+
+def with_baselines(pattern: str) -> ModelConfig:
+    modules = f"{BASE_CONV},{BASELINES}"
+    return dataclasses.replace(MODEL, layer_pattern=pattern, mixers=modules, mixer_options=("mamba2.head_dim=16",))
 
 
 def losses_and_gradients(kind: Any, pattern: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -85,6 +91,84 @@ def test_softmax_attention_has_no_positions(worker_pool):
     """Alone it sees a set of tokens; behind a convolution it sees their order."""
     assert worker_pool(1).run(order_matters, "A") == [False]
     assert worker_pool(1).run(order_matters, "bA") == [True]
+
+
+def layers_by_hand(block: str) -> tuple[Tensor, Tensor]:
+    """The residual at all tokens after both layers, by the model and by the formula of the block."""
+    topology = topology_of()
+    model = RecallModel(with_pattern("bL"), topology, backend="reference", seed=3, block=block).double().eval()
+    tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1)).to(topology.device)
+    everywhere, inputs = torch.arange(12).expand(2, 12), MixerInputs(whole_sequence(None, 12, topology.device), None)
+    with torch.no_grad():
+        found = model(tokens, everywhere.to(topology.device))
+        r_TBD = model.embedding(tokens).transpose(0, 1)
+        for mixer in model.mixers:
+            normed = (
+                functional.layer_norm(r_TBD, (16,)) if block != "mamba" else functional.rms_norm(r_TBD, (16,), eps=1e-5)
+            )
+            r_TBD = r_TBD + mixer(normed, inputs=inputs)[0]
+            if block == "residual norm":
+                r_TBD = r_TBD + functional.layer_norm(r_TBD, (16,))
+        expected = functional.linear(functional.layer_norm(r_TBD, (16,)).transpose(0, 1), model.embedding.weight)
+    return found.cpu(), expected.cpu()
+
+
+@pytest.mark.parametrize("block", ["plain", "residual norm", "mamba"])
+def test_a_block_is_its_formula(worker_pool, block):
+    ((found, expected),) = worker_pool(1).run(layers_by_hand, block)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def first_values(block: str) -> dict[str, float]:
+    """Standard deviations of two projections, relative to those that PyTorch's linear layers start with."""
+    model = dataclasses.replace(MODEL, layer_pattern="NN", mixers=BASELINES, hidden_size=64, init_std=0.02)
+    mixer = RecallModel(model, topology_of(), backend="reference", seed=3, block=block).mixers[0]
+    weights = {"in": mixer.zxdt.weight, "out": mixer.out_proj.weight}
+    return {name: float(weight.std() * (3 * weight.shape[1]) ** 0.5) for name, weight in weights.items()}
+
+
+def test_mamba_starts_as_in_its_authors_code(worker_pool):
+    """Two layers: the projection back is divided by sqrt(2)."""
+    (found,) = worker_pool(1).run(first_values, "mamba")
+    assert found == pytest.approx({"in": 1.0, "out": 2**-0.5}, rel=0.02)
+    (plain,) = worker_pool(1).run(first_values, "plain")
+    assert plain == pytest.approx({"in": 0.02 * 192**0.5, "out": 0.01 * 384**0.5}, rel=0.02)
+
+
+def compiled_and_plain(pattern: str) -> tuple[list[Tensor], list[Tensor], int]:
+    """Losses and gradients of two lengths and two models by both forms, and the frames that were compiled."""
+    from torch._dynamo.utils import counters
+
+    topology, settings = topology_of(), with_baselines(pattern)
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    torch.compiler.reset()
+    counters.clear()
+    # Without the compiler's last stage, which takes seconds a graph.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for seed in (0, 1):
+        for some, compiled in zip(found, (True, False), strict=True):
+            model = RecallModel(settings, topology, backend="reference", seed=seed, compiled=compiled)
+            for length in (16, 24):
+                torch.manual_seed(seed)
+                tokens = torch.randint(0, 64, (3, length)).to(topology.device)
+                logits = model(tokens, tokens[:, :4] % length)
+                some += [logits.detach(), *torch.autograd.grad(query_loss(logits, tokens[:, :4]), model.parameters())]
+    monkeypatch.undo()
+    graphs = counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return found[0], found[1], graphs
+
+
+@pytest.mark.parametrize(
+    "pattern", ["bE", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bD", "bG", "bR", "bW", "bV", "NN"))]
+)
+def test_compiled_layers_are_the_plain_ones(worker_pool, pattern):
+    """Each length and mixer is compiled once, whole, for models of all rates."""
+    ((compiled, plain, graphs),) = worker_pool(1).run(compiled_and_plain, pattern)
+    for found, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert graphs == 2 * len(set(pattern))
 
 
 def base_conv(topology: Topology) -> Any:
@@ -169,9 +253,9 @@ def test_attention_learns_the_tiny_task(worker_pool):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["bL", "bA", "bS", "GE"])
-def test_replayed_steps_are_those_that_are_launched(pattern):
-    """Losses of 20 steps at two shapes, without dropout, whose random numbers a graph draws in another order."""
+@pytest.mark.parametrize("pattern", ["bL", "bA", "bS", "GE", "NM"])
+def test_replayed_steps_are_those_that_are_launched(pattern, monkeypatch):
+    """Losses of 20 steps at two shapes, also of compiled layers, without dropout, whose random numbers a graph draws in another order."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     from based_megatron.parallel.topology import join_alone
@@ -179,19 +263,24 @@ def test_replayed_steps_are_those_that_are_launched(pattern):
     topology = join_alone(torch.device("cuda"))
     data = Data(SHORT, topology.device)
     found = []
-    for pool in (None, torch.cuda.graph_pool_handle()):
+    monkeypatch.setattr("based_megatron.recall.model.EMBEDDING_DROPOUT", 0.0)
+    for pool, compiled in (
+        (None, False),
+        (torch.cuda.graph_pool_handle(), False),
+        (torch.cuda.graph_pool_handle(), True),
+    ):
         model = RecallModel(
-            dataclasses.replace(with_pattern(pattern), mixers=f"{BASE_CONV},{BASELINES}"),
+            with_baselines(pattern),
             topology,
             backend="auto",
             seed=0,
+            compiled=compiled,
         )
         run = Run(model, 1e-2, Recipe(rates=(1e-2,), epochs=2), 20, 0, pool)
-        model.eval()
-        model.train = lambda mode=True, model=model: model  # type: ignore[method-assign]
         losses = []
         for epoch in range(2):
             run.train(data.batches(epoch, 100, 0), epoch)
             losses += [float(loss) for loss in run.losses]
         found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0][-1] < found[0][0]
+    assert found[2] == pytest.approx(found[0], rel=1e-3)

@@ -31,6 +31,8 @@ def numbers(point: Point, longest_tokens: int) -> int:
         "gla": d // 2 * d // heads,
         "attention": 2 * d * longest_tokens,
         "based": (d + heads) * (1 + f + f * (f + 1) // 2),
+        "jrt": (d + heads) * (1 + f + f * (f + 1) // 2),
+        "rebased": (d + heads) * (f * (f + 1) // 2),
         "window": 2 * d * W,
         "retnet": d * d // heads,
     }[point.system]
@@ -93,6 +95,14 @@ def test_the_products_own_state_is_counted_whole():
     window = state_bytes(FIGURE_POINTS["window-d128-w64"].model, 1024)
     assert window.product == window.recurrent + 2 * 128 * 4 + 2 * 128 * 4
     assert state_bytes(FIGURE_POINTS["attention-d64"].model, 1024).product is None
+
+
+@pytest.mark.parametrize("sizes", ["d64-f16", "d128-f16", "d64-f8"])
+def test_variants_of_based_have_its_bytes(sizes):
+    """ReBased has no constant and no linear features: a feature dim larger by 1 makes up for them."""
+    width, features = sizes.split("-f")
+    names = (f"based-{sizes}", f"jrt-{sizes}", f"rebased-{width}-f{int(features) + 1}")
+    assert len({state_bytes(FIGURE_POINTS[name].model, 1024).published for name in names}) == 1
 
 
 def test_tiny_points_have_the_bytes_that_are_known_of_them():

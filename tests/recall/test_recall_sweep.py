@@ -197,7 +197,7 @@ def test_another_task_recipe_or_size_is_another_run():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--systems", "based,bassed"], r"--systems names 'bassed', which is none of based, attention"),
+        (["--systems", "based,bassed"], r"--systems names 'bassed', which is none of based, rebased"),
         (["--systems", "based", "--only", "d999"], r"--only 'd999'.*based-d32-f8"),
         (["--pattern", "cQ"], r"cannot read 'Q' in layer pattern 'cQ'"),
         (["--mixers", "no.such"], r"cannot import the mixers of 'no\.such'"),
