@@ -34,7 +34,7 @@ def run(tmp_path):
     return make
 
 
-def save(config: Config, step: int, **changes: Any) -> Path:
+def save(config: Config, step: int, /, **changes: Any) -> Path:
     """What identify looks at of a checkpoint."""
     path = Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
