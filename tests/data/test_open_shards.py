@@ -20,7 +20,7 @@ from based_megatron.errors import DataError
 
 S, SHARDS, OPEN = 16, 12, 3
 SEQUENCES = (SHARDS * 64 - 1) // S
-"""Of each split of a corpus."""
+"""Sequences of each split of a corpus."""
 
 
 @contextmanager
