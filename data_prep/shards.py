@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from based_megatron.data.manifest import HASHED_BYTES, Member, Split
-
-HASH_BYTES = 8
+from based_megatron.data.manifest import Member, Split, piece_hashes
 
 
 class TokenizedDocument(NamedTuple):
@@ -146,12 +144,10 @@ class _Shard:
             for ending, payload in zip(("tokens.npy", "docs.json", "origins.json"), payloads, strict=True)
         )
         hashed_end = self._file.tell()
-        hashes = io.BytesIO()
-        np.save(hashes, self._hashes(begin, hashed_end))
-        hashes_at = self._add(f"{key}.hashes.npy", hashes.getvalue())
+        hashes, hashes_npy = piece_hashes(self._written(begin, hashed_end)), io.BytesIO()
+        np.save(hashes_npy, hashes)
+        hashes_at = self._add(f"{key}.hashes.npy", hashes_npy.getvalue())
         end = self._file.tell()
-        self._file.seek(begin)
-        digest = xxhash.xxh3_128_hexdigest(self._file.read(end - begin))
         return Member(
             file=self._name,
             key=key,
@@ -165,17 +161,15 @@ class _Shard:
             tokens=len(tokens),
             docs=len(docs["ends"]),
             first_document=docs["first_document"],
-            xxh3=digest,
+            xxh3=xxhash.xxh3_128_hexdigest(self._written(begin, end)),
             hashed_end=hashed_end,
-            hashes_offset=hashes_at + len(hashes.getvalue()) - HASH_BYTES * -(-(hashed_end - begin) // HASHED_BYTES),
+            hashes_offset=hashes_at + len(hashes_npy.getvalue()) - hashes.nbytes,
+            hashes_xxh3=xxhash.xxh3_64_hexdigest(hashes.tobytes()),
         )
 
-    def _hashes(self, begin: int, end: int) -> np.ndarray:
-        """uint64 hashes of the pieces of what was written from `begin` to `end`."""
+    def _written(self, begin: int, end: int) -> bytes:
         self._file.seek(begin)
-        written = memoryview(self._file.read(end - begin))
-        pieces = (written[first : first + HASHED_BYTES] for first in range(0, len(written), HASHED_BYTES))
-        return np.array([xxhash.xxh3_64_intdigest(piece) for piece in pieces], "<u8")
+        return self._file.read(end - begin)
 
     def close(self) -> None:
         with self._file:

@@ -18,6 +18,8 @@ from based_megatron.errors import ConfigError
 T = TypeVar("T")
 REMOVED = ("allow_changed",)
 """Settings of `data` that saved configs of earlier versions have: they are left out."""
+FORMER = {"data": {"cross_blocks": False}}
+"""What runs did before there was a setting for it, where its default is another."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,16 @@ def from_dict(values: dict[str, Any], where: str = "config") -> Config:
         values = {**values, "data": {key: data[key] for key in data if key not in ("sources", *REMOVED)}}
     config = _merge(Config, values, where)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+
+
+def with_former_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run, with what it did without a word where its version had no setting for it."""
+    return _overlaid(FORMER, saved)
+
+
+def load_run_config(path: Path) -> Config:
+    """The config.yaml of a run folder, of whatever version. Raises ConfigError."""
+    return from_layers([Layer("former settings", FORMER), *read_layers(str(path))])
 
 
 def save_config(config: Config, path: Path) -> None:

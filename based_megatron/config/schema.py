@@ -97,6 +97,9 @@ class DataConfig:
     carry_state: Annotated[bool, FIXED] = False
     """Read the corpus in order, each row of the batch a stream of its own, and start each sequence from the states that the same
     row left in the step before (without gradients), where a document goes on: documents may then be longer than a sequence."""
+    cross_blocks: Annotated[bool, FIXED] = True
+    """Let sequences go on from one block of a corpus in the next, so that less than one of each source is left out. Off is the order
+    of runs that began before this setting: what does not fill a sequence at the end of each block is not read."""
     num_workers: Annotated[int, Range(at_least=0, at_most=256), FREE] = 1
     """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
     seed: Annotated[int, FIXED] = 42

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from based_megatron.config.load import load_config
+from based_megatron.config.load import load_config, load_run_config
 from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.data.documents import documents_of_step
 from based_megatron.data.jumps import DataJumps
@@ -82,7 +82,7 @@ def _data(command: DataCommand) -> tuple[DataConfig, int]:
         sources = tuple(SourceConfig(path=path) for path in command.path)
         data = DataConfig(sources=sources, sequence_length_tokens=command.sequence_length_tokens, seed=command.seed)
         return data, command.global_batch_sequences
-    config = load_config(command.config or str(Path(command.run) / CONFIG))
+    config = load_run_config(Path(command.run) / CONFIG) if command.run else load_config(command.config)
     return config.data, config.train.global_batch_sequences
 
 

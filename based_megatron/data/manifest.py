@@ -14,10 +14,10 @@ import xxhash
 from based_megatron.errors import DataError
 from based_megatron.run_folder.whole_file import whole_file
 
-VERSION = 2
-READABLE = (1, VERSION)
-HASHED_VERSION = 2
-"""First version whose samples have hashes of their pieces."""
+VERSION = 3
+READABLE = (1, 2, VERSION)
+HASHED_VERSION = 3
+"""First version whose manifest knows the hashes of the pieces of samples."""
 HASHED_BYTES = 1 << 14
 """Bytes of a sample that one of its hashes is of: no more need be read than a sequence and what is around it."""
 MANIFEST_NAME = "manifest.json"
@@ -60,6 +60,8 @@ class Member:
     """Byte after those that have hashes; 0 if there are none."""
     hashes_offset: int = 0
     """First byte of the hashes, after the npy header."""
+    hashes_xxh3: str = ""
+    """xxh3_64 of the hashes: pieces that match them are what this manifest was written for. Empty before version 3."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,14 @@ def fingerprint(values: dict[str, Any]) -> str:
     """xxh3_128 over the content of a manifest, without its own fingerprint."""
     content = {key: value for key, value in values.items() if key != "fingerprint"}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def fingerprint_at(folder: Path) -> str | None:
+    """The fingerprint that the manifest of a folder has now; None if there is none to read."""
+    try:
+        return json.loads((folder / MANIFEST_NAME).read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def make_manifest(**values: Any) -> Manifest:
@@ -216,6 +226,13 @@ def _check_sizes(manifest: Manifest) -> None:
                 f"shard {path} is truncated: {size} bytes, the manifest needs {needed}; "
                 f"restore it or write the corpus again"
             )
+
+
+def piece_hashes(data: bytes) -> np.ndarray:
+    """uint64 xxh3_64 of every HASHED_BYTES of a sample."""
+    view = memoryview(data)
+    pieces = (view[first : first + HASHED_BYTES] for first in range(0, len(view), HASHED_BYTES))
+    return np.array([xxhash.xxh3_64_intdigest(piece) for piece in pieces], "<u8")
 
 
 def hash_range(path: Path, begin: int, end: int) -> str:

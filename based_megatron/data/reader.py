@@ -2,19 +2,19 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from based_megatron.data.manifest import HASHED_BYTES, Manifest, Member, hash_range
+from based_megatron.data.manifest import HASHED_BYTES, READ_BYTES, Manifest, Member, fingerprint_at, piece_hashes
+from based_megatron.data.open_shards import OpenShards
 from based_megatron.errors import DataError
 
 CACHED_MEMBERS = 4096
-OPEN_SHARDS = 256
+CACHED_HASHES = 1 << 14
+"""Members whose hashes are kept, a few kilobytes each: without them an older corpus is read by whole samples again."""
 
 
 class Piece(NamedTuple):
@@ -32,30 +32,37 @@ class SequenceReader:
     members are one stream, and windows go on from one to the next. Any number of threads may read.
     """
 
-    def __init__(self, manifest: Manifest, split: str, sequence_length_tokens: int, joined: bool = False):
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        sequence_length_tokens: int,
+        joined: bool = False,
+        shards: OpenShards | None = None,
+    ):
+        """shards: those that the run has open; without it the reader has its own."""
         self.manifest = manifest
+        self._shards = shards or OpenShards()
         self._length_tokens = sequence_length_tokens
-        self._joined = joined
+        self.joined = joined
         self.members = manifest.splits[split].members
         tokens = [member.tokens for member in self.members]
         self._first_token = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
         counts = [max(0, count - 1) // sequence_length_tokens for count in tokens]
         self._first_sequence = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._open: Callable[[str], _Descriptor] = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
-        self._hashes: Callable[[Member], list[int]] = functools.lru_cache(CACHED_MEMBERS)(self._read_hashes)
-        self._check_whole: Callable[[Member], None] = functools.cache(self._find_damage)
+        self._hashes: Callable[[Member], np.ndarray] = functools.lru_cache(CACHED_HASHES)(self._read_hashes)
         self.ends: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_MEMBERS)(self._read_ends)
 
     def __len__(self) -> int:
-        if self._joined:
+        if self.joined:
             return max(0, int(self._first_token[-1]) - 1) // self._length_tokens
         return int(self._first_sequence[-1])
 
     def pieces(self, sequence: int, begin: int = 0, end: int | None = None) -> list[Piece]:
         """The pieces of members that make up a window of S + 1 tokens, or the part of it from `begin` to `end`."""
         end = self._length_tokens + 1 if end is None else end
-        if not self._joined:
+        if not self.joined:
             member = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
             start = (sequence - int(self._first_sequence[member])) * self._length_tokens
             return [Piece(member, start + begin, start + end)]
@@ -164,58 +171,64 @@ class SequenceReader:
 
         Raises DataError if they are not what was written, or cannot be read.
         """
-        if not member.hashed_end:
-            self._check_whole(member)
-            return self._read(member, begin, end)
         first, last = (begin - member.begin) // HASHED_BYTES, -(-(end - member.begin) // HASHED_BYTES)
-        start = member.begin + first * HASHED_BYTES
-        data = self._read(member, start, min(member.begin + last * HASHED_BYTES, member.hashed_end))
-        hashes, view = self._hashes(member), memoryview(data)
-        for place in range(last - first):
+        start, hashed_end = member.begin + first * HASHED_BYTES, member.hashed_end if member.hashes_xxh3 else member.end
+        hashes = self._hashes(member)[first:last].tolist()
+        data = self._read(member, start, min(member.begin + last * HASHED_BYTES, hashed_end))
+        view = memoryview(data)
+        for place, written in enumerate(hashes):
             piece = view[place * HASHED_BYTES : (place + 1) * HASHED_BYTES]
-            if xxhash.xxh3_64_intdigest(piece) != hashes[first + place]:
+            if xxhash.xxh3_64_intdigest(piece) != written:
                 at = start + place * HASHED_BYTES
                 raise self._damaged(member, f"does not match its hash in bytes {at} to {at + len(piece)}")
         return data[begin - start : end - start]
 
-    def _read_hashes(self, member: Member) -> list[int]:
+    def _read_hashes(self, member: Member) -> np.ndarray:
+        """uint64 hashes of the pieces of a sample, of which the manifest says that they are the right ones."""
+        if not member.hashes_xxh3:
+            return self._hash_whole(member)
         count = -(-(member.hashed_end - member.begin) // HASHED_BYTES)
         data = self._read(member, member.hashes_offset, member.hashes_offset + 8 * count)
-        return np.frombuffer(data, "<u8").tolist()
+        if xxhash.xxh3_64_hexdigest(data) != member.hashes_xxh3:
+            raise self._damaged(member, "does not have the hashes that the manifest knows")
+        return np.frombuffer(data, "<u8")
 
-    def _find_damage(self, member: Member) -> None:
-        """Check a sample that has one hash for all of it."""
-        if hash_range(self.manifest.folder / member.file, member.begin, member.end) != member.xxh3:
+    def _hash_whole(self, member: Member) -> np.ndarray:
+        """Hashes of the pieces of a sample of which the manifest has one hash of all of it."""
+        digest, hashes = xxhash.xxh3_128(), []
+        for begin in range(member.begin, member.end, READ_BYTES):
+            data = self._read(member, begin, min(begin + READ_BYTES, member.end))
+            digest.update(data)
+            hashes.append(piece_hashes(data))
+        if digest.hexdigest() != member.xxh3:
             raise self._damaged(member, "does not match its hash")
+        return np.concatenate(hashes)
 
     def _read(self, member: Member, begin: int, end: int) -> bytes:
-        # Not a memory map: a file that is truncated under it kills the process without a word.
         try:
-            shard = self._open(member.file)
-            data = os.pread(shard.descriptor, end - begin, begin)
-        except OSError as error:
-            path = self.manifest.folder / member.file
-            raise DataError(f"cannot read shard {path}: {error}; restore it or write the corpus again") from error
+            data = self._shards.read(self.manifest.folder / member.file, begin, end)
+        except DataError as error:
+            if replaced := self._replaced(member):
+                raise replaced from error
+            raise
         if len(data) < end - begin:
             raise self._damaged(member, f"ends at byte {begin + len(data)}, before {end}")
         return data
 
-    def _open_shard(self, file: str) -> "_Descriptor":
-        return _Descriptor(os.open(self.manifest.folder / file, os.O_RDONLY))
-
     def _damaged(self, member: Member, what: str) -> DataError:
         folder = self.manifest.folder
-        return DataError(
+        return self._replaced(member) or DataError(
             f"{folder / member.file} is damaged: sample {member.key} {what}; "
             f"check the corpus with `based data verify --path {folder}`"
         )
 
-
-@dataclass
-class _Descriptor:
-    """An open file, closed when nobody has it any more: who reads from it keeps it until the bytes are there."""
-
-    descriptor: int
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def _replaced(self, member: Member) -> DataError | None:
+        """The error where the corpus of this reader is no longer the one in its folder, which is then not damaged."""
+        folder, then = self.manifest.folder, self.manifest.fingerprint
+        now = fingerprint_at(folder)
+        if now in (None, then):
+            return None
+        return DataError(
+            f"{folder / member.file} is of another corpus than the run began with: the fingerprint of {folder} was {then} and is {now}; "
+            f"put that corpus back, or train on this one in a run_dir of its own"
+        )

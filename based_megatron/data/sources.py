@@ -8,6 +8,7 @@ import numpy as np
 from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.data.manifest import HASHED_VERSION, load_manifest
 from based_megatron.data.mixture import Mixture, split_counts
+from based_megatron.data.open_shards import OPEN_SHARDS, OpenShards
 from based_megatron.data.order import shuffled
 from based_megatron.data.reader import SequenceReader
 from based_megatron.errors import ConfigError, DataError
@@ -32,19 +33,21 @@ class Sources:
                     f"{manifest.folder} and {self.manifests[0].folder} were made with different tokenizers: "
                     f"prepare both with the same --tokenizer, or take one out of data.sources"
                 )
+        length, shards = data.sequence_length_tokens, OpenShards(OPEN_SHARDS)
         self.train = [
-            SequenceReader(manifest, "train", data.sequence_length_tokens, joined=data.carry_state)
+            SequenceReader(manifest, "train", length, joined=data.cross_blocks or data.carry_state, shards=shards)
             for manifest in self.manifests
         ]
         self.validation = [
-            SequenceReader(manifest, "validation", data.sequence_length_tokens) for manifest in self.manifests
+            SequenceReader(manifest, "validation", length, joined=data.cross_blocks, shards=shards)
+            for manifest in self.manifests
         ]
         for reader in self.train:
             if not len(reader):
                 raise DataError(
                     f"the training split of {reader.manifest.folder} ({reader.manifest.splits['train'].tokens} tokens) "
                     f"does not hold one sequence: lower data.sequence_length_tokens {data.sequence_length_tokens} "
-                    f"or prepare more text"
+                    f"or {'prepare more text' if reader.joined else 'set data.cross_blocks=true'}"
                 )
         if data.carry_state and len(self.train[0]) < streams:
             raise DataError(
@@ -60,7 +63,9 @@ class Sources:
             f"{manifest.fingerprint}*{source.weight:g}"
             for manifest, source in zip(self.manifests, self._sources, strict=True)
         ]
-        order = "carried" if self._data.carry_state else f"seed={self._data.seed}"
+        # Without a word on blocks it is the order of before there was a choice.
+        shuffle = f"seed={self._data.seed}" + ("/cross_blocks" if self._data.cross_blocks else "")
+        order = "carried" if self._data.carry_state else shuffle
         return f"{'+'.join(parts)}/{order}/sequence_length_tokens={self._data.sequence_length_tokens}"
 
     @property
@@ -83,6 +88,14 @@ class Sources:
         """Part of the sequences that each corpus gives, as weights say; they add up to 1."""
         weights = np.array([source.weight for source in self._sources], np.float64)
         return weights / weights.sum()
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the training splits that sequences have as inputs, each of them once an epoch."""
+        sequences = sum(map(len, self.train))
+        if self._data.carry_state:
+            sequences -= sequences % self._streams
+        return sequences * self._data.sequence_length_tokens
 
     @property
     def sequence_length_tokens(self) -> int:

@@ -17,6 +17,7 @@ from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.checkpoint.store import FOLDER, STATE, list_checkpoints, newest_valid, step_of
 from based_megatron.config import Config, save_config, to_dict
 from based_megatron.config.changes import changed_settings, describe_changes, is_allowed, refused_changes
+from based_megatron.config.load import with_former_settings
 from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.run_folder.files import CONFIG, DONE, EVENTS
 from based_megatron.run_folder.history import Start, append_start, git_commit, new_run_id, read_history, versions
@@ -62,7 +63,7 @@ def identify(config: Config, data_fingerprint: str) -> Identity:
         run_id = _one_run_id(path, state.get("run_id"), run_id)
         changes = check_changes(config, data_fingerprint, path, state)
     elif last:
-        changes = changed_settings(Config, last.config, to_dict(config))
+        changes = changed_settings(Config, with_former_settings(last.config), to_dict(config))
         if refused_changes(Config, changes, allowed=()):
             run_id = None  # nothing of the old run is left to go on with
     return Identity(
@@ -82,7 +83,7 @@ def check_changes(config: Config, data_fingerprint: str, path: Path, state: dict
     if state["kinds"] == [MODEL]:
         return {}  # imported weights, which have not been trained by these settings
     allowed = config.checkpoint.allow_changed
-    changes = changed_settings(Config, state["config"], to_dict(config))
+    changes = changed_settings(Config, with_former_settings(state["config"]), to_dict(config))
     refused = refused_changes(Config, changes, allowed)
     key = "data.sources" if config.data.sources else "data.path"
     then, now = _corpora(state["data_fingerprint"]), _corpora(data_fingerprint)

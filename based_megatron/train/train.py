@@ -83,7 +83,7 @@ def train_over(
     record_start(config, identity, start[0], all_ranks(), hosts)
 
     jobs = side_jobs(config, topology, loader, sources, hosts)
-    logs = loggers(config, topology, start, identity, hosts)
+    logs = loggers(config, topology, sources, start, identity, hosts)
     # A checkpoint comes after the log of its step; at the end and at an error the order is the opposite.
     callbacks = [Owner(identity, lock), *jobs, *logs, Outcome(), checkpointer]
     try:

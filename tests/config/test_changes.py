@@ -50,6 +50,7 @@ def test_every_setting_says_whether_it_may_change_when_a_run_goes_on():
         "data.seed",
         "data.isolate_documents",
         "data.carry_state",
+        "data.cross_blocks",
         "data.sequence_length_tokens",
     ],
 )

@@ -1,5 +1,6 @@
 """Small corpora whose every token is known, written by the code of `based prep`."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer, models
 
+from based_megatron.data import manifest as manifest_module
 from based_megatron.data.manifest import Manifest, make_manifest, save_manifest
 from based_megatron.data_prep.shards import SplitWriter, TokenizedDocument
 
@@ -56,3 +58,18 @@ def write_corpus(
     )
     save_manifest(manifest)
     return manifest
+
+
+def as_version(manifest: Manifest, version: int) -> Manifest:
+    """The corpus as an earlier version wrote its manifest: 2 has no hash of the hashes of pieces, 1 has no word of these."""
+    unknown = {1: {"hashed_end": 0, "hashes_offset": 0, "hashes_xxh3": ""}, 2: {"hashes_xxh3": ""}}.get(version, {})
+    splits = {
+        name: dataclasses.replace(
+            split, members=tuple(dataclasses.replace(member, **unknown) for member in split.members)
+        )
+        for name, split in manifest.splits.items()
+    }
+    changed = dataclasses.replace(manifest, version=version, splits=splits, fingerprint="")
+    changed = dataclasses.replace(changed, fingerprint=manifest_module.fingerprint(manifest_module._to_json(changed)))
+    save_manifest(changed)
+    return changed

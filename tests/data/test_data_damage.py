@@ -1,13 +1,12 @@
 """Damage of every kind to the files of a corpus, before and while it is read: one line that names shard and sample, or the right tokens."""
 
-import dataclasses
 import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from made_corpora import numbered_documents, random_lengths, write_corpus
+from made_corpora import as_version, numbered_documents, random_lengths, write_corpus
 
 from based_megatron.config.schema import DataConfig
 from based_megatron.data import manifest as manifest_module
@@ -15,7 +14,6 @@ from based_megatron.data import reader as reader_module
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import Manifest, load_manifest
 from based_megatron.data.sources import Sources
-from based_megatron.data_prep import shards as shards_module
 from based_megatron.errors import DataError
 
 S, BATCH, PIECE = 32, 8, 256
@@ -24,7 +22,7 @@ S, BATCH, PIECE = 32, 8, 256
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Samples of a few kilobytes have many pieces with hashes."""
-    for module in (manifest_module, reader_module, shards_module):
+    for module in (manifest_module, reader_module):
         monkeypatch.setattr(module, "HASHED_BYTES", PIECE)
 
 
@@ -42,7 +40,7 @@ def data_config(folder: Path) -> DataConfig:
 
 
 def steps_of(manifest: Manifest) -> int:
-    return sum((member.tokens - 1) // S for member in manifest.splits["train"].members) // BATCH
+    return (manifest.splits["train"].tokens - 1) // S // BATCH
 
 
 def tokens_of(batches: Loader, steps: range) -> list[np.ndarray]:
@@ -157,9 +155,10 @@ def test_each_read_is_checked(tmp_path):
         reader.tokens(0)
 
 
-def test_a_corpus_without_hashes_of_pieces_is_checked_by_whole_samples(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_corpus_whose_manifest_has_no_hashes_of_pieces_is_checked_by_whole_samples(tmp_path, version):
     """Once for each sample; the run says so in one line."""
-    manifest = older(corpus(tmp_path / "c"))
+    manifest = as_version(corpus(tmp_path / "c"), version)
     (warning,) = Sources(data_config(tmp_path / "c")).warnings
     assert "whole samples" in warning and "\n" not in warning
     assert len(tokens_of(loader(tmp_path / "c"), range(3))) == 3 * BATCH // 2
@@ -176,21 +175,6 @@ def test_a_corpus_without_hashes_of_pieces_is_checked_by_whole_samples(tmp_path)
         os.ftruncate(file.fileno(), member.offset)
     with pytest.raises(DataError, match="sample 00000000"):
         reader.tokens(0)
-
-
-def older(manifest: Manifest) -> Manifest:
-    """The corpus as version 1 has it: no hashes of pieces in its manifest."""
-    splits = {
-        name: dataclasses.replace(
-            split,
-            members=tuple(dataclasses.replace(member, hashed_end=0, hashes_offset=0) for member in split.members),
-        )
-        for name, split in manifest.splits.items()
-    }
-    changed = dataclasses.replace(manifest, version=1, splits=splits, fingerprint="")
-    changed = dataclasses.replace(changed, fingerprint=manifest_module.fingerprint(manifest_module._to_json(changed)))
-    manifest_module.save_manifest(changed)
-    return changed
 
 
 def test_new_corpora_have_no_warning(tmp_path):

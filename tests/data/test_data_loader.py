@@ -173,7 +173,7 @@ def test_documents_can_be_left_unisolated(corpora):
 
 def test_an_epoch_holds_every_sequence_once(corpora):
     data = data_config(corpora, sources=(), path=str(corpora / "a"))
-    reader = SequenceReader(load_manifest(corpora / "a"), "train", S)
+    reader = SequenceReader(load_manifest(corpora / "a"), "train", S, joined=True)
     one_epoch = Loader(Sources(data, len(reader)), data, len(reader), 1).micro_batches(2)
     expected = Counter(str(reader.tokens(i)[:-1].tolist()) for i in range(len(reader)))
     assert Counter(str(batch.tokens_BL[0].tolist()) for batch in one_epoch) == expected
@@ -264,7 +264,7 @@ def test_validation_uses_held_out_documents_only(corpora):
 
 
 def test_validation_takes_what_there_is(corpora):
-    sizes = [len(SequenceReader(load_manifest(corpora / name), "validation", S)) for name in "ab"]
+    sizes = [len(SequenceReader(load_manifest(corpora / name), "validation", S, joined=True)) for name in "ab"]
     assert len(list(loader(corpora).validation_batches(10**6))) == sum(sizes)
 
 
@@ -274,8 +274,8 @@ def test_validation_that_holds_no_sequence_names_the_keys(corpora):
 
 
 def test_training_split_that_holds_no_sequence_names_the_key(corpora):
-    with pytest.raises(DataError, match=r"data\.sequence_length_tokens 512"):
-        loader(corpora, sequence_length_tokens=512)
+    with pytest.raises(DataError, match=r"data\.sequence_length_tokens 8192 or prepare more text$"):
+        loader(corpora, sequence_length_tokens=8192)
 
 
 def test_vocabulary_that_is_too_small_names_the_key(corpora):

@@ -91,7 +91,7 @@ def test_a_folder_without_manifest_is_refused(tmp_path):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b'{"version": 3}', b"{}"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b'{"version": 4}', b'{"version": 3}', b"{}"])
 def test_a_file_that_is_no_manifest(corpus, content):
     (corpus / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json.*based prep") as error:

@@ -36,7 +36,8 @@ def make_run(tmp_path) -> Callable[..., RunFacts]:
 
     def make(step: int = 0, **monitor: Any) -> RunFacts:
         tokens_seen = step * TOKENS_PER_STEP
-        return RunFacts(small_config(**monitor), tmp_path, torch.device("cpu"), 4, step, tokens_seen, "f00d", "a run")
+        config, device, tokens = small_config(**monitor), torch.device("cpu"), (2_000_000, 1_999_600)
+        return RunFacts(config, tmp_path, device, 4, step, tokens_seen, "f00d", "a run", *tokens)
 
     return make
 

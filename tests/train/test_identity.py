@@ -34,7 +34,7 @@ def run(tmp_path):
     return make
 
 
-def save(config: Config, step: int, **changes: Any) -> Path:
+def save(config: Config, step: int, /, **changes: Any) -> Path:
     """What identify looks at of a checkpoint."""
     path = Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
@@ -120,6 +120,17 @@ def test_the_settings_of_the_checkpoint_count_not_those_of_a_start_that_saved_no
     start(run({"optimizer.lr": 0.01, "checkpoint.allow_changed": ["optimizer.lr"]}), from_step=15)
     assert identify(run(), DATA).changes == {}
     assert "optimizer.lr" in refusal(run({"optimizer.lr": 0.01}))
+
+
+def test_a_run_from_before_sequences_crossed_blocks_keeps_its_order(run):
+    """Its config has no word of it: it goes on as it was, or not without being told."""
+    values = to_dict(run())
+    del values["data"]["cross_blocks"]
+    save(run(), 15, config=values)
+    assert "other settings: data.cross_blocks False -> True. Give" in refusal(run())
+    assert identify(run({"data.cross_blocks": False}), DATA).changes == {}
+    allowed = run({"checkpoint.allow_changed": ["data.cross_blocks"]})
+    assert identify(allowed, DATA).changes["data.cross_blocks"] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["data.path", "data"])

@@ -25,6 +25,10 @@ class RunFacts:
     run_id: str
     """Id of the run, which it keeps at every start."""
     run_name: str
+    training_tokens: int
+    """Tokens of the training splits of all corpora."""
+    tokens_read: int
+    """Those of them that an epoch reads."""
 
 
 class Sink:

@@ -9,6 +9,7 @@ from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.config import Config
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME
+from based_megatron.data.recall import training_tokens
 from based_megatron.data.sources import Sources
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.monitor.sinks.base import RunFacts
@@ -47,11 +48,16 @@ def side_jobs(
 
 
 def loggers(
-    config: Config, topology: Topology, start: tuple[int, int], identity: Identity, hosts: Sequence[str]
+    config: Config,
+    topology: Topology,
+    sources: Sources,
+    start: tuple[int, int],
+    identity: Identity,
+    hosts: Sequence[str],
 ) -> list[Callback]:
     """What is written while training. start: (steps done, tokens seen). hosts: of each rank."""
-    names = (identity.run_id, identity.run_name)
-    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names)
+    names, tokens = (identity.run_id, identity.run_name), (training_tokens(sources), sources.tokens_read)
+    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names, *tokens)
     return [
         Logger(start_sinks(facts) if topology.is_logger else [], hosts),
         Watchdog(hosts, config.monitor.hang_seconds),
