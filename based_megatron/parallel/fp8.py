@@ -187,8 +187,9 @@ class _SwiGLU(_Layer):
 def use_fp8(modules: Iterable[nn.Module], backend: str, is_sharded: bool) -> None:
     """Have the linear layers of these modules run in e4m3, except those whose sizes the hardware cannot take."""
     for layer in (part for module in modules for part in module.modules()):
-        whole = isinstance(layer, WholeColumnLinear | WholeRowLinear)
-        if whole and all(size % MULTIPLE == 0 for size in layer.weight.shape):
+        if not isinstance(layer, WholeColumnLinear | WholeRowLinear):
+            continue
+        if all(size % MULTIPLE == 0 for size in layer.weight.shape):
             layer.product = Fp8Product(layer.weight, backend, is_sharded)
 
 
