@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -62,7 +63,9 @@ def write_corpus(
 
 def as_version(manifest: Manifest, version: int) -> Manifest:
     """The corpus as an earlier version wrote its manifest: 2 has no hash of the hashes of pieces, 1 has no word of these."""
-    unknown = {1: {"hashed_end": 0, "hashes_offset": 0, "hashes_xxh3": ""}, 2: {"hashes_xxh3": ""}}.get(version, {})
+    unknown: dict[str, Any] = {"hashes_xxh3": ""} if version < 3 else {}
+    if version < 2:
+        unknown |= {"hashed_end": 0, "hashes_offset": 0}
     splits = {
         name: dataclasses.replace(
             split, members=tuple(dataclasses.replace(member, **unknown) for member in split.members)
