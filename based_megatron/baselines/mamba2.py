@@ -96,7 +96,7 @@ class Mamba2(Mixer):
             o, _state = fla.scalar_decay(q, k, values, g, document_ids_BT=plan.document_ids())
         else:
             before = None if plan.is_whole else state_before(k, values, g[..., None], plan)
-            o, _ = scalar_decay(q, k, values, g, initial_state_BHKV=before, document_ids_BT=plan.document_ids())
+            o, _state = scalar_decay(q, k, values, g, initial_state_BHKV=before, document_ids_BT=plan.document_ids())
         return self.out_proj(self._gated(o, v, z).transpose(0, 1).contiguous())[0], None
 
     def prefill(self, x: Tensor, state: StateSpaceState, where: Continuation) -> Tensor:

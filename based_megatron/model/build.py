@@ -1,5 +1,7 @@
 """Builds the model chunks of one rank from a config and a topology."""
 
+from typing import Any
+
 import torch
 
 from based_megatron.config import Config, ModelConfig, ParallelConfig
@@ -61,7 +63,7 @@ def _build_chunk(config: Config, shared: BasedConfig, topology: Topology, stage)
     chunk.to(topology.device)
     if config.train.precision == "fp8":
         picked = parse_fp8_layers(config.train.fp8_layers, shared.num_layers)
-        blocks = [block for name, block in chunk.layers.items() if int(name) in picked]
+        blocks: list[Any] = [block for name, block in chunk.layers.items() if int(name) in picked]
         use_fp8(blocks, shared.backend, is_sharded=config.parallel.zero_stage == 3)
         for block in blocks:
             block.hand_on_fp8()
