@@ -1,7 +1,7 @@
 """Every architecture of about 360 M parameters, trained for some steps on the same tokens: losses, tokens per second and memory.
 
     python -m benchmarks.baselines_360m run --data DATA --output benchmarks/results/h100-baselines-360m.json       one GPU
-    python -m benchmarks.baselines_360m render benchmarks/results/h100-baselines-360m.json                         the table beside it
+    python -m benchmarks.baselines_360m render benchmarks/results/h100-baselines-360m.json                         the table next to it
 
 Each is one `based train` job on the first of the corpus, which ends after its steps or its seconds, whichever come first. Losses of so few
 steps show that a model learns, not how good it is.

@@ -1,4 +1,4 @@
-"""The files of the inputs: each once, under a name of its own. What is passed over is said before any work begins."""
+"""The files of the inputs: each once, under a name of its own. What is left out is named before any work begins."""
 
 import itertools
 import logging
@@ -55,7 +55,7 @@ def find_files(inputs: Sequence[str], formats: Sequence[Format], left_out: Colle
     if repeated:
         logger.warning("%d files were found more than once, below several inputs or links: each is read once", repeated)
     if passed_over:
-        logger.warning("passed over %s; --suffixes +.ENDING reads more endings as plain text", _by_ending(passed_over))
+        logger.warning("left out %s; --suffixes +.ENDING reads more endings as plain text", _by_ending(passed_over))
     named = zip(_own_names(list(places.values())), places.values(), strict=True)
     files = [InputFile(name, p.path, p.path.stat().st_size, format_of(p.name, formats)) for name, p in named]
     return sorted(files, key=lambda file: file.name)

@@ -1,4 +1,4 @@
-"""The folder that `based prep` writes, which appears whole, and the workplace beside it, which one process has at a time.
+"""The folder that `based prep` writes, which appears whole, and the workplace next to it, which one process has at a time.
 
     OUTPUT.tmp/lock       who works here (run_folder/lock.py): the mark without which nothing in the folder is touched
     OUTPUT.tmp/corpus     what is written
@@ -114,7 +114,7 @@ def workplace(output: Path, overwrite: bool) -> Iterator[Workplace]:
 
 
 def workplace_of(output: Path) -> Path:
-    """The folder beside an output in which it is written."""
+    """The folder next to an output in which it is written."""
     return output.with_name(output.name + ".tmp")
 
 

@@ -28,7 +28,7 @@ MAX_BLOCK_TOKENS = 2**28
 def prepare(config: PrepConfig) -> Manifest:
     """Write the prepared corpus to config.output and return its manifest.
 
-    Everything is written to a workplace beside the output (output.py), which gets the output's name when it is complete; a failure
+    Everything is written to a workplace next to the output (output.py), which gets the output's name when it is complete; a failure
     removes it. Raises DataError: no documents, no tokenizer, an output in the way or at work, a full disk.
     """
     _check(config)

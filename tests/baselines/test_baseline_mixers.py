@@ -160,7 +160,9 @@ def test_a_layout_equals_the_single_process(single, double, name, layout):
     assert steps[1] == pytest.approx(expected_steps[1], rel=1e-3)
     assert weights.keys() == (expected.keys() if LAYOUTS[layout].zero_stage < 3 else set())
     for parameter, weight in weights.items():
-        torch.testing.assert_close(weight, expected[parameter], rtol=1e-3, atol=2e-4, msg=parameter)
+        torch.testing.assert_close(
+            weight, expected[parameter], rtol=1e-3, atol=2e-4, msg=lambda text: f"{parameter}: {text}"
+        )
 
 
 def test_recomputed_activations_are_the_same(worker_pool, single):

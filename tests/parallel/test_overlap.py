@@ -149,7 +149,7 @@ def order_of_a_step(parallel: ParallelConfig) -> list[str]:
 
 def test_buckets_go_during_computation(worker_pool):
     """One by one between the gradients of the last micro batch, and while layers run."""
-    events = worker_pool(2).run(order_of_a_step, ParallelConfig())[0]
+    events = worker_pool(2).run(order_of_a_step, ParallelConfig(overlap_zero=True))[0]
     last_backward = events[len(events) - 1 - events[::-1].index("first gradient") :]
     before_layer_0 = last_backward[: last_backward.index("gradient of layer 0")]
     assert before_layer_0.count("begin reduce_scatter_tensor") >= 2

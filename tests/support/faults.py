@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from based_megatron.config import parse_config
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.sources import Sources
+from based_megatron.parallel.gradient_sums import gradient_sum
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train import train as module
@@ -43,14 +44,26 @@ class Faults:
     """Factor of the output of the first layer, likewise."""
 
 
+def spoil_gradient(parameter: nn.Parameter, factor: Callable[[], float]) -> None:
+    """Multiply a parameter's gradient in every backward pass, wherever it is kept."""
+
+    def spoiled(gradient: Tensor | None) -> Tensor | None:
+        if gradient is not None:
+            return gradient * factor()
+        # A matrix product has added it to the sum already, and autograd was given none.
+        total = gradient_sum(parameter)
+        assert total is not None
+        total.values.mul_(factor())
+        return None
+
+    parameter.register_hook(spoiled)
+
+
 def train_with_faults(run_dir: Path, data: Path, faults: Faults, *overrides: str) -> bool:
     """A job on a rank of a pool, disturbed. Returns whether the run is done."""
     config = parse_config(command(run_dir, data, *overrides)[4:])
     topology = build_topology(config.parallel, rank_device(dist.get_rank()))
     taken = 1
-
-    def spoiled_gradient(gradient: Tensor) -> Tensor:
-        return gradient * faults.gradients.get(taken, 1.0)
 
     def spoiled_output(_module: Any, _inputs: Any, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return outputs[0], outputs[1] * faults.outputs.get(taken, 1.0)
@@ -62,7 +75,7 @@ def train_with_faults(run_dir: Path, data: Path, faults: Faults, *overrides: str
             for chunk in chunks:
                 for parameter in chunk.parameters():
                     if shard_spec(parameter).name == PARAMETER:
-                        parameter.register_hook(spoiled_gradient)
+                        spoil_gradient(parameter, lambda: faults.gradients.get(taken, 1.0))
                 if FIRST_LAYER in chunk.layers:
                     chunk.layers[FIRST_LAYER].register_forward_hook(spoiled_output)
         return step

@@ -14,6 +14,7 @@ from based_megatron.train import train as module
 from based_megatron.train.step import build_step
 from based_megatron.train.stop import StopVote
 from based_megatron.train.suspects import in_model_order
+from support.faults import spoil_gradient
 from support.pool import rank_device
 from support.runs import command, events
 
@@ -46,7 +47,7 @@ def train_with_a_nan(run_dir: Path, data: Path, where: str, *overrides: str) -> 
         for chunk in chunks if is_mine else []:
             for parameter in chunk.parameters():
                 if shard_spec(parameter).name == where:
-                    parameter.register_hook(poisoned)
+                    spoil_gradient(parameter, lambda: float("nan") if steps_done == 1 else 1.0)
             if where.startswith("output of "):
                 layer = chunk.layers[where.removeprefix("output of ")]
                 layer.register_forward_hook(lambda _m, _i, outputs: (outputs[0], poisoned(outputs[1])))

@@ -50,7 +50,7 @@ class SequencePlan:
         """Tokens L of this slice."""
         return self.end - self.start
 
-    @cached_property
+    @property
     def slices(self) -> range:
         """Numbers of all slices that rows and states flow between."""
         return self.carried.slices(self.ranks.size)
