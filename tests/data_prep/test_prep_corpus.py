@@ -175,7 +175,7 @@ def test_what_is_passed_over_is_said_before_anything_is_read(tmp_path, caplog):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     Corpus(PrepConfig(inputs=(str(tmp_path),), output="unused"))
     assert [record.getMessage() for record in caplog.records] == [
-        "passed over 4 files: 2 .exe, 1 Makefile, 1 .txt; --suffixes +.ENDING reads more endings as plain text"
+        "left out 4 files: 2 .exe, 1 Makefile, 1 .txt; --suffixes +.ENDING reads more endings as plain text"
     ]
 
 
