@@ -7,134 +7,23 @@ scenarios to run these only. Needs root, and what support/slurm_cluster.py names
 """
 
 import contextlib
-import io
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from based_megatron.cli import main
-from based_megatron.monitor.events import read_events
+from slurm_runs import STEPS, Run, Trial, output_of
+
 from support.machines import wait
-from support.runs import TINY, prepare_corpus
 from support.slurm_cluster import Cluster, why_no_slurm
-
-STEPS = 40
-RANK = "-m based_megatron train"
-"""Words that the command line of a rank has."""
-OPTIONS = [
-    *["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1", "--no-exclusive"],
-    *["--time", "10", "--stop-seconds", "30", "--hang-seconds", "45"],
-]  # fmt: skip
-SETTINGS = [
-    *["--train.steps", str(STEPS), "--checkpoint.interval-steps", "5", "--validation.interval-steps", "0"],
-    *["--monitor.no-tensorboard", "--parallel.timeout-seconds", "15"],
-]  # fmt: skip
-
-
-@dataclass
-class Run:
-    """A run folder, and what its files say."""
-
-    folder: Path
-
-    @property
-    def steps(self) -> list[dict]:
-        """Every step's event, those that were done again included."""
-        path = self.folder / "events.jsonl"
-        return [event for event in read_events(path) if event["event"] == "step"] if path.exists() else []
-
-    @property
-    def losses(self) -> dict[int, float]:
-        return {event["step"]: event["loss"] for event in self.steps}
-
-    @property
-    def log(self) -> str:
-        """What the script said, in the order of its jobs."""
-        files = sorted(self.folder.glob("slurm-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
-        return "".join(path.read_text() for path in files)
-
-    @property
-    def starts(self) -> int:
-        """How often ranks were started."""
-        return self.log.count("starting on ")
-
-    @property
-    def last_words(self) -> str:
-        """The last line of the script, without its time and job."""
-        lines = re.findall(r"^\[\S+ job \d+ restart \d+\] (.*)$", self.log, re.MULTILINE)
-        return lines[-1] if lines else "nothing"
-
-    def jobs(self) -> list[str]:
-        """States of the jobs of this folder that have not ended."""
-        jobs = [line.split() for line in _output("squeue", "-h", "-o", "%j %T").splitlines()]
-        return [state for name, state in jobs if f"-{self.folder.name}-" in name]
-
-
-class Trial:
-    """A cluster, a corpus, and the curve of a run that nothing disturbed."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        self.corpus = prepare_corpus(folder, documents=400)
-        self._undisturbed: dict[int, float] = {}
-
-    def undisturbed(self) -> dict[int, float]:
-        """Loss of each step of a run that nothing disturbed."""
-        if not self._undisturbed:
-            run = self.launch("undisturbed")
-            self.wait_end(run)
-            self._undisturbed = run.losses
-        return self._undisturbed
-
-    def launch(self, name: str, *options: str, settings: tuple[str, ...] = (), folder: Path | None = None) -> Run:
-        """Submit a run, or submit it again."""
-        run = Run((folder or self.folder) / name)
-        train = ["train", *TINY, "--run-dir", str(run.folder), "--data.path", str(self.corpus), *SETTINGS, *settings]
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = main(["launch", "slurm", *OPTIONS, *options, "--", *train])
-        assert status == 0, said.getvalue()
-        return run
-
-    def job(self, run: Run) -> str:
-        """The number of the newest job of a run."""
-        return max((path.stem.partition("-")[2] for path in run.folder.glob("slurm-*.log")), key=int)
-
-    def nodes(self, run: Run) -> list[str]:
-        """The nodes of the last start, that of rank 0 first."""
-        return re.findall(r"starting on ([^;]*);", run.log)[-1].split()
-
-    def wait_step(self, run: Run, step: int) -> None:
-        """Until a step is done."""
-        wait(lambda: any(event["step"] >= step for event in run.steps), 240)
-
-    def wait_end(self, run: Run, seconds: float = 300) -> None:
-        """Until no job of the run waits or runs."""
-        seen = time.monotonic()
-
-        def over() -> bool:
-            nonlocal seen
-            if run.jobs():
-                seen = time.monotonic()
-            # Between two jobs there may be none for a moment.
-            return time.monotonic() - seen > 3
-
-        wait(over, seconds, 0.3)
-
-    def rank_pids(self, run: Run, rank: int) -> list[int]:
-        return self.cluster.machines.pids(self.nodes(run)[rank], RANK)
-
 
 SCENARIOS: dict[str, Callable[[Trial, str], tuple[Run, float]]] = {}
 """Each disturbs a run of the given name; returns it once it has ended, and when it was disturbed."""
@@ -192,7 +81,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("time limit is near")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """The signal that SLURM sends by itself."""
-    return disturbed(trial, name, lambda run: _output("scancel", "--batch", "--signal=USR1", trial.job(run)))
+    return disturbed(trial, name, lambda run: output_of("scancel", "--batch", "--signal=USR1", trial.job(run)))
 
 
 @scenario("time limit is near while ranks start")
@@ -200,7 +89,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     run = trial.launch(name)
     wait(lambda: run.starts > 0, 120)
     time.sleep(1.5)
-    _output("scancel", "--batch", "--signal=USR1", trial.job(run))
+    output_of("scancel", "--batch", "--signal=USR1", trial.job(run))
     when = time.time()
     trial.wait_end(run)
     return run, when
@@ -208,20 +97,20 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 
 @scenario("scancel, then submitted again")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
-    run, _when = disturbed(trial, name, lambda run: _output("scancel", trial.job(run)))
+    run, _when = disturbed(trial, name, lambda run: output_of("scancel", trial.job(run)))
     assert run.starts == 1, "a cancelled job came back"
     return resubmitted(trial, name, run)
 
 
 @scenario("scontrol requeue")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
-    return disturbed(trial, name, lambda run: _output("scontrol", "requeue", trial.job(run)))
+    return disturbed(trial, name, lambda run: output_of("scontrol", "requeue", trial.job(run)))
 
 
 @scenario("preemption")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
-    return disturbed(trial, name, lambda run: _output(*urgent))
+    return disturbed(trial, name, lambda run: output_of(*urgent))
 
 
 @scenario("a node loses power in a step")
@@ -309,7 +198,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
     kill_script(trial, run)
     when = time.time()
     wait(lambda: run.starts == 2, 60)
-    _output("scancel", trial.job(run))
+    output_of("scancel", trial.job(run))
     trial.wait_end(run)
     assert run.starts == 2 and len(run.losses) < STEPS, "a cancelled job came back"
     return run, when
@@ -355,7 +244,7 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 @scenario("settings that the ranks refuse")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """Submitted after another job, whose data is not looked at yet."""
-    job = _output("sbatch", "--parsable", "--output=/dev/null", "--wrap=true").strip()
+    job = output_of("sbatch", "--parsable", "--output=/dev/null", "--wrap=true").strip()
     run, when = trial.launch(name, "--after", job, settings=("--checkpoint.load", "/nowhere")), time.time()
     trial.wait_end(run)
     return run, when
@@ -395,8 +284,8 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 def _(trial: Trial, name: str) -> tuple[Run, float]:
     """Around `based launch`: the lock of the folder refuses the ranks of the second."""
     run, when = trial.launch(name), time.time()
-    _output("sbatch", "--job-name=other", "--dependency=", str(run.folder / "pretrain.sbatch"))
-    wait(lambda: not _output("squeue", "-h", "--name=other"), 240)
+    output_of("sbatch", "--job-name=other", "--dependency=", str(run.folder / "pretrain.sbatch"))
+    wait(lambda: not output_of("squeue", "-h", "--name=other"), 240)
     trial.wait_end(run)
     refused = [log for log in run.folder.glob("slurm-*.log") if "is in use by job" in log.read_text()]
     assert len(refused) == 1 and "giving up" in refused[0].read_text(), run.log
@@ -426,14 +315,14 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 
 @scenario("a stop file while the job waits")
 def _(trial: Trial, name: str) -> tuple[Run, float]:
-    blocker = _output(
+    blocker = output_of(
         "sbatch", "--parsable", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 60"
     ).strip()
     time.sleep(3)
     run, when = trial.launch(name), time.time()
     assert run.jobs() == ["PENDING"]
     (run.folder / "stop").touch()
-    _output("scancel", blocker)
+    output_of("scancel", blocker)
     trial.wait_end(run)
     assert run.starts == 0
     return run, when
@@ -472,10 +361,6 @@ def _restored(trial: Trial) -> Iterator[Callable[[str], str]]:
 
 def _all_idle(trial: Trial) -> None:
     wait(trial.cluster.is_idle, 120)
-
-
-def _output(*words: str) -> str:
-    return subprocess.run(words, capture_output=True, text=True).stdout
 
 
 def row(trial: Trial, title: str, run: Run, when: float) -> list[str]:
@@ -519,7 +404,7 @@ def run_all(titles: list[str]) -> int:
                 cells = row(trial, title, *SCENARIOS[title](trial, f"run{number}"))
             except Exception as error:
                 cells, failed = [title, f"FAILED: {type(error).__name__}: {error}", "", "", "", ""], failed + 1
-                _output("scancel", "--user=root")
+                output_of("scancel", "--user=root")
                 time.sleep(5)
             print("| " + " | ".join(cells).replace(str(folder), "RUNS") + " |", flush=True)
     return failed
