@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from based_megatron.bench.table import table_line
 from based_megatron.monitor.events import each_step, read_events
 from based_megatron.run_folder.files import EVENTS
 from based_megatron.run_folder.history import versions
@@ -89,9 +90,7 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     done = [row for row in rows if "failed" not in row]
     steps = sorted({int(step) for row in done for step in row["losses"]})
     names = ["model", "parameters", "tokens/s", "peak GiB", *(f"loss at {step}" for step in steps)]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(cells(row, steps)) + " |")
+    lines = [table_line(*names), "|---" * len(names) + "|", *(table_line(*cells(row, steps)) for row in rows)]
     return "\n".join(lines) + "\n"
 
 

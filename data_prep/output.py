@@ -19,6 +19,7 @@ from based_megatron.data_prep.tokenizer import TOKENIZER_CONFIG_NAME
 from based_megatron.errors import ConfigError, DataError
 from based_megatron.run_folder.files import LOCK, RECALL
 from based_megatron.run_folder.lock import RunLock, held
+from based_megatron.run_folder.whole_file import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Workplace:
     def publish(self) -> None:
         """Give the complete corpus its name, in the place of an older one if there is one."""
         for folder in (*(self.corpus / split for split in SPLITS), self.corpus):
-            _fsync_folder(folder)
+            sync_folder(folder)
         if self._lock.lost:
             raise DataError(
                 f"{self.corpus.parent} was taken by {self._lock.lost}: let only one process write {self._output}"
@@ -77,7 +78,7 @@ class Workplace:
         if not _is_free(self._output):
             self._output.rename(self._replaced)
         self.corpus.rename(self._output)
-        _fsync_folder(self._output.parent)
+        sync_folder(self._output.parent)
 
     def clear(self) -> None:
         """Remove what was written and replaced; a corpus that was to be replaced gets its name back if no other has it."""
@@ -146,11 +147,3 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _is_free(output: Path) -> bool:
     """True if a folder can take this name without replacing anything."""
     return not output.exists() or (output.is_dir() and not any(output.iterdir()))
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

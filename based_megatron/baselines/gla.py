@@ -64,7 +64,7 @@ class GatedLinearAttention(DecayedAttention):
     letter, name = "G", "gla"
     Options = GLAOptions
     whole, one_token = staticmethod(vector_decay), staticmethod(vector_decay_step)
-    library = staticmethod(fla.vector_decay)
+    whole_by_fla = staticmethod(fla.vector_decay)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -67,7 +67,7 @@ class DecayedAttention(Mixer):
     """The operation over sequences."""
     one_token: Operation
     """The operation for one token of each."""
-    library: Operation
+    whole_by_fla: Operation
     """What fla-core has in place of the first, without a state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +88,7 @@ class DecayedAttention(Mixer):
             before = state_before(k, v, decays, inputs.plan)
             o_BLHV, _state = self.whole(q, k, v, g, initial_state_BHKV=before, **options)
         elif fla.serves(q, self.config.backend):
-            o_BLHV, _state = self.library(q, k, v, g, **options)
+            o_BLHV, _state = self.whole_by_fla(q, k, v, g, **options)
         else:
             o_BLHV, _state = self.whole(q, k, v, g, **options)
         return self.out_proj(merge_heads(self.norm(o_BLHV, gate)))[0], None

@@ -24,3 +24,8 @@ def drawn_taps(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Values U(-1 / sqrt(n), 1 / sqrt(n)) for n the last dimension: the taps of a channel, or the inputs of a projection."""
     bound = shape[-1] ** -0.5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def drawn_tap_biases(shape: tuple[int, ...], taps: int, generator: torch.Generator) -> Tensor:
+    """Biases of convolutions of so many taps, drawn as these are: PyTorch's way."""
+    return drawn_taps((*shape, taps), generator)[..., 0]

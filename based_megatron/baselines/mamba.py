@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from based_megatron.baselines.initial import drawn_step_bias, drawn_taps
+from based_megatron.baselines.initial import drawn_step_bias, drawn_tap_biases, drawn_taps
 from based_megatron.baselines.state_space import StateSpaceState
 from based_megatron.config import ModelConfig
 from based_megatron.config.limits import Range
@@ -140,7 +140,7 @@ class Mamba(Mixer):
         if name in ("taps", "step_proj.weight"):
             return drawn_taps(shape, generator)
         if name == "taps_bias":
-            return drawn_taps((*shape, Mamba.options(model).conv_taps), generator)[..., 0]
+            return drawn_tap_biases(shape, Mamba.options(model).conv_taps, generator)
         if name == "skip":
             return torch.ones(shape)
         return Mixer.initial(name, shape, model, generator)

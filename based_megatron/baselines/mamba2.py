@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from based_megatron.baselines import fla
-from based_megatron.baselines.initial import drawn_step_bias, drawn_taps
+from based_megatron.baselines.initial import drawn_step_bias, drawn_tap_biases, drawn_taps
 from based_megatron.baselines.operations.scalar_decay import scalar_decay, scalar_decay_step
 from based_megatron.baselines.slices import state_before
 from based_megatron.baselines.state_space import StateSpaceState
@@ -200,7 +200,7 @@ class Mamba2(Mixer):
         if name.endswith("_taps"):
             return drawn_taps(shape, generator)
         if name in ("x_bias", "bc_bias"):
-            return drawn_taps((*shape, Mamba2.options(model).conv_taps), generator)[..., 0]
+            return drawn_tap_biases(shape, Mamba2.options(model).conv_taps, generator)
         if name == "step_bias":
             return drawn_step_bias(shape, generator)
         if name == "log_rate":

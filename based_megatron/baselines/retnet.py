@@ -34,7 +34,7 @@ class RetNet(DecayedAttention):
     rotates = True
     Options = RetNetOptions
     whole, one_token = staticmethod(scalar_decay), staticmethod(scalar_decay_step)
-    library = staticmethod(fla.scalar_decay)
+    whole_by_fla = staticmethod(fla.scalar_decay)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         parts = [split_heads(part, self.heads) for part in self.qkvg(x)[0].split(self.local_parts, dim=-1)]

@@ -38,15 +38,6 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk: files and renames survive a power cut only after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_manifest(folder: Path, entries: list[FileEntry]) -> None:
     """Write the manifest; a checkpoint is complete when it has one and its name does not end in .tmp."""
     files = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]

@@ -16,7 +16,6 @@ from based_megatron.checkpoint.manifest import (
     STATE,
     FileEntry,
     seal_file,
-    sync_folder,
     write_durably,
     write_manifest,
 )
@@ -26,6 +25,7 @@ from based_megatron.checkpoint.store import step_name
 from based_megatron.checkpoint.writer import PartWriter, files_of_rank
 from based_megatron.errors import CheckpointError
 from based_megatron.run_folder.history import versions
+from based_megatron.run_folder.whole_file import sync_folder
 
 FORMAT = 1
 

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from based_megatron.config import Config
@@ -29,7 +28,7 @@ def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], Mode
         if weights is None:
             raise CheckpointError(f"{folder} has neither {SAFE_NAME} nor {SAFE_NAME}{INDEX}: give a whole export")
         config = BasedConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"cannot read the export {folder}: {' '.join(str(error).split())[:200]}") from error
     return from_hf(weights, config, mixers)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from based_megatron.kernels.backend import resolve_backend
 from based_megatron.kernels.square_sum import square_sum, stretches
 from based_megatron.parallel.buckets import Bucket, Gathers, Reductions
 from based_megatron.parallel.partitions import Judged, PartitionedOptimizer, Piece
@@ -39,7 +40,7 @@ class FlatStep:
         self._reductions, self._gathers = reductions, gathers
         self._data, self._model = buckets[0].axis.group, model
         device = buckets[0].gradients.device
-        self._kernels = "triton" if device.type == "cuda" else "reference"
+        self._backend = resolve_backend("auto", device)
         self._factor = torch.ones((), dtype=torch.float64, device=device) / dist.get_world_size(self._data)
         """What the sums over micro batches and ranks are multiplied by, before clipping."""
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
@@ -98,7 +99,7 @@ class FlatStep:
 
     def _global_norm(self) -> Tensor:
         squares = [
-            square_sum(bucket.own_gradients, counted, backend=self._kernels)
+            square_sum(bucket.own_gradients, counted, backend=self._backend)
             for bucket, counted in zip(self._buckets, self._counted, strict=True)
         ]
         total = torch.stack(squares).sum()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from based_megatron.kernels.backend import resolve_backend
 from based_megatron.kernels.column_sum import column_sum
 from based_megatron.kernels.layout import unit_last_stride
 
@@ -24,6 +25,7 @@ class GradientSum:
     def __init__(self, sum_fp32: Tensor) -> None:
         """sum_fp32: of the parameter's shape."""
         self.values, self.is_empty = sum_fp32, True
+        self._backend = resolve_backend("auto", sum_fp32.device)
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient of any float dtype."""
@@ -35,8 +37,7 @@ class GradientSum:
 
     def add_rows(self, dy_TO: Tensor) -> None:
         """Add the gradient of a bias, the sum of dy over tokens."""
-        backend = "triton" if dy_TO.is_cuda else "reference"
-        column_sum(unit_last_stride(dy_TO), self.values, adds=not self.is_empty, backend=backend)
+        column_sum(unit_last_stride(dy_TO), self.values, adds=not self.is_empty, backend=self._backend)
         self.is_empty = False
 
     def add_product(self, dy_TO: Tensor, x_TD: Tensor) -> None:
@@ -97,6 +98,22 @@ def gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad if kept is None else kept.values
 
 
+def weight_gradient(total: GradientSum | None, dy_TO: Tensor, x_TD: Tensor) -> Tensor | None:
+    """dy^T x, [O, D]; None if it has been added to the sum that the weight keeps."""
+    if total is None:
+        return dy_TO.t() @ x_TD
+    total.add_product(dy_TO, x_TD)
+    return None
+
+
+def bias_gradient(total: GradientSum | None, dy_TO: Tensor) -> Tensor | None:
+    """The sum of dy over tokens, [O]; None if it has been added to the sum that the bias keeps."""
+    if total is None:
+        return dy_TO.sum(0)
+    total.add_rows(dy_TO)
+    return None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, as `functional.linear`; a weight and a bias that keep sums get their gradients there, without a copy of them."""
     if gradient_sum(weight) is None or not torch.is_grad_enabled():
@@ -123,9 +140,4 @@ class _Linear(torch.autograd.Function):
         dy_TO = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[1]:
             ctx.of_weight.add_product(dy_TO, x.reshape(-1, x.shape[-1]))
-        if not ctx.needs_input_grad[2]:
-            return dx, None, None
-        if ctx.of_bias is None:
-            return dx, None, dy_TO.sum(0)
-        ctx.of_bias.add_rows(dy_TO)
-        return dx, None, None
+        return dx, None, bias_gradient(ctx.of_bias, dy_TO) if ctx.needs_input_grad[2] else None

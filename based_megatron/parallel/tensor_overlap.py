@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from based_megatron.parallel.gradient_sums import GradientSum, gradient_sum
+from based_megatron.parallel.gradient_sums import bias_gradient, gradient_sum, weight_gradient
 from based_megatron.parallel.sequence.channel import Pending
 
 
@@ -94,12 +94,8 @@ class ColumnProduct(torch.autograd.Function):
         rows_PTX, weight_OX = ctx.saved_tensors
         grad_PTO = grad_LBO.reshape(*rows_PTX.shape[:2], -1)
         arriving = ctx.ranks.product_sum(grad_PTO, weight_OX)
-        weight_grad = None
-        if ctx.of_weight is None:
-            weight_grad = _weight_gradient(grad_PTO, rows_PTX)
-        else:
-            ctx.of_weight.add_product(grad_PTO.flatten(0, 1), rows_PTX.flatten(0, 1))
-        bias_grad = _bias_gradient(ctx.of_bias, grad_PTO.flatten(0, 1)) if ctx.has_bias else None
+        weight_grad = weight_gradient(ctx.of_weight, grad_PTO.flatten(0, 1), rows_PTX.flatten(0, 1))
+        bias_grad = bias_gradient(ctx.of_bias, grad_PTO.flatten(0, 1)) if ctx.has_bias else None
         return arriving.wait().view(-1, grad_LBO.shape[1], weight_OX.shape[1]), weight_grad, bias_grad, None
 
 
@@ -125,20 +121,9 @@ class RowProduct(torch.autograd.Function):
             torch.mm(there.flatten(0, 1), weight_OX, out=x_grad_PTX[places].flatten(0, 1))
             if ctx.of_weight is not None:  # fp32, which adding in parts does not round
                 ctx.of_weight.add_product(there.flatten(0, 1), x_PTX[places].flatten(0, 1))
-        weight_grad = _weight_gradient(grads_PTO, x_PTX) if ctx.of_weight is None else None
+        weight_grad = None
+        if ctx.of_weight is None:
+            weight_grad = weight_gradient(None, grads_PTO.flatten(0, 1), x_PTX.flatten(0, 1))
         # Of this rank's rows: the step sums it over the ranks.
-        bias_grad = _bias_gradient(ctx.of_bias, grad_TO) if ctx.has_bias else None
+        bias_grad = bias_gradient(ctx.of_bias, grad_TO) if ctx.has_bias else None
         return x_grad_PTX.view(-1, grad_LBO.shape[1], x_PTX.shape[-1]), weight_grad, bias_grad, None
-
-
-def _weight_gradient(grad_PTO: Tensor, x_PTX: Tensor) -> Tensor:
-    """[O, X], of a weight that keeps no sum."""
-    return grad_PTO.flatten(0, 1).t() @ x_PTX.flatten(0, 1)
-
-
-def _bias_gradient(total: GradientSum | None, grad_TO: Tensor) -> Tensor | None:
-    """[O]; None if it has been added to the sum that the bias keeps."""
-    if total is None:
-        return grad_TO.sum(0)
-    total.add_rows(grad_TO)
-    return None

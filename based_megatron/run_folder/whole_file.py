@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders whose names last."""
 
 import os
 from collections.abc import Iterator
@@ -26,3 +26,12 @@ def whole_file(path: Path, *, durable: bool = False, binary: bool = False) -> It
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk: files and renames survive a power cut only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

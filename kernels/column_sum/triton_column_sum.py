@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from based_megatron.kernels.programs import programs_of
+
 TILE_ROWS, TILE_COLUMNS = 32, 128
-PROGRAMS_PER_MULTIPROCESSOR = 4
 INTERPRETER_PROGRAMS = 6
 
 
@@ -55,7 +56,7 @@ def column_sum(x_TD: Tensor, total_D: Tensor, adds: bool) -> Tensor:
     T, D = x_TD.shape
     assert x_TD.stride(1) == 1 and total_D.is_contiguous() and total_D.shape == (D,), (x_TD.stride(), total_D.shape)
     tiles = triton.cdiv(D, TILE_COLUMNS)
-    runs = min(triton.cdiv(T, TILE_ROWS), max(1, _programs(x_TD.device) // tiles))
+    runs = min(triton.cdiv(T, TILE_ROWS), max(1, programs_of(x_TD.device, INTERPRETER_PROGRAMS) // tiles))
     rows_of_run = triton.cdiv(T, runs)
     partial_ND = torch.empty(triton.cdiv(T, rows_of_run), D, dtype=torch.float32, device=x_TD.device)
     _runs_kernel[(tiles, len(partial_ND))](
@@ -65,9 +66,3 @@ def column_sum(x_TD: Tensor, total_D: Tensor, adds: bool) -> Tensor:
         partial_ND, total_D, len(partial_ND), D, ADDS=adds, TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS
     )
     return total_D
-
-
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETER_PROGRAMS
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

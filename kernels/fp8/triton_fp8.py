@@ -5,18 +5,16 @@ Legend: T rows, X columns.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from based_megatron.kernels.fp8.reference import LARGEST, LEAST_COMMON_SCALE, LEAST_SCALE
+from based_megatron.kernels.programs import programs_of
 
 TILE_ROWS, TILE_COLUMNS = 128, 64
 """Part of a matrix that a program turns round."""
-PROGRAMS_PER_MULTIPROCESSOR = 4
 INTERPRETER_PROGRAMS = 3
 
 
@@ -125,12 +123,9 @@ def scales(T: int, grid: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.empty(T, dtype=torch.float32, device=device), torch.empty(grid, dtype=torch.float32, device=device)
 
 
-@functools.cache
 def programs(device: torch.device) -> int:
     """Programs that take rows after each other."""
-    if device.type != "cuda":
-        return INTERPRETER_PROGRAMS
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return programs_of(device, INTERPRETER_PROGRAMS)
 
 
 def row_warps(padded_X: int) -> int:

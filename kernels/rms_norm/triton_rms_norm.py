@@ -24,9 +24,9 @@ from based_megatron.kernels.fp8 import Fp8Matrix
 from based_megatron.kernels.fp8.reference import LARGEST, LEAST_SCALE
 from based_megatron.kernels.fp8.tokens import Fp8Tokens, without_memory
 from based_megatron.kernels.fp8.triton_fp8 import power_of_two_scale
+from based_megatron.kernels.programs import programs_of
 from based_megatron.kernels.triton_overlap import overlapped, wait_for_inputs
 
-PROGRAMS_PER_MULTIPROCESSOR = 4
 INTERPRETER_PROGRAMS = 3
 
 
@@ -138,7 +138,9 @@ class AddRMSNorm(torch.autograd.Function):
         dsum_TD = None if dsum_TD is None else dsum_TD.contiguous()
         dresidual_TD = torch.empty_like(sum_TD)
         dupdate_TD = None if ctx.update_dtype is None else torch.empty_like(sum_TD, dtype=ctx.update_dtype)
-        tokens_per_program = triton.cdiv(len(scale_T), min(len(scale_T), _programs(sum_TD.device)))
+        tokens_per_program = triton.cdiv(
+            len(scale_T), min(len(scale_T), programs_of(sum_TD.device, INTERPRETER_PROGRAMS))
+        )
         programs = triton.cdiv(len(scale_T), tokens_per_program)
         partial_dweight = sum_TD.new_empty(programs, D)
         padded_D = triton.next_power_of_2(D)
@@ -175,12 +177,6 @@ class AddRMSNormRows(AddRMSNorm):
         numbers_TD = numbers_TD.flatten(0, -2)
         ctx.mark_non_differentiable(numbers_TD, row_scale_T)
         return sum_TD, without_memory(sum_TD.shape, weight_D), numbers_TD, row_scale_T
-
-
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETER_PROGRAMS
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _warps(padded_D: int) -> int:

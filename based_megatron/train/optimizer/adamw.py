@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from based_megatron.config import OptimizerConfig
 from based_megatron.errors import ConfigError
 from based_megatron.kernels.adamw import AdamW, adamw
+from based_megatron.kernels.backend import resolve_backend
 from based_megatron.parallel.partitions import Judged, PartitionedOptimizer
 from based_megatron.parallel.topology import Topology
 from based_megatron.parallel.transfer import HostCopy
@@ -25,10 +26,10 @@ class Optimizer(PartitionedOptimizer):
     @classmethod
     def build(cls, module: nn.Module, config: OptimizerConfig, topology: Topology) -> "Optimizer":
         """Over the parameters of this rank. Raises ConfigError if apex is asked for and missing."""
-        groups, on_gpu = parameter_groups(module, config), topology.device.type == "cuda"
+        groups = parameter_groups(module, config)
         if config.implementation != "auto":
             return cls(_client(groups, config))
-        return OnePass(OnePassClient(groups, "triton" if on_gpu else "reference", **adam_settings(config)))
+        return OnePass(OnePassClient(groups, resolve_backend("auto", topology.device), **adam_settings(config)))
 
     def state(self, master: Tensor) -> dict[str, Tensor]:
         """The moments of a partition."""
