@@ -111,7 +111,7 @@ def export_huggingface(
             for settings in (model.config, model.generation_config):
                 settings.eos_token_id = settings.pad_token_id = encoder.eos_id
         model.config.auto_map = AUTO_MAP
-        model.to(form.dtype).save_pretrained(folder, max_shard_size=form.max_shard_size)
+        model.to(form.dtype).save_pretrained(folder, max_shard_size=form.max_shard_size)  # type: ignore[arg-type]
         for name in HF_FILES:
             source = resources.files("based_megatron.convert.hf_files") / name
             (folder / name).write_bytes(source.read_bytes())

@@ -126,3 +126,16 @@ class BasedCache(DynamicCache):
             elif isinstance(layer, DynamicLayer) and layer.is_initialized:
                 tensors += [layer.keys, layer.values]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def counting(cache: DynamicCache, config: BasedConfig) -> BasedCache:
+    """A cache of ours on the layers of an empty one that does not know its length. Raises ValueError if it is not empty."""
+    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    for layer in layers:
+        if any(state is not None for state in (*layer.conv_states.values(), *layer.recurrent_states.values())):
+            raise ValueError(
+                "a DynamicCache does not know its length where no layer is attention: give generate that of an earlier output"
+            )
+    ours = BasedCache(config)
+    ours.layers = cache.layers
+    return ours

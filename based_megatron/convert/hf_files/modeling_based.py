@@ -20,7 +20,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_based import BasedConfig
-from .inputs_based import CACHE_NAME, BasedCache, check_mask, document_numbers, given_cache, knows_length, past_tokens
+from .inputs_based import (
+    CACHE_NAME,
+    BasedCache,
+    check_mask,
+    counting,
+    document_numbers,
+    given_cache,
+    knows_length,
+    past_tokens,
+)
 from .mixers_based import MIXERS, BasedGatedConv, BasedHeadNorm, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
 
 logger = logging.get_logger(__name__)
@@ -217,22 +226,11 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _counting(self, cache: DynamicCache) -> "BasedCache":
-        """A cache of ours on the layers of an empty one that does not count. Raises ValueError if it is not empty."""
-        states = (x for layer in cache.layers for x in (*layer.conv_states.values(), *layer.recurrent_states.values()))
-        if any(state is not None for state in states):
-            raise ValueError(
-                "a DynamicCache does not know its length where no layer is attention: give generate that of an earlier output"
-            )
-        counting = BasedCache(self.config)
-        counting.layers = cache.layers
-        return counting
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
         """Called by generate: our cache is the default one."""
         cache = given_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
         if isinstance(cache, DynamicCache) and not knows_length(cache):
-            cache = self._counting(cache)
+            cache = counting(cache, self.config)
         if cache is not None:
             model_kwargs[CACHE_NAME] = cache
         default = generation_config.cache_implementation in (None, "dynamic")
