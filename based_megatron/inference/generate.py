@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from based_megatron.checkpoint.full import read_full
+from based_megatron.checkpoint.full import read_whole
 from based_megatron.config.limits import check_limits, flag
-from based_megatron.convert.exported import data_folder, is_export, read_export
+from based_megatron.convert.exported import is_export, read_export
 from based_megatron.convert.hf_files.modeling_based import CACHE_NAME, BasedForCausalLM
 from based_megatron.convert.huggingface import hf_model
 from based_megatron.convert.layout import check_finite
+from based_megatron.convert.tokenizer import data_folder
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import ConfigError
 from based_megatron.inference.sampling import Sampling
@@ -45,8 +46,8 @@ def load_model(path: Path, device: str = "cpu") -> tuple[BasedForCausalLM, Path 
         weights, model_config = read_export(path)
         tokenizer = path if (path / "tokenizer.json").is_file() else None
     else:
-        weights, config = read_full(path)
-        model_config, tokenizer = config.model, data_folder(config)
+        whole = read_whole(path)
+        weights, model_config, tokenizer = whole.weights, whole.config.model, data_folder(whole)
     model = hf_model(weights, model_config)
     check_finite(weights, path)
     model.to(place)  # type: ignore[arg-type]
