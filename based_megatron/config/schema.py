@@ -258,6 +258,9 @@ class ValidationConfig:
     """Steps between validations; 0 turns them off."""
     sequences: int = 1000
     """Held-out sequences of one validation (fewer if the split is smaller)."""
+    max_tokens: Count = 2**25
+    """Most tokens of these sequences, which are kept in memory: 21 bytes a token, shared by the data parallel ranks. Of long sequences
+    fewer are read, and one at least."""
     recall: bool = True
     """Measure recall in the same pass: losses of tokens whose bigram stood earlier in the document, by its training count and by
     distance, and of synthetic probes. Bigrams of the training split are counted at the first start."""

@@ -201,6 +201,11 @@ def _check_prefix(config: Config) -> None:
         )
 
 
+def validated_sequences(config: Config) -> int:
+    """Most held-out sequences of one validation: `validation.sequences`, or as many as `validation.max_tokens` allows."""
+    return min(config.validation.sequences, max(1, config.validation.max_tokens // config.data.sequence_length_tokens))
+
+
 def slice_multiple(parallel: ParallelConfig) -> int:
     """The number of tokens that every slice is a multiple of: tensor parallel ranks share a slice under sequence parallelism."""
     return parallel.tensor if parallel.sequence_parallel else 1

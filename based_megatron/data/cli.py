@@ -108,7 +108,7 @@ def _show(manifest: Manifest) -> None:
         f"fingerprint {manifest.fingerprint}"
     )
     for name, split in manifest.splits.items():
-        shards = len({member.file for member in split.members})
+        shards = len(split.table.files)
         print(
             f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
             f"{len(split.members):,} samples, {shards:,} shards"

@@ -45,11 +45,11 @@ class SequenceReader:
         self._shards = shards or OpenShards()
         self._length_tokens = sequence_length_tokens
         self.joined = joined
-        self.members = manifest.splits[split].members
-        tokens = [member.tokens for member in self.members]
-        self._first_token = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
-        counts = [max(0, count - 1) // sequence_length_tokens for count in tokens]
-        self._first_sequence = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.members = manifest.splits[split].table
+        tokens = self.members.column("tokens")
+        self._first_token = np.concatenate([[0], np.cumsum(tokens)])
+        counts = np.maximum(0, tokens - 1) // sequence_length_tokens
+        self._first_sequence = np.concatenate([[0], np.cumsum(counts)])
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._hashes: Callable[[Member], np.ndarray] = functools.lru_cache(CACHED_HASHES)(self._read_hashes)
         self.ends: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_MEMBERS)(self._read_ends)

@@ -17,16 +17,17 @@ from based_megatron.errors import ConfigError, DataError
 class Sources:
     """Opens the corpora of a DataConfig and says which sequence of which one has a given number."""
 
-    def __init__(self, data: DataConfig, streams: int = 1):
+    def __init__(self, data: DataConfig, streams: int = 1, share: tuple[int, int] = (0, 1)):
         """streams: rows of a global batch; with `data.carry_state` each reads a part of the corpus in order.
 
+        share: (number, of how many) of the parts of the shards whose sizes this process looks at; other ranks look at the others.
         Raises DataError for a corpus that is damaged, too small, or made with another tokenizer than the first.
         """
         if bool(data.path) == bool(data.sources):
             raise ConfigError("give one of data.path and data.sources")
         self._sources = data.sources or (SourceConfig(path=data.path),)
         self._data, self._streams = data, streams
-        self.manifests = [load_manifest(source.path) for source in self._sources]
+        self.manifests = [load_manifest(source.path, share=share) for source in self._sources]
         for manifest in self.manifests[1:]:
             if manifest.tokenizer_xxh3 != self.manifests[0].tokenizer_xxh3:
                 raise DataError(

@@ -52,7 +52,7 @@ def _run(argv: Sequence[str], signals: StopSignals) -> None:
     from based_megatron.train.accept import accept
     from based_megatron.train.identity import identify
 
-    sources = accept(config, rank.world_size)
+    sources = accept(config, rank.world_size, rank.rank)
     if rank.rank == 0:
         check_free(Path(config.run_dir))
         identify(config, sources.fingerprint)
