@@ -11,6 +11,7 @@ from based_megatron.config.changes import check_allowed
 from based_megatron.config.limits import check_limits
 from based_megatron.config.pattern import parse_fp8_layers, parse_layer_pattern
 from based_megatron.config.schema import Config, GuardsConfig, ModelConfig, ParallelConfig
+from based_megatron.config.weights import weights_of
 from based_megatron.errors import ConfigError
 from based_megatron.run_folder.files import FILES, FOLDERS, LOG_PREFIX
 
@@ -49,6 +50,7 @@ def _check_files(config: Config) -> None:
         raise ConfigError(
             f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path"
         )
+    weights_of(data)
     plain = stop_file.isprintable() and stop_file not in ("", ".", "..") and "/" not in stop_file
     if not plain or stop_file in (*FILES, *FOLDERS) or stop_file.startswith(LOG_PREFIX):
         raise ConfigError(

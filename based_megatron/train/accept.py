@@ -49,6 +49,7 @@ def corpora(config: Config, share: tuple[int, int] = (0, 1)) -> Sources:
     share: (number, of how many) of the parts of the shards that this process looks at.
     """
     sources = Sources(config.data, config.train.global_batch_sequences, share)
+    sources.check_enough(config.train.steps * config.train.global_batch_sequences)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)
     if config.validation.interval_steps:

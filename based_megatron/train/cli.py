@@ -56,6 +56,8 @@ def _run(argv: Sequence[str], signals: StopSignals) -> None:
     if rank.rank == 0:
         check_free(Path(config.run_dir))
         identify(config, sources.fingerprint)
+        for planned in sources.plan(config.train.steps * config.train.global_batch_sequences):
+            print(planned)
         print(
             "this run can start: settings, data, run folder and the least memory have been checked, nothing was written"
         )

@@ -58,7 +58,8 @@ def loggers(
 ) -> list[Callback]:
     """What is written while training. start: (steps done, tokens seen). hosts: of each rank."""
     names, tokens = (identity.run_id, identity.run_name), (training_tokens(sources), sources.tokens_read)
-    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names, *tokens)
+    plan = tuple(map(str, sources.plan(config.train.steps * config.train.global_batch_sequences)))
+    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names, *tokens, plan)
     return [
         Logger(start_sinks(facts) if topology.is_logger else [], hosts),
         Watchdog(hosts, config.monitor.hang_seconds),
