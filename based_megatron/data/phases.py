@@ -50,6 +50,15 @@ class Phases:
             own[chosen] = within + phase.taken[sources[chosen]]
         return sources, own
 
+    def number(self, source: int, own: int) -> int | None:
+        """The sequence of the run that is a source's own: the inverse of `locate`; None if the run never comes to it."""
+        for phase, stop in zip(self._phases, [*self._starts[1:].tolist(), self.end], strict=True):
+            if phase.mixture.shares[source]:
+                number = phase.start + phase.mixture.place(source, own - int(phase.taken[source]))
+                if number < stop:
+                    return number
+        return None
+
     def taken(self, number: int) -> np.ndarray:
         """int64 [sources] sequences of each among those before `number`."""
         phase = self._phases[int(np.searchsorted(self._starts, number, side="right")) - 1]
@@ -75,7 +84,7 @@ class Phases:
                 left = np.where(taken < self._limits, weights, 0)
                 if not left.any():
                     return phases, start
-                mixture = Mixture(left)
+                mixture = Mixture(left.tolist())
                 phases.append(Phase(start, mixture, taken))
                 following = min([stop, *(start + place for place in self._ends(mixture, left, taken))])
                 taken = taken + mixture.taken(following - start) if following < ENDLESS else taken

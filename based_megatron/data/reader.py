@@ -75,6 +75,15 @@ class SequenceReader:
             position = last
         return pieces
 
+    def sequences_with(self, piece: Piece) -> range:
+        """The sequences that have tokens of a piece as inputs; none where they are among the last, which are left out."""
+        S, member = self._length_tokens, piece.member
+        if self.joined:
+            first, end = int(self._first_token[member]), len(self)
+            return range(min(end, (first + piece.start) // S), min(end, (first + piece.stop - 1) // S + 1))
+        first, end = (int(edge) for edge in self._first_sequence[member : member + 2])
+        return range(min(end, first + piece.start // S), min(end, first + (piece.stop - 1) // S + 1))
+
     def tokens(self, sequence: int, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids of a window, uint16 or uint32: S + 1, or those from `begin` to `end` of them.
 

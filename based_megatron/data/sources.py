@@ -1,6 +1,8 @@
 """The corpora of a run as one endless, shuffled, weighted stream of sequences."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from based_megatron.data.fingerprints import corpora_text
 from based_megatron.data.manifest import HASHED_VERSION, load_manifest
 from based_megatron.data.mixture import split_counts
 from based_megatron.data.open_shards import OPEN_SHARDS, OpenShards
-from based_megatron.data.order import shuffled
+from based_megatron.data.order import number_of, shuffled
 from based_megatron.data.phases import Phases
 from based_megatron.data.reader import SequenceReader
 from based_megatron.errors import ConfigError, DataError
@@ -148,11 +150,25 @@ class Sources:
             sequences[chosen] = shuffled(own_numbers[chosen], size, self._data.seed, self.manifests[source].fingerprint)
         return list(zip(sources.tolist(), sequences.tolist(), strict=True))
 
+    def numbers_of(self, source: int, sequence: int, count: int) -> Iterator[int]:
+        """Numbers below `count` that mean a sequence of a source, ascending: the inverse of `locate`."""
+        size, fingerprint = len(self.train[source]), self.manifests[source].fingerprint
+        for epoch in itertools.count():
+            number: int | None
+            if self._data.carry_state:
+                row, place = divmod(sequence, size // self._streams)
+                number = (epoch * (size // self._streams) + place) * self._streams + row
+            else:
+                number = self._phases.number(source, number_of(sequence, epoch, size, self._data.seed, fingerprint))
+            if number is None or number >= count or (self._data.carry_state and row >= self._streams):
+                return
+            yield number
+
     def plan(self, sequences: int) -> list["PlannedSource"]:
         """What the first `sequences` of the run read of each source."""
-        if self._data.carry_state:
-            taken, used_up = [sequences], [None]
-        else:
+        taken: list[int] = [sequences]
+        used_up: list[int | None] = [None]
+        if not self._data.carry_state:
             taken, used_up = self._phases.taken(min(sequences, self._phases.end)).tolist(), self._phases.used_up()
         length = self._data.sequence_length_tokens
         return [

@@ -70,7 +70,7 @@ def located(phases: Phases, count: int) -> list[tuple[int, int]]:
     return list(zip(sources.tolist(), own.tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(first=weights_strategy, schedule=schedules, limits=limits_strategy)
 def test_the_order_is_that_of_the_oracle(first, schedule, limits):
     changes = [(0, first), *sorted(schedule)]
@@ -84,7 +84,7 @@ def test_the_order_is_that_of_the_oracle(first, schedule, limits):
             phases.locate(np.array([0, phases.end]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(first=weights_strategy, later=weights_strategy, start=st.integers(1, 3 * 10**12))
 def test_a_source_goes_on_where_it_was_after_any_number_of_sequences(first, later, start):
     phases = Phases([(0, first), (start, later)], [None] * 3)
@@ -94,6 +94,31 @@ def test_a_source_goes_on_where_it_was_after_any_number_of_sequences(first, late
     for source in range(3):
         mine = own[sources == source]
         assert mine.tolist() == list(range(int(taken[source]), int(taken[source]) + len(mine)))
+
+
+@settings(max_examples=12, deadline=None)
+@given(first=weights_strategy, schedule=schedules, limits=limits_strategy)
+def test_the_sequence_of_the_run_that_is_a_sources_own_is_found(first, schedule, limits):
+    phases = Phases([(0, first), *sorted(schedule)], limits)
+    order = located(phases, 90)
+    for source in range(3):
+        for own in range(12):
+            expected = order.index((source, own)) if (source, own) in order else None
+            found = phases.number(source, own)
+            assert found == expected or (expected is None and len(order) == 90 and found is not None and found >= 90)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_numbers_of_a_sequence_are_those_that_lead_to_it(corpora, carried):
+    data = mixture(corpora, (2, 1, 0), [(30, (1, 1, 1)), (70, (0, 0, 1))], (0, 1.5, 0))
+    if carried:
+        data = DataConfig(path=corpora[2], carry_state=True, sequence_length_tokens=S)
+    sources = Sources(data, 4)
+    order = sources.locate(np.arange(100))
+    for source, reader in enumerate(sources.train):
+        for sequence in range(len(reader)):
+            expected = [number for number, place in enumerate(order) if place == (source, sequence)]
+            assert list(sources.numbers_of(source, sequence, 100)) == expected
 
 
 def test_a_used_up_source_leaves_the_others_in_their_proportions():
