@@ -200,7 +200,7 @@ def prepared(folder: Path, size: int) -> Config:
 def start(config: Config, ranks: SimulatedRanks) -> None:
     """The host's side of a start on one rank, to the first batch."""
     run_dir = Path(config.run_dir)
-    sources = accept(config, ranks.size)
+    sources = accept(config, ranks.size, ranks.rank)
     with locked_folder(config, ranks):
         identity = ranks.on_first(lambda: identify(config, sources.fingerprint))
         assert not is_done(config, identity, ranks)
