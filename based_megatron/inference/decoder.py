@@ -1,0 +1,85 @@
+"""Decoders of text: the engine over a run, a checkpoint or an export, with its tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from based_megatron.convert.huggingface import hf_model
+from based_megatron.convert.layout import check_finite
+from based_megatron.errors import ConfigError
+from based_megatron.inference.attention import AttentionLoop
+from based_megatron.inference.device import device_of
+from based_megatron.inference.prefix import load_prefix
+from based_megatron.inference.source import check_tokenizer, has_states, read_source, state_engine, tokenizer_of
+from based_megatron.inference.text import TextDecoder
+from based_megatron.model.build import DTYPES
+from based_megatron.parallel.topology import join_alone
+
+GPU_SLOTS, CPU_SLOTS = 128, 8
+"""Sequences that are decoded at once where nobody says how many."""
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model is decoded."""
+
+    device: str = ""
+    """cpu or cuda; empty for a GPU if there is one."""
+    precision: Precision = "auto"
+    """Type of weights and activations: auto is bf16 on a GPU and fp32 on a CPU."""
+    slots: int = 0
+    """Sequences that are decoded at once; 0 for 128 on a GPU and 8 on a CPU."""
+    reproducible: bool = False
+    """See `Batcher`."""
+    most_requests: int = 0
+    """Requests that there will be at most, where that is known: more slots would stay idle."""
+    remembered_prompts: int = 0
+    """Prompts, those read last, whose states are kept: a prompt that starts with one of them goes on from there."""
+
+    def slots_on(self, device: torch.device) -> int:
+        """Slots of the loop."""
+        usual = GPU_SLOTS if device.type == "cuda" else CPU_SLOTS
+        return self.slots or min(usual, self.most_requests or usual)
+
+
+def load_decoder(
+    path: Path,
+    placement: Placement = Placement(),
+    *,
+    tokenizer: Path | None = None,
+    prefix: Path | None = None,
+    mixers: str = "",
+) -> TextDecoder:
+    """A decoder of a run (its newest valid checkpoint), a checkpoint, or an export of ours, none of whose code runs.
+
+    tokenizer: its folder or file; that of the model where it is known. prefix: states that `Prefix.save` has written.
+    mixers: modules of mixers that an export has and that are not ours, as in model.mixers.
+    Raises ConfigError and CheckpointError for what a user can fix, such as weights that are not finite.
+    """
+    device = device_of(placement.device)
+    source = read_source(path, mixers)
+    text = tokenizer_of(source, tokenizer, path)
+    check_tokenizer(text, source.model)
+    check_finite(source.weights, path)
+    precision = placement.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = DTYPES[precision]
+    if not has_states(source.model):
+        if prefix is not None:
+            raise ConfigError(
+                f"{path} has full attention (model.layer_pattern {source.model.layer_pattern!r}) and no state of constant size: "
+                f"leave --prefix out"
+            )
+        model: Any = hf_model(source.weights, source.model)
+        return TextDecoder(AttentionLoop(model.to(device, dtype)), text, placement.reproducible)
+    slots = placement.slots_on(device)
+    engine = state_engine(source, join_alone(device), dtype)
+    loop = engine.loop(slots)
+    loop.prefixes.remembered = placement.remembered_prompts
+    if prefix is not None:
+        loop.prefixes.add(load_prefix(prefix, engine.model, engine.model.zero_states(1)))
+    return TextDecoder(loop, text, placement.reproducible)
