@@ -10,8 +10,9 @@ from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.config import ModelConfig
 from based_megatron.convert.huggingface import hf_model
 from based_megatron.evaluation.scorer import AttentionScorer, Prompt, Scorer, StateScorer
-from based_megatron.inference.source import Source, check_tokenizer, has_states, state_engine
+from based_megatron.inference.source import Source, check_tokenizer, state_engine
 from based_megatron.model.build import DTYPES
+from based_megatron.model.mixers import has_states
 from based_megatron.parallel.topology import Topology
 
 

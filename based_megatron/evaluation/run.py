@@ -24,8 +24,8 @@ from based_megatron.evaluation.report import Report, TaskResult, summary, write
 from based_megatron.evaluation.scorer import StateScorer
 from based_megatron.evaluation.tasks import CLOZE, EXTRACTION, Task
 from based_megatron.inference.device import device_of
-from based_megatron.inference.source import Source, has_states, read_source, tokenizer_of
-from based_megatron.model.mixers import layer_mixers
+from based_megatron.inference.source import Source, read_source, tokenizer_of
+from based_megatron.model.mixers import has_states, layer_mixers
 from based_megatron.model.mixers.attention import SlidingWindowAttention
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import build_topology

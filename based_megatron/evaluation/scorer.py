@@ -178,7 +178,7 @@ class StateScorer(Scorer):
             for place, each in enumerate(prompts)
         ]
         for _ in batcher.run(requests):
-            pass  # `ended` is told every token
+            pass  # `ended` gets every token
         self._decoded_tokens += loop.reader.computed_tokens - before + batcher.speed.decoded_tokens
         return rows
 

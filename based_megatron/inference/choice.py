@@ -120,7 +120,8 @@ class Choice:
         # A token stays if those before it have less than top_p: the likeliest always does.
         needed_BU = p_BU.cumsum(-1) - p_BU < self.top_p_B[:, None]
         kept_B = torch.where(self.top_p_B < 1, needed_BU.sum(-1), self.vocab_size).minimum(self.top_k_B)
-        return sorted_BU.gather(-1, kept_B[:, None] - 1)[:, 0]
+        # Of logits that are not numbers none is kept.
+        return sorted_BU.gather(-1, kept_B[:, None].clamp_min(1) - 1)[:, 0]
 
 
 def stream_of(seed: int) -> np.random.Generator:

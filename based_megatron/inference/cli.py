@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from based_megatron.config.limits import check_limits, flag
 from based_megatron.errors import ConfigError
 from based_megatron.inference.sampling import Sampling
 
@@ -36,6 +37,8 @@ class GenerateConfig:
     """Type of weights and activations. Default: bf16 on a GPU, fp32 on a CPU."""
     slots: int = 0
     """Texts that are decoded at once; others wait for a free slot. Default: one for each prompt, at most 128 on a GPU and 8 on a CPU."""
+    threads: int = 0
+    """Threads on a CPU. Default: one for a model of fewer than 20 million parameters, else those that torch takes."""
     reproducible: bool = False
     """Read prompts one by one: a text is then the same bit for bit whatever else is asked, with the same --slots."""
     prefix: Path | None = None
@@ -49,8 +52,6 @@ class GenerateConfig:
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, generate and print. Raises BasedError for what a user can fix."""
     config = tyro.cli(GenerateConfig, args=list(argv), prog="based generate")
-    if config.slots < 0:
-        raise ConfigError(f"--slots is {config.slots}, but must be at least 1, or 0 for the default; change --slots")
     # They take seconds to load, which neither --help nor a typo should wait for.
     from based_megatron.inference.requests import read_requests
 
@@ -62,8 +63,14 @@ def main(argv: Sequence[str]) -> None:
     from based_megatron.parallel.topology import leaving
 
     placement = Placement(
-        config.device, config.precision, config.slots, config.reproducible, most_requests=len(requests)
+        device=config.device,
+        precision=config.precision,
+        slots=config.slots,
+        threads=config.threads,
+        reproducible=config.reproducible,
+        most_requests=len(requests),
     )
+    check_limits(placement, flag)
     with leaving():
         decoder = load_decoder(
             config.model, placement, tokenizer=config.tokenizer, prefix=config.prefix, mixers=config.mixers

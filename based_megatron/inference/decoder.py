@@ -2,23 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
+from based_megatron.config.limits import Range
 from based_megatron.convert.huggingface import hf_model
-from based_megatron.convert.layout import check_finite
+from based_megatron.convert.layout import check_finite, count_parameters
 from based_megatron.errors import ConfigError
 from based_megatron.inference.attention import AttentionLoop
 from based_megatron.inference.device import device_of
 from based_megatron.inference.prefix import load_prefix
-from based_megatron.inference.source import check_tokenizer, has_states, read_source, state_engine, tokenizer_of
+from based_megatron.inference.source import check_tokenizer, read_source, state_engine, tokenizer_of
 from based_megatron.inference.text import TextDecoder
 from based_megatron.model.build import DTYPES
+from based_megatron.model.mixers import has_states
 from based_megatron.parallel.topology import join_alone
 
 GPU_SLOTS, CPU_SLOTS = 128, 8
 """Sequences that are decoded at once where nobody says how many."""
+SMALL_PARAMETERS = 20_000_000
+"""A model of fewer takes one thread: on cores that others use too, two wait for each other longer than they compute."""
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -30,8 +34,11 @@ class Placement:
     """cpu or cuda; empty for a GPU if there is one."""
     precision: Precision = "auto"
     """Type of weights and activations: auto is bf16 on a GPU and fp32 on a CPU."""
-    slots: int = 0
+    slots: Annotated[int, Range(at_least=0, at_most=65_536)] = 0
     """Sequences that are decoded at once; 0 for 128 on a GPU and 8 on a CPU."""
+    threads: Annotated[int | None, Range(at_least=0, at_most=1024)] = None
+    """Threads of the CPU in this process from now on; 0 picks: one for a small model, whose products are too short to be shared.
+    None changes nothing."""
     reproducible: bool = False
     """See `Batcher`."""
     most_requests: int = 0
@@ -64,6 +71,8 @@ def load_decoder(
     text = tokenizer_of(source, tokenizer, path)
     check_tokenizer(text, source.model)
     check_finite(source.weights, path)
+    if placement.threads is not None and device.type == "cpu":
+        torch.set_num_threads(placement.threads or _threads_for(count_parameters(source.model)))
     precision = placement.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -83,3 +92,7 @@ def load_decoder(
     if prefix is not None:
         loop.prefixes.add(load_prefix(prefix, engine.model, engine.model.zero_states(1)))
     return TextDecoder(loop, text, placement.reproducible)
+
+
+def _threads_for(parameters: int) -> int:
+    return 1 if parameters < SMALL_PARAMETERS else torch.get_num_threads()

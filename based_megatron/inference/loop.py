@@ -43,6 +43,7 @@ class DecodingLoop:
         self._uniform_BS = torch.zeros(slots, STEPS_A_REPLAY, dtype=torch.float64, device=self.token_B.device)
         self._newest_BS = self.token_B.new_zeros(slots, STEPS_A_REPLAY)
         """The tokens that the last replay has found."""
+        self._uses_graphs = engine.graphs and self.token_B.is_cuda
         self._graphs: dict[tuple[Work, int], torch.cuda.CUDAGraph] = {}
 
     @property
@@ -81,7 +82,7 @@ class DecodingLoop:
 
     def prepare(self, steps: int, work: Work = GREEDY) -> None:
         """Capture what a run of so many steps replays. Sequences that are in the slots stay as they are."""
-        if not self.token_B.is_cuda:
+        if not self._uses_graphs:
             return
         for count in (1, STEPS_A_REPLAY)[: 1 if steps < LONG_RUN_STEPS else 2]:
             if (work, count) not in self._graphs:
@@ -100,7 +101,7 @@ class DecodingLoop:
             count = STEPS_A_REPLAY if place + STEPS_A_REPLAY <= steps and (work, STEPS_A_REPLAY) in self._graphs else 1
             if uniform_BN is not None:
                 self._uniform_BS[:, :count] = uniform_BN[:, place : place + count]
-            if self.token_B.is_cuda:
+            if self._uses_graphs:
                 self._graphs[work, count].replay()
             else:
                 self._steps(work, count)

@@ -36,7 +36,7 @@ def read_requests(
 
 def json_requests(text: str, where: str, sampling: Sampling, stop: tuple[str, ...]) -> Iterator[TextRequest]:
     """A request for each line: an object with `prompt`, and `stop` and settings of `Sampling` that differ from the given ones."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -17,7 +17,6 @@ from based_megatron.inference.engine import Engine
 from based_megatron.kernels.backend import resolve_backend
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import whole_model
-from based_megatron.model.mixers import layer_mixers
 from based_megatron.parallel.linear import shard_spec
 from based_megatron.parallel.topology import Topology
 
@@ -50,16 +49,6 @@ def read_source(path: Path, mixers: str = "") -> Source:
             ) from error
         raise
     return Source(weights, config.model, data_folder(config), config.data.sequence_length_tokens)
-
-
-def has_states(model: ModelConfig) -> bool:
-    """Whether every layer has a decoding state of constant size."""
-    try:
-        for mixer in set(layer_mixers(model)):
-            mixer.empty_state(model, 0, torch.float32, torch.device("cpu"))
-    except ConfigError:
-        return False
-    return True
 
 
 def state_engine(source: Source, topology: Topology, dtype: torch.dtype) -> Engine:

@@ -99,11 +99,17 @@ class TextDecoder:
         self._streams: dict[int, TextStream] = {}
 
     def encode(self, prompt: str | Tokens) -> Tokens:
-        """Tokens of a prompt. Raises ConfigError if there are none."""
-        tokens = tuple(self.tokenizer.encode(prompt, add_special_tokens=False)) if isinstance(prompt, str) else prompt
-        if not tokens:
-            raise ConfigError(f"the prompt {prompt!r} has no tokens in this tokenizer: change --prompt")
-        return tokens
+        """Tokens of a prompt; any thread may call it. Raises ConfigError if there are none, and for numbers that are no tokens."""
+        if isinstance(prompt, str):
+            encoding = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False)
+            prompt = tuple(encoding.ids)
+        if not prompt:
+            raise ConfigError("a prompt has no tokens in this tokenizer: change it")
+        if max(prompt) >= self.loop.choice.vocab_size:
+            raise ConfigError(
+                f"token {max(prompt)} of a prompt is none of the {self.loop.choice.vocab_size} of the model"
+            )
+        return prompt
 
     def add(self, request: TextRequest) -> int:
         """Queue a request; returns its number."""

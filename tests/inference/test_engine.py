@@ -182,7 +182,7 @@ def greedy(engine: Engine, prompts: Tensor, tokens: int) -> Tensor:
 
 
 def requested(engine: Engine, prompts: Tensor, tokens: int, slots: int) -> list[list[int]]:
-    """The same tokens out of `Engine.generate`."""
+    """Greedy tokens of `Engine.generate`, by request."""
     rows: list[list[int]] = [[] for _ in prompts]
     sampling = Sampling(max_new_tokens=tokens, temperature=0)
     for update in engine.generate([Request(tuple(row), sampling) for row in prompts.tolist()], slots):
