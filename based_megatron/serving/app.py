@@ -6,7 +6,7 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -90,7 +90,10 @@ def build_app(worker: Worker, name: str, limits: Limits, token: str | None = Non
             worker.submit(jobs)
         except QueueFull:
             raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, "too many requests wait: try again later") from None
-        answer = followed(request, worker, jobs, parts, deadline)
+        # Also of an answer that was never begun: what has not ended when nobody waits any more is cancelled.
+        gone = asyncio.ensure_future(disconnected(request))
+        gone.add_done_callback(lambda _: worker.cancel(jobs))
+        answer = followed(jobs, parts, gone, deadline)
         if asked.streams:
             return StreamingResponse(events(asked, answer, name), media_type="text/event-stream")
         return await collected(asked, answer, name)
@@ -137,33 +140,28 @@ async def tokenized(worker: Worker, asked: protocol.Asked, limits: Limits) -> pr
 
 
 async def followed(
-    request: Request, worker: Worker, jobs: list[Job], parts: asyncio.Queue[Part], deadline: float
-) -> AsyncIterator[Part]:
-    """Parts of all jobs until the last has ended. What is unfinished when the client goes, or at the deadline, is cancelled."""
-    left = {job.index: job for job in jobs}
-    gone = asyncio.ensure_future(disconnected(request))
+    jobs: list[Job], parts: asyncio.Queue[Part], gone: asyncio.Future[None], deadline: float
+) -> AsyncGenerator[Part]:
+    """Parts of all jobs, until the last has ended, the client has gone, or the time is over."""
+    left = {job.index for job in jobs}
+    arriving: asyncio.Future[Part] | None = None
     try:
-        while left:
-            arriving = asyncio.ensure_future(parts.get())
-            await asyncio.wait(
-                {arriving, gone}, timeout=max(0.0, deadline - time.monotonic()), return_when="FIRST_COMPLETED"
-            )
+        while left and not gone.done():
+            arriving = arriving or asyncio.ensure_future(parts.get())
+            seconds = max(0.0, deadline - time.monotonic())
+            await asyncio.wait({arriving, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if arriving.done():
-                part = arriving.result()
-                if part.finish is not None:
-                    del left[part.index]
+                part, arriving = arriving.result(), None
+                left -= {part.index} if part.finish is not None else set()
                 yield part
-                continue
-            arriving.cancel()
-            if gone.done():
+            elif not gone.done():
+                for index in sorted(left):
+                    yield Part(index, "", 0, TIMEOUT)
                 return
-            for index in list(left):
-                worker.cancel(left.pop(index))
-                yield Part(index, "", 0, TIMEOUT)
     finally:
         gone.cancel()
-        for job in left.values():
-            worker.cancel(job)
+        if arriving is not None:
+            arriving.cancel()
 
 
 async def disconnected(request: Request) -> None:
@@ -172,24 +170,25 @@ async def disconnected(request: Request) -> None:
         pass
 
 
-async def collected(asked: protocol.Asked, answer: AsyncIterator[Part], name: str) -> JSONResponse:
+async def collected(asked: protocol.Asked, answer: AsyncGenerator[Part], name: str) -> JSONResponse:
     """The whole answer at once."""
     texts, tokens = [""] * len(asked.requests), 0
     ends: list[str | None] = [None] * len(asked.requests)
-    async for part in answer:
-        texts[part.index] += part.text
-        tokens += part.tokens
-        ends[part.index] = part.finish
+    async with contextlib.aclosing(answer):
+        async for part in answer:
+            texts[part.index] += part.text
+            tokens += part.tokens
+            ends[part.index] = part.finish
     if CLOSED in ends:
         raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, "the decoder has failed")
     choices = [protocol.choice(index, text, ends[index]) for index, text in enumerate(texts)]
     return JSONResponse(protocol.Answer(name).of(choices, protocol.usage(prompt_tokens(asked), tokens)))
 
 
-async def events(asked: protocol.Asked, answer: AsyncIterator[Part], name: str) -> AsyncIterator[str]:
+async def events(asked: protocol.Asked, answer: AsyncGenerator[Part], name: str) -> AsyncIterator[str]:
     """The answer as server-sent events, each of the new text of one prompt."""
     head, tokens = protocol.Answer(name), 0
-    async with contextlib.aclosing(answer):  # type: ignore[type-var]
+    async with contextlib.aclosing(answer):
         async for part in answer:
             tokens += part.tokens
             if part.finish == CLOSED:

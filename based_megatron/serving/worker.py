@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -111,10 +112,10 @@ class Worker:
             self.counts.requests += len(jobs)
             self._condition.notify()
 
-    def cancel(self, job: Job) -> None:
-        """Free the slot of a request, or its place in the queue. One that has ended is no error."""
+    def cancel(self, jobs: list[Job]) -> None:
+        """Free the slots of prompts, or their places in the queue. One that has ended is no error."""
         with self._condition:
-            self._cancelled.append(job)
+            self._cancelled += jobs
             self._condition.notify()
 
     def _run(self) -> None:
@@ -126,7 +127,7 @@ class Worker:
             self.failure = failure
             for job in [*self._jobs.values(), *self._new]:
                 job.tell("", 0, CLOSED)
-            raise
+            logging.getLogger(__name__).exception("the decoder has failed; nothing more is served")
 
     def _exchange(self) -> bool:
         """Take what clients have asked for meanwhile, and wait for something to do. Whether to go on."""
