@@ -17,11 +17,13 @@ from based_megatron.inference.reader import Tokens
 class AttentionLoop:
     """What `DecodingLoop` is for models with states, with one slot."""
 
-    slots, steps_a_round = 1, 1
+    slots, steps_a_round, runs_ahead = 1, 1, False
 
-    def __init__(self, model: BasedForCausalLM) -> None:
-        self.model, self.owner = model, None
-        self.choice = Choice(1, model.config.tokenizer_vocab_size, model.device, "reference")
+    def __init__(self, model: BasedForCausalLM, vocab_size: int) -> None:
+        """vocab_size: tokens that are chosen, the first ones."""
+        self.model = model
+        self.owner: object = None
+        self.choice = Choice(1, vocab_size, model.device, "reference")
         self.token_B = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._cache: Any = None
 

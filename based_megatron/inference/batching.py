@@ -1,4 +1,7 @@
-"""Continuous batching: a queue of requests keeps the slots of a decoding loop full, and a slot that is free is given away at once."""
+"""Continuous batching: a queue of requests keeps the slots of a decoding loop full, and a slot that is free is given away at once.
+
+Legend: B slots, N new tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor
 from based_megatron.inference.choice import GREEDY, Choice, Work, stream_of
 from based_megatron.inference.reader import Tokens
 from based_megatron.inference.sampling import USUAL, Sampling
+from based_megatron.parallel.transfer import HostCopy
 
 READ_TOKENS = 16_384
 """Tokens of prompts that are read between two rounds of decoding, a longer prompt excepted: others wait meanwhile."""
@@ -27,9 +31,10 @@ class Loop(Protocol):
     choice: Choice
     owner: object
     """The batcher that uses the slots."""
-
-    @property
-    def steps_a_round(self) -> int: ...
+    steps_a_round: int
+    """Steps between two looks at the tokens: a GPU would wait for the host at each."""
+    runs_ahead: bool
+    """Whether a round is begun before the tokens of the last one are looked at, so that a GPU does not wait for that."""
 
     def begin(self, slots: Sequence[int], rows: Sequence[Tokens], drawn: Sequence[float], work: Work) -> list[int]: ...
 
@@ -84,7 +89,14 @@ class _Running:
     request: Request
     numbers: np.random.Generator
     tokens: int = 0
-    """Chosen so far."""
+    """Looked at so far."""
+    chosen: int = 1
+    """Rounds that are under way included."""
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be chosen."""
+        return self.request.sampling.max_new_tokens - self.chosen
 
     def draw(self, count: int) -> list[float]:
         if not self.request.sampling.temperature:
@@ -110,6 +122,15 @@ class _Running:
         return Update(self.number, tuple(new), finish)
 
 
+@dataclass(frozen=True)
+class _Round:
+    """Some steps of decoding that have been begun."""
+
+    running: dict[int, _Running]
+    """Who had the slots."""
+    found: HostCopy
+
+
 class Batcher:
     """Requests over the slots of a loop."""
 
@@ -123,6 +144,9 @@ class Batcher:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Running] = {}
         """By slot."""
+        self._under_way: _Round | None = None
+        self._counted_until = 0.0
+        """Time up to which seconds are counted."""
         self.next_number = 0
         loop.owner = self
 
@@ -175,9 +199,18 @@ class Batcher:
         """Fill free slots, and decode one round: one step, or a few on a GPU."""
         if self.loop.owner is not self:
             raise RuntimeError("the slots of this batcher were given to another one, which was made later")
+        before = self.speed.read_seconds
+        if self._under_way is None:
+            self._counted_until = time.perf_counter()
         updates = self._fill()
-        if self._running:
-            updates += self._decode()
+        done, self._under_way = self._under_way, self._launch()
+        if not self.loop.runs_ahead:
+            done, self._under_way = self._under_way, None
+        if done is not None:
+            updates += self._collect(done)
+        now = time.perf_counter()
+        self.speed.decode_seconds += now - self._counted_until - (self.speed.read_seconds - before)
+        self._counted_until = now
         return updates
 
     def _fill(self) -> list[Update]:
@@ -216,17 +249,25 @@ class Batcher:
         self.loop.prepare(max(entry.request.sampling.max_new_tokens for entry in entries), self._work())
         return [self._take(slot, [token]) for slot, token in zip(slots, first, strict=True)]
 
-    def _decode(self) -> list[Update]:
-        left = max(one.request.sampling.max_new_tokens - one.tokens for one in self._running.values())
-        steps = min(self.loop.steps_a_round, left)
-        work = self._work()
-        start = time.perf_counter()
-        idle = [0.0] * steps
+    def _launch(self) -> _Round | None:
+        """Begin a round for all that want more tokens, if any do."""
+        steps = min(self.loop.steps_a_round, max((one.left for one in self._running.values()), default=0))
+        if steps < 1:
+            return None
+        work, idle = self._work(), [0.0] * steps
         slots = range(self.loop.slots)
         drawn = [self._running[slot].draw(steps) if slot in self._running else idle for slot in slots]
-        found = self.loop.advance(steps, drawn if work.samples else (), work).tolist()
-        self.speed.decode_seconds += time.perf_counter() - start
-        updates = [self._take(slot, found[slot]) for slot in list(self._running)]
+        found_BN = self.loop.advance(steps, drawn if work.samples else (), work)
+        for one in self._running.values():
+            one.chosen += steps
+        return _Round(dict(self._running), HostCopy(found_BN))
+
+    def _collect(self, done: _Round) -> list[Update]:
+        """The tokens of a round, for those that have not ended meanwhile."""
+        found = done.found.wait_for_list()
+        updates = [
+            self._take(slot, found[slot]) for slot, one in done.running.items() if self._running.get(slot) is one
+        ]
         self.speed.decoded_tokens += sum(len(update.tokens) for update in updates)
         return updates
 

@@ -84,9 +84,9 @@ def load_decoder(
                 f"leave --prefix out"
             )
         model: Any = hf_model(source.weights, source.model)
-        return TextDecoder(AttentionLoop(model.to(device, dtype)), text, placement.reproducible)
+        return TextDecoder(AttentionLoop(model.to(device, dtype), len(text)), text, placement.reproducible)
     slots = placement.slots_on(device)
-    engine = state_engine(source, join_alone(device), dtype)
+    engine = state_engine(source, join_alone(device), dtype, text)
     loop = engine.loop(slots)
     loop.prefixes.remembered = placement.remembered_prompts
     if prefix is not None:

@@ -21,8 +21,16 @@ from based_megatron.model.states import ModelStates
 class Engine:
     """The one decoder: continues prompts of any lengths, in as many sequences at once as there are slots."""
 
-    def __init__(self, model: BasedModel, piece_tokens: int | None = None, graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: BasedModel,
+        piece_tokens: int | None = None,
+        *,
+        vocab_size: int | None = None,
+        graphs: bool = True,
+    ) -> None:
         """piece_tokens: most tokens of a prompt that are computed at once, so that memory does not grow with prompts.
+        vocab_size: tokens that are chosen, the first ones, where the tokenizer has fewer than the model.
         graphs: whether steps are CUDA graphs on a GPU, which takes seconds and memory before the first.
 
         Raises ConfigError for a model that is cut over ranks, and for one with full attention, which has no such state.
@@ -41,6 +49,7 @@ class Engine:
             )
         model.zero_states(0)
         self.model, self.piece_tokens, self.graphs = model, piece_tokens, graphs
+        self.vocab_size = vocab_size or model.config.model.vocab_size
         self._last_loop: DecodingLoop | None = None
 
     @torch.no_grad()

@@ -38,23 +38,14 @@ class DecodingLoop:
         self.states = engine.model.zero_states(slots)
         self.token_B = torch.zeros_like(self.states.position_B)
         """The newest token of each sequence, not yet absorbed."""
-        config = engine.model.config
-        self.choice = Choice(slots, config.model.vocab_size, self.token_B.device, config.backend)
+        self.choice = Choice(slots, engine.vocab_size, self.token_B.device, engine.model.config.backend)
         self._uniform_BS = torch.zeros(slots, STEPS_A_REPLAY, dtype=torch.float64, device=self.token_B.device)
         self._newest_BS = self.token_B.new_zeros(slots, STEPS_A_REPLAY)
         """The tokens that the last replay has found."""
+        self.runs_ahead = self.token_B.is_cuda
+        self.steps_a_round = STEPS_A_REPLAY if self.token_B.is_cuda else 1
         self._uses_graphs = engine.graphs and self.token_B.is_cuda
         self._graphs: dict[tuple[Work, int], torch.cuda.CUDAGraph] = {}
-
-    @property
-    def steps_a_round(self) -> int:
-        """Steps between two looks at the tokens: a GPU would wait for the host at each."""
-        return STEPS_A_REPLAY if self.token_B.is_cuda else 1
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that can be chosen."""
-        return self.choice.vocab_size
 
     @property
     def state_bytes(self) -> int:

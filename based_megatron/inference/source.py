@@ -51,10 +51,13 @@ def read_source(path: Path, mixers: str = "") -> Source:
     return Source(weights, config.model, data_folder(config), config.data.sequence_length_tokens)
 
 
-def state_engine(source: Source, topology: Topology, dtype: torch.dtype) -> Engine:
-    """The engine of a model whose layers have states, on the device of the topology."""
+def state_engine(
+    source: Source, topology: Topology, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Engine:
+    """The engine of a model whose layers have states, on the device of the topology; tokenizer: where it may have fewer tokens."""
     model = training_model(source.weights, source.model, topology, dtype)
-    return Engine(model, max(PIECE_TOKENS, source.model.prefix_tokens))
+    tokens = None if tokenizer is None else len(tokenizer)
+    return Engine(model, max(PIECE_TOKENS, source.model.prefix_tokens), vocab_size=tokens)
 
 
 def training_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
@@ -61,7 +62,13 @@ class TextStream:
     def push(self, token: int) -> bool:
         """Take a token; whether the text has reached a stop string."""
         self._tokens.append(token)
-        self._add(self._stream.step(self._tokenizer, token) or "")
+        try:
+            piece = self._stream.step(self._tokenizer, token)
+        except (
+            Exception
+        ):  # tokenizers raises a bare Exception where text changes with what follows: `close` has all of it
+            piece = None
+        self._add(piece or "")
         return self._is_cut
 
     def take(self) -> str:
@@ -97,6 +104,11 @@ class TextDecoder:
         self.loop, self.tokenizer = loop, tokenizer
         self.batcher = Batcher(loop, tokenizer.eos_token_id, reproducible)
         self._streams: dict[int, TextStream] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.loop.choice.top_k_B.device
 
     def encode(self, prompt: str | Tokens) -> Tokens:
         """Tokens of a prompt; any thread may call it. Raises ConfigError if there are none, and for numbers that are no tokens."""

@@ -10,6 +10,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from based_megatron.inference.text import TextDecoder, TextRequest, TextUpdate
 
 CLOSED = "error"
@@ -120,6 +122,8 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            if self.decoder.device.type == "cuda":
+                torch.cuda.set_device(self.decoder.device)  # a thread begins on the first one
             while self._exchange():
                 for update in self.decoder.step():
                     self._hand_on(update)

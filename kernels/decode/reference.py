@@ -70,25 +70,25 @@ def window_step(
     """o of the next token; see the package's function of this name."""
     dtype = torch.promote_types(q_BHV.dtype, torch.float32)
     tables = cos_BR.unsqueeze(1), sin_BR.unsqueeze(1)
-    q_BHV, k_BHV = (apply_rotary(x.unsqueeze(1), *tables).squeeze(1) for x in (q_BHV, k_BHV))
+    q_BHV, k_BHV = apply_rotary(torch.stack([q_BHV, k_BHV], dim=1), *tables).unbind(1)
     slots = state.window_left + 1
     index_BHWV = (position_B % slots)[:, None, None, None].expand(-1, q_BHV.shape[1], 1, q_BHV.shape[2])
     state.k_BHWV.scatter_(2, index_BHWV, k_BHV.unsqueeze(2))
     state.v_BHWV.scatter_(2, index_BHWV, v_BHV.unsqueeze(2))
     # The slot of this position and those written before it: all of them once the ring is full.
     unread_B1W = (torch.arange(slots, device=position_B.device) > position_B[:, None]).unsqueeze(1)
-    scores_BHW = torch.einsum("bhv,bhwv->bhw", q_BHV.to(dtype), state.k_BHWV.to(dtype)) * q_BHV.shape[-1] ** -0.5
+    scores_BHW = (state.k_BHWV.to(dtype) @ q_BHV.to(dtype).unsqueeze(-1)).squeeze(-1) * q_BHV.shape[-1] ** -0.5
     p_BHW = scores_BHW.masked_fill(unread_B1W, -torch.inf).softmax(-1)
     # Nothing times zero is not zero if it is NaN.
     v_BHWV = state.v_BHWV.masked_fill(unread_B1W.unsqueeze(-1), 0).to(dtype)
-    return torch.einsum("bhw,bhwv->bhv", p_BHW, v_BHWV).to(v_BHV.dtype)
+    return (p_BHW.unsqueeze(-2) @ v_BHWV).squeeze(-2).to(v_BHV.dtype)
 
 
 def conv_step(u_BD: Tensor, gate_BD: Tensor, weight_DK: Tensor, state: ConvState) -> Tensor:
     """y of the next token; see the package's function of this name."""
     dtype = torch.promote_types(u_BD.dtype, torch.float32)
     inputs_BKD = torch.cat([state.inputs_BhD, u_BD.unsqueeze(1)], dim=1)
-    c_BD = torch.einsum("bkd,dk->bd", inputs_BKD.to(dtype), weight_DK.to(dtype))
+    c_BD = (inputs_BKD.to(dtype) * weight_DK.to(dtype).t()).sum(1)
     state.inputs_BhD.copy_(inputs_BKD[:, 1:])
     return (functional.silu(c_BD) * gate_BD).to(u_BD.dtype)
 

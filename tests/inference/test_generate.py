@@ -13,7 +13,9 @@ from based_megatron.checkpoint.full import read_full, write_full
 from based_megatron.config import Config
 from based_megatron.config.schema import DataConfig
 from based_megatron.convert.huggingface import hf_model
+from based_megatron.data_prep.tokenizer import train_tokenizer
 from based_megatron.errors import BasedError, CheckpointError, ConfigError
+from based_megatron.inference.choice import Work
 from based_megatron.inference.cli import main
 from based_megatron.inference.decoder import Placement, load_decoder
 from based_megatron.inference.generate import InOrder
@@ -89,6 +91,20 @@ def test_a_model_in_bf16_decodes(places):
 def test_a_tokenizer_with_more_entries_than_the_model_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="261 entries, the model 100"):
         check_tokenizer(tokenizer, dataclasses.replace(MODEL, vocab_size=100))
+
+
+def test_tokens_that_the_tokenizer_lacks_are_never_generated(places, tmp_path):
+    """The model has 261 of them and a larger logit for each of the last; the tokenizer has 258."""
+    train_tokenizer(["hello world"], 258).save(tmp_path)
+    decoder = load_decoder(places / "run", CPU, tokenizer=tmp_path)
+    logits = torch.zeros(1, MODEL.embedding_rows)
+    logits[:, 258:] = 9.0
+    token = torch.zeros(1, dtype=torch.int64)
+    for sampling in (GREEDY, Sampling(top_k=3)):
+        decoder.loop.choice.set_row(0, sampling, [1])
+        one = decoder.loop.choice.rows(torch.tensor([0]))
+        one.choose(logits, torch.tensor([0.999], dtype=torch.float64), token, Work.of([sampling]))
+        assert token.item() < 258
 
 
 def test_the_gpt2_pair_is_a_tokenizer(shared_dir):

@@ -27,11 +27,11 @@ def read(store: PrefixStore, engine: Engine, rows: list[Tokens]) -> tuple[float,
     """The largest error of logits and of a step after them, against each row read alone; the tokens that were computed."""
     reader = Reader(engine)
     logits, states = store.read(reader, rows)
-    step = engine.decode_step(torch.arange(len(rows)), states)
+    step = engine.decode_step(reader.index(range(len(rows))), states)
     errors = []
     for place, row in enumerate(rows):
-        expected, alone = engine.prefill(torch.tensor([row]))
-        after = engine.decode_step(torch.tensor([place]), alone)
+        expected, alone = engine.prefill(reader.tensor([row], len(row)))
+        after = engine.decode_step(reader.index([place]), alone)
         errors += [logits[place] - expected[0], step[place] - after[0]]
     return float(torch.stack(errors).abs().max()), reader.computed_tokens
 

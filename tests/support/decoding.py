@@ -12,6 +12,7 @@ from based_megatron.convert.layout import our_shapes
 from based_megatron.inference.engine import Engine
 from based_megatron.inference.source import training_model
 from based_megatron.parallel.topology import join_alone
+from support.pool import rank_device
 
 MODEL = ModelConfig(
     layer_pattern="cLSc", hidden_size=32, ffn_hidden_size=48, num_heads=4, feature_dim=4, window_left=5, vocab_size=261
@@ -28,8 +29,10 @@ def weights_of(model: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
 
 
 def engine_of(dtype: torch.dtype = torch.float64, piece_tokens: int | None = 16, model: ModelConfig = MODEL) -> Engine:
-    topology = join_alone(torch.device("cpu"))
-    return Engine(training_model(weights_of(model), model, topology, dtype), piece_tokens)
+    """On the device of the tests, in the operations that have fp64."""
+    built = training_model(weights_of(model), model, join_alone(rank_device(0)), dtype)
+    built.config.backend = "reference"
+    return Engine(built, piece_tokens)
 
 
 def prompts(count: int, longest: int = 40, seed: int = 0) -> list[tuple[int, ...]]:
