@@ -36,6 +36,10 @@ class Loop(Protocol):
     runs_ahead: bool
     """Whether a round is begun before the tokens of the last one are looked at, so that a GPU does not wait for that."""
 
+    @property
+    def state_bytes(self) -> int | None:
+        """Memory of one sequence; None if it grows."""
+
     def begin(self, slots: Sequence[int], rows: Sequence[Tokens], drawn: Sequence[float], work: Work) -> list[int]: ...
 
     def prepare(self, steps: int, work: Work = GREEDY) -> None: ...

@@ -53,8 +53,14 @@ def main(argv: Sequence[str]) -> None:
     """Parse the command line, generate and print. Raises BasedError for what a user can fix."""
     config = tyro.cli(GenerateConfig, args=list(argv), prog="based generate")
     # They take seconds to load, which neither --help nor a typo should wait for.
-    from based_megatron.inference.requests import read_requests
+    from based_megatron.inference.requests import STANDARD_INPUT, read_requests
+    from based_megatron.parallel.environment import rank_from_environment
 
+    info = rank_from_environment()
+    if info.world_size > 1 and STANDARD_INPUT in (*config.prompt_file, config.jsonl):
+        raise ConfigError(f"standard input reaches one of the {info.world_size} ranks only: give a file in place of -")
+    if info.world_size > 1 and (config.prefix or config.save_prefix):
+        raise ConfigError("saved states are those of a model on one rank: leave --prefix and --save-prefix out")
     requests = read_requests(config.prompt, config.prompt_file, config.jsonl, config.sampling, config.stop)
     if config.save_prefix is not None and len(requests) > 1:
         raise ConfigError(f"--save-prefix writes the states of one prompt, not of {len(requests)}: give one")
@@ -78,4 +84,4 @@ def main(argv: Sequence[str]) -> None:
         if config.save_prefix is not None:
             save_prefix(decoder, requests[0], config.save_prefix)
         else:
-            generate(decoder, requests, config.json)
+            generate(decoder, requests, config.json, prints=info.rank == 0)

@@ -33,12 +33,13 @@ class Engine:
         vocab_size: tokens that are chosen, the first ones, where the tokenizer has fewer than the model.
         graphs: whether steps are CUDA graphs on a GPU, which takes seconds and memory before the first.
 
-        Raises ConfigError for a model that is cut over ranks, and for one with full attention, which has no such state.
+        Tensor parallel ranks make the same calls, and find the same tokens.
+        Raises ConfigError for a model whose layers are on several ranks, and for one with full attention, which has no such state.
         """
-        if model.group.size() > 1 or not (model.pre_process and model.post_process):
-            raise ConfigError(
-                "decoding needs the whole model on one rank: set parallel.tensor=1 and parallel.pipeline=1"
-            )
+        if not (model.pre_process and model.post_process):
+            raise ConfigError("decoding needs all layers on each rank: set parallel.pipeline=1")
+        if model.group.size() > 1 and model.config.sequence_parallel:
+            raise ConfigError("decoding has no sequence to share norms over: set parallel.sequence_parallel=false")
         if piece_tokens is not None and piece_tokens < 1:
             raise ConfigError(f"piece_tokens is {piece_tokens}: a prompt is computed in pieces of at least one token")
         prefix_tokens = model.config.model.prefix_tokens

@@ -66,12 +66,14 @@ class AsJson:
         self.stream.flush()
 
 
-def generate(decoder: TextDecoder, requests: Sequence[TextRequest], as_json: bool = False) -> None:
-    """Continue all requests and print."""
+def generate(decoder: TextDecoder, requests: Sequence[TextRequest], as_json: bool = False, prints: bool = True) -> None:
+    """Continue all requests and print, or only take part where another rank prints."""
     sink = (AsJson if as_json else InOrder)(requests, sys.stdout)
     for update in decoder.run(requests):
-        sink.write(update)
-    print(measured(decoder.batcher.speed, decoder.loop.state_bytes), file=sys.stderr)
+        if prints:
+            sink.write(update)
+    if prints:
+        print(measured(decoder.batcher.speed, decoder.loop.state_bytes), file=sys.stderr)
 
 
 def save_prefix(decoder: TextDecoder, request: TextRequest, path: Path) -> None:

@@ -63,11 +63,12 @@ def state_engine(
 def training_model(
     weights: dict[str, Tensor], model: ModelConfig, topology: Topology, dtype: torch.dtype
 ) -> BasedModel:
-    """The model that was trained, whole on this rank, with these weights."""
+    """The model that was trained, all layers on this rank, with these weights or this tensor parallel rank's part of them."""
     built = whole_model(model, topology, dtype, resolve_backend("auto", topology.device)).eval()
     with torch.no_grad():
         for parameter in built.parameters():
-            parameter.copy_(weights[shard_spec(parameter).name])
+            spec = shard_spec(parameter)
+            parameter.copy_(spec.cut(weights[spec.name]))
     return built
 
 

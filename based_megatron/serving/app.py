@@ -149,7 +149,8 @@ async def followed(
         while left and not gone.done():
             arriving = arriving or asyncio.ensure_future(parts.get())
             seconds = max(0.0, deadline - time.monotonic())
-            await asyncio.wait({arriving, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {arriving, gone}
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if arriving.done():
                 part, arriving = arriving.result(), None
                 left -= {part.index} if part.finish is not None else set()

@@ -31,6 +31,16 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Others than this machine reach 0.0.0.0; set a token then."""
+    port: Annotated[int, Range(at_least=0, at_most=65_535)] = 8000
+    """Port to listen at; 0 takes a free one."""
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """Serve a trained model over HTTP: /v1/completions as OpenAI's clients ask for it, /v1/models, /health, /metrics."""
 
@@ -38,10 +48,7 @@ class ServeConfig:
     """A Hugging Face export, a checkpoint, or a run folder: its newest valid checkpoint."""
     name: str = ""
     """Name of the model in answers. Default: that of the folder."""
-    host: str = "127.0.0.1"
-    """Address to listen at. Others than this machine reach 0.0.0.0; set a token then."""
-    port: Annotated[int, Range(at_least=0, at_most=65_535)] = 8000
-    """Port to listen at; 0 takes a free one."""
+    address: Annotated[Address, tyro.conf.arg(name="")] = field(default_factory=Address)
     token_file: Path | None = None
     """File with a secret that clients must send as their API key (Authorization: Bearer)."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
@@ -57,7 +64,7 @@ class ServeConfig:
     """Threads on a CPU. Default: one for a model of fewer than 20 million parameters, else those that torch takes."""
     reproducible: bool = False
     """Read prompts one by one: a text is then the same bit for bit whatever else is asked. Keeps no states of prompts."""
-    remembered_prompts: Annotated[int, Range(at_least=0, at_most=65_536)] = 32
+    remembered_prompts: int = 32
     """Prompts, those read last, whose states are kept: a prompt that starts with one of them goes on from there."""
     prefix: Path | None = None
     """File of `based generate --save-prefix` with the states of a start that prompts share."""
@@ -68,8 +75,8 @@ class ServeConfig:
 def main(argv: Sequence[str]) -> None:
     """Parse the command line and serve until a signal. Raises BasedError for what a user can fix."""
     config = tyro.cli(ServeConfig, args=list(argv), prog="based serve")
-    check_limits(config.limits, flag)
-    check_limits(Listening(config.port, config.remembered_prompts), flag)
+    for settings in (config.address, config.limits):
+        check_limits(settings, flag)
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -78,11 +85,3 @@ def main(argv: Sequence[str]) -> None:
     from based_megatron.serving.run import serve
 
     serve(config)
-
-
-@dataclass(frozen=True)
-class Listening:
-    """The numbers of `ServeConfig` that are not checked elsewhere."""
-
-    port: Annotated[int, Range(at_least=0, at_most=65_535)]
-    remembered_prompts: Annotated[int, Range(at_least=0, at_most=65_536)]

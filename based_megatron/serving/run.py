@@ -10,6 +10,7 @@ import uvicorn
 from based_megatron.config.limits import check_limits, flag
 from based_megatron.errors import ConfigError
 from based_megatron.inference.decoder import Placement, load_decoder
+from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import leaving
 from based_megatron.serving.app import build_app
 from based_megatron.serving.cli import ServeConfig
@@ -31,8 +32,10 @@ def serve(config: ServeConfig) -> None:
         remembered_prompts=0 if config.reproducible else config.remembered_prompts,
     )
     check_limits(placement, flag)
+    if rank_from_environment().world_size > 1:
+        raise ConfigError("based serve runs on one rank: start it without based launch")
     token = None if config.token_file is None else read_token(config.token_file)
-    with listening(config.host, config.port) as bound, leaving():
+    with listening(config.address.host, config.address.port) as bound, leaving():
         decoder = load_decoder(
             config.model, placement, tokenizer=config.tokenizer, prefix=config.prefix, mixers=config.mixers
         )

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from based_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from based_megatron.convert.layout import our_shapes
 from based_megatron.errors import ConfigError
 from based_megatron.inference.batching import Request
 from based_megatron.inference.engine import Engine, PromptGraph
 from based_megatron.inference.loop import LONG_RUN_STEPS, STEPS_A_REPLAY
 from based_megatron.inference.sampling import Sampling
+from based_megatron.inference.source import training_model
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.parallel.sequence.plan import whole_sequence
@@ -254,16 +256,46 @@ def test_refusals_name_the_key(worker_pool):
         assert key in message
 
 
-def cut_model() -> str:
-    config = Config(model=MODEL, parallel=ParallelConfig(tensor=2))
-    topology = topology_of(config.parallel)
+def refused_layout(**layout: int) -> str:
+    config = Config(model=MODEL, parallel=ParallelConfig(**layout))
     with pytest.raises(ConfigError) as caught:
-        Engine(build_model(config, topology, torch.float32)[0])
+        Engine(build_model(config, topology_of(config.parallel), torch.float32)[0])
     return str(caught.value)
 
 
-def test_a_model_over_several_ranks_is_refused(worker_pool):
-    assert "parallel.tensor" in worker_pool(2).run(cut_model)[0]
+def test_layouts_that_cannot_decode_are_refused(worker_pool):
+    assert "parallel.pipeline" in worker_pool(2).run(refused_layout, pipeline=2)[0]
+    assert "parallel.sequence_parallel" in worker_pool(2).run(refused_layout, tensor=2)[0]
+
+
+def decoded_over_ranks(tensor: int, **model: Any) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """Logits of a prompt in pieces and of steps after it, and tokens of ragged requests, greedy and sampled."""
+    config = dataclasses.replace(MODEL, **model)
+    weights = {
+        name: 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(len(name)), dtype=DOUBLE)
+        for name, shape in our_shapes(config).items()
+    }
+    built = training_model(weights, config, topology_of(ParallelConfig(tensor=tensor)), DOUBLE)
+    built.config.backend = "reference"
+    engine, tokens = Engine(built, piece_tokens=max(4, config.prefix_tokens)), some_tokens() % 89
+    logits = decoded_logits(engine, tokens, 7)[..., : config.vocab_size].cpu()
+    rows = [tokens[i, : 3 + 4 * i].tolist() for i in range(3)]
+    found = []
+    for sampling in (Sampling(max_new_tokens=9, temperature=0), Sampling(max_new_tokens=9, top_p=0.9, seed=3)):
+        texts: list[list[int]] = [[] for _ in rows]
+        for update in engine.generate([Request(tuple(row), sampling) for row in rows], slots=2):
+            texts[update.request] += update.tokens
+        found.append([token for text in texts for token in text])
+    return logits, *found
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"tie_embeddings": False, "vocab_size": 89}, {"prefix_tokens": 5}, {"feature_map": "rebased"}]
+)
+def test_tensor_parallel_ranks_decode_as_one_does(worker_pool, model):
+    (expected,) = worker_pool(1).run(decoded_over_ranks, 1, **model)
+    for logits, *texts in worker_pool(2).run(decoded_over_ranks, 2, **model):
+        assert error(logits, expected[0]) < 1e-10 and tuple(texts) == expected[1:]
 
 
 def prompts_of_one_shape() -> tuple[float, float, str]:

@@ -1,5 +1,6 @@
 """`based generate`: runs, checkpoints and exports continue text, by one decoder."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from based_megatron.checkpoint.full import read_full, write_full
 from based_megatron.config import Config
@@ -22,6 +24,7 @@ from based_megatron.inference.generate import InOrder
 from based_megatron.inference.sampling import Sampling
 from based_megatron.inference.source import check_tokenizer, read_source, text_tokenizer
 from based_megatron.inference.text import TextRequest, TextUpdate
+from based_megatron.parallel.host import environment
 from support.decoding import FULL_ATTENTION, MODEL, weights_of
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
@@ -182,6 +185,31 @@ def test_a_model_with_full_attention_says_that_its_state_grows(full_attention, c
         run(capsys, full_attention, "--prompt", "hello", "--prefix", tmp_path)
     with pytest.raises(ConfigError, match="leave --save-prefix out"):
         run(capsys, full_attention, "--prompt", "hello", "--save-prefix", tmp_path / "x")
+
+
+def on_a_rank(arguments: list[str], ranks: int) -> str:
+    """What the command prints on this rank of a job that shares the model, or its refusal."""
+    rank = dist.get_rank()
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    out = io.StringIO()
+    with environment(**{name: str(value) for name, value in place.items()}), contextlib.redirect_stdout(out):
+        try:
+            main([*arguments, "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"])
+        except ConfigError as refusal:
+            return str(refusal)
+    return out.getvalue()
+
+
+def test_ranks_of_a_job_share_the_model_and_one_prints(places, full_attention, capsys, worker_pool):
+    prompts = ["--prompt", "hello", "--prompt", "world, said"]
+    expected, _ = run(capsys, places / "run", *prompts)
+    assert worker_pool(2).run(on_a_rank, [str(places / "run"), *prompts], 2) == [expected, ""]
+    for arguments, reason in (
+        ([str(full_attention), "--prompt", "x"], "decodes on one rank, not on 2"),
+        ([str(places / "run"), "--prompt-file", "-"], "standard input reaches one of the 2 ranks"),
+        ([str(places / "run"), "--prompt", "x", "--prefix", "y"], "leave --prefix and --save-prefix out"),
+    ):
+        assert all(reason in refusal for refusal in worker_pool(2).run(on_a_rank, arguments, 2))
 
 
 def test_command_needs_a_tokenizer_from_somewhere(tmp_path):

@@ -316,6 +316,7 @@ def test_a_token_that_is_no_word_is_refused(tmp_path, content):
         (["--queue", "0"], "--queue is 0"),
         (["--request-seconds", "0"], "--request-seconds is 0"),
         (["--slots", "-1"], "--slots is -1"),
+        (["--remembered-prompts", "-1"], "--remembered-prompts is -1"),
         (["--token-file", "/nowhere"], "cannot read --token-file"),
     ],
 )
