@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": ("serve a model over HTTP, as OpenAI's clients ask for it", "based_megatron.serving.cli:main"),
     "eval": ("score a model on lm-eval's tasks and on generated recall tasks", "based_megatron.evaluation.cli:main"),
     "export": ("write a checkpoint in Hugging Face format, and prove it", "based_megatron.convert.cli:main_export"),
+    "verify-export": ("compare the files of an export with their hashes", "based_megatron.convert.cli:main_verify"),
     "import": ("read a released or exported model into a checkpoint", "based_megatron.convert.cli:main_import"),
     "ckpt": ("list, inspect and verify checkpoints", "based_megatron.checkpoint.cli:main"),
     "data": ("list the documents of a training step, verify shards", "based_megatron.data.cli:main"),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from based_megatron.checkpoint.full import read_full
+from based_megatron.checkpoint.full import read_whole
 from based_megatron.config import ModelConfig
-from based_megatron.convert.exported import data_folder, is_export, read_export
+from based_megatron.convert.exported import is_export, read_export
+from based_megatron.convert.tokenizer import data_folder
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.inference.engine import Engine
@@ -41,14 +42,15 @@ def read_source(path: Path, mixers: str = "") -> Source:
         weights, model = read_export(path, mixers)
         return Source(weights, model, path if (path / "tokenizer.json").is_file() else None, None)
     try:
-        weights, config = read_full(path)
+        whole = read_whole(path)
     except CheckpointError as error:
         if path.is_dir() and (path / "config.json").is_file():
             raise CheckpointError(
                 f"{path} is a model of another kind: give a run, a checkpoint or an export of ours"
             ) from error
         raise
-    return Source(weights, config.model, data_folder(config), config.data.sequence_length_tokens)
+    config = whole.config
+    return Source(whole.weights, config.model, data_folder(whole), config.data.sequence_length_tokens)
 
 
 def state_engine(

@@ -47,9 +47,8 @@ def small_config(
         optimizer=OptimizerConfig(clip_grad_norm=train.pop("clip_grad_norm", 0.0)),
         # The reference takes fp64, as most of these tests do, on any device.
         train=TrainConfig(
-            precision="fp32",
             global_batch_sequences=GLOBAL_BATCH,
-            **{"micro_batch_sequences": 2, "backend": "reference", **train},
+            **{"micro_batch_sequences": 2, "backend": "reference", "precision": "fp32", **train},
         ),
     )
 
