@@ -32,7 +32,6 @@ def small_config(
     """
     return Config(
         model=ModelConfig(
-            layer_pattern="cLSA",
             hidden_size=32,
             ffn_hidden_size=48,
             num_heads=4,
@@ -41,7 +40,7 @@ def small_config(
             vocab_size=VOCAB,
             vocab_multiple=1,
             init_std=0.2,
-            **(model or {}),
+            **{"layer_pattern": "cLSA", **(model or {})},
         ),
         data=DataConfig(path="unused", sequence_length_tokens=SEQUENCE_TOKENS),
         parallel=dataclasses.replace(parallel or ParallelConfig(), zero_bucket_elements=10_000),
