@@ -89,7 +89,7 @@ class DataConfig:
 
     # Where a corpus lies is free: what is in it has a fingerprint.
     path: Annotated[str, FilePath(), FREE] = ""
-    """Folder written by `based prep`, with a manifest.json. Give either this or `sources`."""
+    """Folder written by `based prep`, with a manifest.json, or its URL. Give either this or `sources`."""
     sources: Annotated[tuple[SourceConfig, ...], FREE] = ()
     """A weighted mixture of prepared corpora: in YAML a list of entries with path, weight and max_epochs, here words PATH, PATH=WEIGHT or
     PATH=WEIGHT:MAX_EPOCHS."""
@@ -108,6 +108,10 @@ class DataConfig:
     of runs that began before this setting: what does not fill a sequence at the end of each block is not read."""
     num_workers: Annotated[int, Range(at_least=0, at_most=256), FREE] = 1
     """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
+    cache_dir: Annotated[str, FilePath(), FREE] = ""
+    """Folder on a disk of each node for parts of corpora whose path is a URL (s3://, gs://, https://, ...); its ranks share it."""
+    cache_bytes: Annotated[Count, FREE] = 64 * 2**30
+    """Most bytes of these parts; those that were not read for longest are removed."""
     seed: Annotated[int, FIXED] = 42
     """Seed of the order of sequences. The order is a pure function of this seed and the step."""
 

@@ -12,7 +12,8 @@ from based_megatron.config.load import load_config, load_run_config
 from based_megatron.config.schema import DataConfig, SourceConfig, TrainConfig
 from based_megatron.data.documents import documents_of_step
 from based_megatron.data.jumps import DataJumps
-from based_megatron.data.manifest import Manifest, load_manifest, verify
+from based_megatron.data.manifest import Manifest, verify
+from based_megatron.data.remote import open_corpus
 from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError
 from based_megatron.monitor.events import read_events
@@ -84,13 +85,15 @@ def main(argv: list[str]) -> None:
         for manifest in _manifests(data):
             if command.action == "verify":
                 verify(manifest)
-                print(f"{manifest.folder}: every sample matches its hash")
+                print(f"{manifest.place}: every sample matches its hash")
             else:
                 _show(manifest)
 
 
 def _manifests(data: DataConfig) -> list[Manifest]:
-    return [load_manifest(path) for path in ([data.path] if data.path else [source.path for source in data.sources])]
+    return [
+        open_corpus(path, data) for path in ([data.path] if data.path else [source.path for source in data.sources])
+    ]
 
 
 def _config(command: DataCommand) -> Config:
@@ -162,8 +165,7 @@ def _list_step(sources: Sources, step: int, global_batch_sequences: int) -> None
 
 def _show(manifest: Manifest) -> None:
     print(
-        f"{manifest.folder}: vocabulary of {manifest.vocab_size:,}, {manifest.dtype}, "
-        f"fingerprint {manifest.fingerprint}"
+        f"{manifest.place}: vocabulary of {manifest.vocab_size:,}, {manifest.dtype}, fingerprint {manifest.fingerprint}"
     )
     for name, split in manifest.splits.items():
         shards = len(split.table.files)

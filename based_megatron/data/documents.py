@@ -48,7 +48,7 @@ def documents_of_step(
     numbers = (step - 1) * global_batch_sequences + np.arange(global_batch_sequences, dtype=np.int64)
     for place, (source, sequence) in enumerate(sources.locate(numbers)):
         reader = sources.train[source]
-        folder, place_in_sequence = reader.manifest.folder, 0
+        folder, place_in_sequence = reader.manifest.place, 0
         for piece in reader.pieces(sequence, 0, sources.sequence_length_tokens):
             number, start, _ = piece
             member, ends, origins = reader.members[number], reader.ends(number), reader.origins(number)
@@ -60,7 +60,7 @@ def documents_of_step(
                 shown = inputs[position : end if preview_tokens is None else min(end, position + preview_tokens)]
                 yield DocumentPart(
                     sequence=place,
-                    source=str(folder),
+                    source=folder,
                     member=f"{member.file}:{member.key}",
                     document=member.first_document + document,
                     origin="{}:{}".format(*origins[document]),

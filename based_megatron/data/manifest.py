@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -33,6 +33,26 @@ HASHED_BYTES = 1 << 14
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 READ_BYTES = 1 << 24
+
+
+class ShardFiles(Protocol):
+    """The shards of a corpus that is not in a folder. All methods raise DataError in one line."""
+
+    @property
+    def url(self) -> str:
+        """Where the corpus is."""
+
+    def size(self, file: str, /) -> int:
+        """Bytes of a shard."""
+
+    def read(self, file: str, begin: int, end: int, /) -> bytes:
+        """A part of a shard, or what there is of it."""
+
+    def forget(self, file: str, begin: int, end: int, /) -> None:
+        """A part of a shard was not as it should be: it is not to be kept."""
+
+    def fingerprint_now(self) -> str | None:
+        """The fingerprint that the corpus has now; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +90,27 @@ class Manifest:
     fingerprint: str
     """xxh3_128 of all of the above: two corpora with one fingerprint hold the same tokens in the same order."""
     folder: Path
+    remote: ShardFiles | None = dataclasses.field(default=None, compare=False)
+    """Where the shards are, if they are not in the folder."""
+
+    @property
+    def place(self) -> str:
+        """Where the corpus is, in words: its folder or its URL."""
+        return self.remote.url if self.remote else str(self.folder)
 
     def token_bytes(self, member: Member) -> int:
         """Bytes of a member's token data."""
         return member.tokens * np.dtype(self.dtype).itemsize
 
 
-def load_manifest(path: str | Path, check_hashes: bool = False, share: tuple[int, int] = (0, 1)) -> Manifest:
+def load_manifest(
+    path: str | Path, check_hashes: bool = False, share: tuple[int, int] = (0, 1), remote: ShardFiles | None = None
+) -> Manifest:
     """Read and check the manifest of a folder written by `based prep` (the folder, or the manifest.json itself).
 
     Every shard must be there with its full length; `check_hashes` reads them all (see verify).
     share: (number, of how many) of the parts of the shards that this process looks at; other ranks look at the others.
-    Raises DataError, in one line.
+    remote: where the shards are, if they are not in the folder. Raises DataError, in one line.
     """
     path = Path(path)
     path = path if path.name == MANIFEST_NAME else path / MANIFEST_NAME
@@ -103,7 +132,7 @@ def load_manifest(path: str | Path, check_hashes: bool = False, share: tuple[int
         )
     read = _split_of_table if version >= TABLE_VERSION else _split_of_json
     splits = {name: read(path.parent, name, split) for name, split in values["splits"].items()}
-    manifest = Manifest(**{**values, "splits": splits, "folder": path.parent})
+    manifest = Manifest(**{**values, "splits": splits, "folder": path.parent, "remote": remote})
     _check_sizes(manifest, share)
     if check_hashes:
         verify(manifest)
@@ -167,7 +196,7 @@ def save_manifest(manifest: Manifest) -> None:
 def _head(manifest: Manifest) -> dict[str, Any]:
     """What manifest.json says."""
     values = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
-    del values["folder"]
+    del values["folder"], values["remote"]
     values["splits"] = {
         name: {
             "documents": split.documents,
@@ -188,11 +217,10 @@ def verify(manifest: Manifest) -> None:
     check_tokenizer_file(manifest)
     for split in manifest.splits.values():
         for member in split.members:
-            path = manifest.folder / member.file
-            if hash_range(path, member.begin, member.end) != member.xxh3:
+            if _hash(manifest, member) != member.xxh3:
                 raise DataError(
-                    f"{path} is damaged: sample {member.key} (bytes {member.begin} to {member.end}) does not match its "
-                    f"recorded hash; write the corpus again with `based prep`"
+                    f"{manifest.place}/{member.file} is damaged: sample {member.key} (bytes {member.begin} to {member.end}) does not "
+                    f"match its recorded hash; write the corpus again with `based prep`"
                 )
 
 
@@ -227,12 +255,13 @@ def _check_sizes(manifest: Manifest, share: tuple[int, int]) -> None:
     for split in manifest.splits.values():
         needed_bytes = split.table.needed_bytes().tolist()
         for file, needed in list(zip(split.table.files, needed_bytes, strict=True))[number::parts]:
-            _check_size(manifest.folder / file, needed)
+            _check_size(manifest, file, needed)
 
 
-def _check_size(path: Path, needed_bytes: int) -> None:
+def _check_size(manifest: Manifest, file: str, needed_bytes: int) -> None:
+    path = f"{manifest.place}/{file}"
     try:
-        size = path.stat().st_size
+        size = manifest.remote.size(file) if manifest.remote else (manifest.folder / file).stat().st_size
     except OSError as error:
         raise DataError(
             f"shard {path} of the manifest cannot be read: {error.strerror}; restore it or write the corpus again"
@@ -249,6 +278,15 @@ def piece_hashes(data: bytes) -> np.ndarray:
     view = memoryview(data)
     pieces = (view[first : first + HASHED_BYTES] for first in range(0, len(view), HASHED_BYTES))
     return np.array([xxhash.xxh3_64_intdigest(piece) for piece in pieces], "<u8")
+
+
+def _hash(manifest: Manifest, member: Member) -> str:
+    if manifest.remote is None:
+        return hash_range(manifest.folder / member.file, member.begin, member.end)
+    digest = xxhash.xxh3_128()
+    for begin in range(member.begin, member.end, READ_BYTES):
+        digest.update(manifest.remote.read(member.file, begin, min(begin + READ_BYTES, member.end)))
+    return digest.hexdigest()
 
 
 def hash_range(path: Path, begin: int, end: int) -> str:

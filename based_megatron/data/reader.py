@@ -215,7 +215,10 @@ class SequenceReader:
 
     def _read(self, member: Member, begin: int, end: int) -> bytes:
         try:
-            data = self._shards.read(self.manifest.folder / member.file, begin, end)
+            remote, folder = self.manifest.remote, self.manifest.folder
+            data = (
+                remote.read(member.file, begin, end) if remote else self._shards.read(folder / member.file, begin, end)
+            )
         except DataError as error:
             if replaced := self._replaced(member):
                 raise replaced from error
@@ -225,19 +228,21 @@ class SequenceReader:
         return data
 
     def _damaged(self, member: Member, what: str) -> DataError:
-        folder = self.manifest.folder
+        place = self.manifest.place
+        if self.manifest.remote:
+            self.manifest.remote.forget(member.file, member.begin, member.end)
         return self._replaced(member) or DataError(
-            f"{folder / member.file} is damaged: sample {member.key} {what}; "
-            f"check the corpus with `based data verify --path {folder}`"
+            f"{place}/{member.file} is damaged: sample {member.key} {what}; "
+            f"check the corpus with `based data verify --path {place}`"
         )
 
     def _replaced(self, member: Member) -> DataError | None:
         """The error where the corpus of this reader is no longer the one in its folder, which is then not damaged."""
-        folder, then = self.manifest.folder, self.manifest.fingerprint
-        now = fingerprint_at(folder)
+        place, then, remote = self.manifest.place, self.manifest.fingerprint, self.manifest.remote
+        now = remote.fingerprint_now() if remote else fingerprint_at(self.manifest.folder)
         if now in (None, then):
             return None
         return DataError(
-            f"{folder / member.file} is of another corpus than the run began with: the fingerprint of {folder} was {then} and is {now}; "
+            f"{place}/{member.file} is of another corpus than the run began with: the fingerprint of {place} was {then} and is {now}; "
             f"put that corpus back, or train on this one in a run_dir of its own"
         )

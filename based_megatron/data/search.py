@@ -39,7 +39,7 @@ def find(sources: Sources, text: str, steps: int, global_batch_sequences: int) -
     """
     count = steps * global_batch_sequences
     for number, reader in enumerate(sources.train):
-        tokenizer, folder = tokenizer_of(reader.manifest), str(reader.manifest.folder)
+        tokenizer, folder = tokenizer_of(reader.manifest), reader.manifest.place
         for block in range(len(reader.members)):
             for document, decoded in _decoded(tokenizer, documents_of_block(reader, block)):
                 for at in _places(decoded, text):

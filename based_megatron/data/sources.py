@@ -12,12 +12,13 @@ import numpy as np
 from based_megatron.config.schema import DataConfig, SourceConfig
 from based_megatron.config.weights import weights_of
 from based_megatron.data.fingerprints import corpora_text
-from based_megatron.data.manifest import HASHED_VERSION, load_manifest
+from based_megatron.data.manifest import HASHED_VERSION
 from based_megatron.data.mixture import split_counts
 from based_megatron.data.open_shards import OPEN_SHARDS, OpenShards
 from based_megatron.data.order import number_of, shuffled
 from based_megatron.data.phases import Phases
 from based_megatron.data.reader import SequenceReader
+from based_megatron.data.remote import open_corpus
 from based_megatron.errors import ConfigError, DataError
 from based_megatron.monitor.words import human
 
@@ -51,12 +52,12 @@ class Sources:
             raise ConfigError("give one of data.path and data.sources")
         self._sources = data.sources or (SourceConfig(path=data.path),)
         self._data, self._streams = data, streams
-        self.manifests = [load_manifest(source.path, share=share) for source in self._sources]
+        self.manifests = [open_corpus(source.path, data, share) for source in self._sources]
         self._check_different()
         for manifest in self.manifests[1:]:
             if manifest.tokenizer_xxh3 != self.manifests[0].tokenizer_xxh3:
                 raise DataError(
-                    f"{manifest.folder} and {self.manifests[0].folder} were made with different tokenizers: "
+                    f"{manifest.place} and {self.manifests[0].place} were made with different tokenizers: "
                     f"prepare both with the same --tokenizer, or take one out of data.sources"
                 )
         length, shards = data.sequence_length_tokens, OpenShards(OPEN_SHARDS)
@@ -71,13 +72,13 @@ class Sources:
         for reader in self.train:
             if not len(reader):
                 raise DataError(
-                    f"the training split of {reader.manifest.folder} ({reader.manifest.splits['train'].tokens} tokens) "
+                    f"the training split of {reader.manifest.place} ({reader.manifest.splits['train'].tokens} tokens) "
                     f"does not hold one sequence: lower data.sequence_length_tokens {data.sequence_length_tokens} "
                     f"or {'prepare more text' if reader.joined else 'set data.cross_blocks=true'}"
                 )
         if data.carry_state and len(self.train[0]) < streams:
             raise DataError(
-                f"the training split of {self.manifests[0].folder} has {len(self.train[0])} sequences, but with data.carry_state each of "
+                f"the training split of {self.manifests[0].place} has {len(self.train[0])} sequences, but with data.carry_state each of "
                 f"{streams} rows reads its own: lower train.global_batch_sequences or data.sequence_length_tokens"
             )
         changes = [(-(-entry.tokens // length), entry.weights) for entry in weights_of(data)]
@@ -104,7 +105,7 @@ class Sources:
     @property
     def warnings(self) -> list[str]:
         """Lines on what is not wrong but could be better."""
-        old = [str(manifest.folder) for manifest in self.manifests if manifest.version < HASHED_VERSION]
+        old = [manifest.place for manifest in self.manifests if manifest.version < HASHED_VERSION]
         return [
             f"{', '.join(old)}: written by an older `based prep`, and checked by whole samples, each of which is read once"
         ] * bool(old)
@@ -164,6 +165,11 @@ class Sources:
                 return
             yield number
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched."""
+        return any(manifest.remote for manifest in self.manifests)
+
     def plan(self, sequences: int) -> list["PlannedSource"]:
         """What the first `sequences` of the run read of each source."""
         taken: list[int] = [sequences]
@@ -194,7 +200,7 @@ class Sources:
             first = seen.setdefault(manifest.fingerprint, place)
             if first != place:
                 raise DataError(
-                    f"data.sources[{first}] {self.manifests[first].folder} and data.sources[{place}] {manifest.folder} are the same "
+                    f"data.sources[{first}] {self.manifests[first].place} and data.sources[{place}] {manifest.place} are the same "
                     f"corpus: give it once, with the sum of the weights"
                 )
 

@@ -63,7 +63,7 @@ def survey(manifest: Manifest, limit_tokens: int) -> Survey:
     text_bytes, words = (sum(count(text) for _, text, _ in decoded) for count in (_bytes, _words))
     decoded_tokens = sum(tokens for *_, tokens in decoded)
     return Survey(
-        folder=str(manifest.folder),
+        folder=manifest.place,
         tokens={name: part.tokens for name, part in manifest.splits.items()},
         documents={name: part.documents for name, part in manifest.splits.items()},
         skipped=manifest.skipped,
