@@ -1,6 +1,7 @@
 """The command `based generate`."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--save-prefix writes the states of one prompt, not of {len(requests)}: give one")
     from based_megatron.inference.decoder import Placement, load_decoder
     from based_megatron.inference.generate import generate, save_prefix
+    from based_megatron.parallel.megatron import megatron_runs
     from based_megatron.parallel.topology import leaving
 
     placement = Placement(
@@ -77,11 +79,11 @@ def main(argv: Sequence[str]) -> None:
         most_requests=len(requests),
     )
     check_limits(placement, flag)
-    with leaving():
+    with leaving(), megatron_runs() if info.world_size > 1 else nullcontext():
         decoder = load_decoder(
             config.model, placement, tokenizer=config.tokenizer, prefix=config.prefix, mixers=config.mixers
         )
         if config.save_prefix is not None:
             save_prefix(decoder, requests[0], config.save_prefix)
         else:
-            generate(decoder, requests, config.json, prints=info.rank == 0)
+            generate(decoder, requests, config.json, rank=info.rank, ranks=info.world_size)

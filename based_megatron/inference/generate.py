@@ -66,14 +66,16 @@ class AsJson:
         self.stream.flush()
 
 
-def generate(decoder: TextDecoder, requests: Sequence[TextRequest], as_json: bool = False, prints: bool = True) -> None:
-    """Continue all requests and print, or only take part where another rank prints."""
+def generate(
+    decoder: TextDecoder, requests: Sequence[TextRequest], as_json: bool = False, *, rank: int = 0, ranks: int = 1
+) -> None:
+    """Continue all requests. The first of the ranks that share the model prints."""
     sink = (AsJson if as_json else InOrder)(requests, sys.stdout)
     for update in decoder.run(requests):
-        if prints:
+        if rank == 0:
             sink.write(update)
-    if prints:
-        print(measured(decoder.batcher.speed, decoder.loop.state_bytes), file=sys.stderr)
+    if rank == 0:
+        print(measured(decoder.batcher.speed, decoder.loop.state_bytes, ranks), file=sys.stderr)
 
 
 def save_prefix(decoder: TextDecoder, request: TextRequest, path: Path) -> None:
@@ -86,13 +88,13 @@ def save_prefix(decoder: TextDecoder, request: TextRequest, path: Path) -> None:
     print(f"wrote the states of {len(tokens):,} tokens, {path.stat().st_size:,} bytes, to {path}", file=sys.stderr)
 
 
-def measured(speed: Speed, state_bytes: int | None) -> str:
+def measured(speed: Speed, state_bytes: int | None, ranks: int = 1) -> str:
     """What was measured, in one line. The first token of a text is counted to the reading of its prompt, which gives it."""
     read = _rate(speed.prompt_tokens, speed.read_seconds, "prompt tokens read")
     decoded = _rate(speed.decoded_tokens, speed.decode_seconds, "tokens decoded after the first of each text")
     state = "a state that grows with the text (full attention)"
     if state_bytes is not None:
-        state = f"state {state_bytes:,} bytes a sequence, whatever its length"
+        state = f"state {state_bytes:,} bytes a sequence{f' on each of {ranks} ranks' if ranks > 1 else ''}, whatever its length"
     return f"{read}; {decoded}; {state}"
 
 
