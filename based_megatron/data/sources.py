@@ -15,7 +15,7 @@ from based_megatron.data.fingerprints import corpora_text
 from based_megatron.data.manifest import HASHED_VERSION
 from based_megatron.data.mixture import split_counts
 from based_megatron.data.open_shards import OPEN_SHARDS, OpenShards
-from based_megatron.data.order import number_of, shuffled
+from based_megatron.data.order import number_of, shuffled_together
 from based_megatron.data.phases import Phases
 from based_megatron.data.reader import SequenceReader
 from based_megatron.data.remote import open_corpus
@@ -144,11 +144,8 @@ class Sources:
         if self._data.carry_state:
             return [(0, self._place(number)[0]) for number in numbers.tolist()]
         sources, own_numbers = self._phases.locate(numbers)
-        sequences = np.empty_like(own_numbers)
-        for source in np.unique(sources):
-            chosen = sources == source
-            size = len(self.train[source])
-            sequences[chosen] = shuffled(own_numbers[chosen], size, self._data.seed, self.manifests[source].fingerprint)
+        sizes, names = [len(reader) for reader in self.train], [manifest.fingerprint for manifest in self.manifests]
+        sequences = shuffled_together(sources, own_numbers, sizes, self._data.seed, names)
         return list(zip(sources.tolist(), sequences.tolist(), strict=True))
 
     def numbers_of(self, source: int, sequence: int, count: int) -> Iterator[int]:
