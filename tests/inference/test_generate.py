@@ -200,6 +200,7 @@ def on_a_rank(arguments: list[str], ranks: int) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_ranks_of_a_job_share_the_model_and_one_prints(places, full_attention, capsys, worker_pool):
     prompts = ["--prompt", "hello", "--prompt", "world, said"]
     expected, _ = run(capsys, places / "run", *prompts)
