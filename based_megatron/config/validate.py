@@ -37,7 +37,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_optimizer(config)
     _check_model(config.model)
     _check_precision(config)
-    _check_tensor_parallel(config)
+    check_tensor_parallel(config)
     _check_pipeline(config, data_parallel_size(config.parallel, world_size))
     _check_sequence(config)
     _check_zero(config)
@@ -116,7 +116,7 @@ def _check_precision(config: Config) -> None:
         )
 
 
-def _check_tensor_parallel(config: Config) -> None:
+def check_tensor_parallel(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     for key, value in {
         "model.num_heads": model.num_heads,

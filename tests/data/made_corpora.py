@@ -89,7 +89,7 @@ def as_version(manifest: Manifest, version: int) -> Manifest:
         }
         for name, split in manifest.splits.items()
     }
-    folder = values.pop("folder")
+    folder, _ = values.pop("folder"), values.pop("remote")
     values = json.loads(json.dumps({**values, "version": version}))
     values["fingerprint"] = fingerprint(values)
     (folder / MANIFEST_NAME).write_text(json.dumps(values, indent=1))
