@@ -54,7 +54,8 @@ def page(surveys: Sequence[Survey]) -> str:
     """The page."""
     total = sum(survey.tokens["train"] for survey in surveys)
     shares = [(survey.folder, survey.tokens["train"]) for survey in surveys]
-    body = [f"<h1>{len(surveys)} prepared corpora, {human(total)} training tokens</h1>", *_bars(shares)]
+    corpora = "1 prepared corpus" if len(surveys) == 1 else f"{len(surveys)} prepared corpora"
+    body = [f"<h1>{corpora}, {human(total)} training tokens</h1>", *_bars(shares)]
     for survey in surveys:
         rows = (f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in facts(survey).items())
         body += [f"<h2>{escape(survey.folder)}</h2>", "<table>", *rows, "</table>", "<h3>Documents by tokens</h3>"]
