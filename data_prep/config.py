@@ -39,9 +39,13 @@ class PrepConfig:
     """Part of the documents to hold out. The side of a document follows from a hash of its text: it never changes, and
     copies stay together."""
     seed: int = 42
-    """Seed of the order of files and documents."""
-    shuffle_tokens: int = 64 * 2**20
-    """Tokens of the buffer that documents are drawn from at random; a smaller corpus is shuffled as a whole."""
+    """Seed of the order of documents. The order follows from it and from the files and records that they come from: documents of
+    files that are added later come in between."""
+    tasks: int = 0
+    """Processes to tokenize and write with, each with less than 1 GB of memory; 0 is one a core. The output is the same for any number."""
+    keep_units: bool = True
+    """Keep the tokenized units in OUTPUT.units, about the size of the corpus, when it is complete: with --overwrite and more
+    inputs, only what is new is tokenized. They are always kept when the work ends early, for the next start to go on."""
     block_tokens: int = 4 * 2**20
     """Tokens of one sample of a shard."""
     shard_blocks: int = 64

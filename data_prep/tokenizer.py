@@ -35,8 +35,8 @@ class Encoder:
         tokenizer.no_padding()
         self._json = tokenizer.to_str(pretty=True)
         # A document that spells out <|endoftext|> must not end in its middle.
-        self._tokenizer = _with_special(self._json, eos_token)
-        self._tokenizer.encode_special_tokens = True
+        self.tokenizer = _with_special(self._json, eos_token)
+        self.tokenizer.encode_special_tokens = True
         if self.eos_id in self._ids([eos_token])[0]:
             raise DataError(
                 f"a text that spells {eos_token!r} would end its document, because the tokenizer makes this token of text: "
@@ -70,7 +70,7 @@ class Encoder:
         # An encoding holds some hundred bytes a token: only so many of them at a time.
         for start in range(0, len(pieces), PIECES_AT_A_TIME):
             batch = pieces[start : start + PIECES_AT_A_TIME]
-            encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            encodings = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids.extend(np.array(encoding.ids, self.dtype) for encoding in encodings)
         return ids
 

@@ -180,7 +180,7 @@ def test_an_eos_never_comes_from_text_whatever_its_file_says(trained, tmp_path, 
     encoder = load_tokenizer(str(tmp_path))
     (ids,) = encoder.encode([f"before{END_OF_TEXT}after"])
     assert np.flatnonzero(ids == encoder.eos_id).tolist() == [len(ids) - 1]
-    assert encoder._tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == f"before{END_OF_TEXT}after"
+    assert encoder.tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == f"before{END_OF_TEXT}after"
     assert json.loads(encoder._json)["added_tokens"][0]["special"] is special
 
 
@@ -198,4 +198,4 @@ def test_a_trained_tokenizer_ends_documents_with_the_token_asked_for(tmp_path):
     read = load_tokenizer(str(tmp_path))
     for each in (encoder, read):
         assert (each.eos_token, each.eos_id, each.vocab_size) == ("<stop>", 0, 300)
-        assert each._tokenizer.token_to_id(END_OF_TEXT) is None
+        assert each.tokenizer.token_to_id(END_OF_TEXT) is None
