@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import tyro
 
 from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.prepare import prepare
+from based_megatron.data_prep.engines import is_to_be_submitted, submit
+from based_megatron.data_prep.prepare import check, prepare
 from based_megatron.data_prep.status import status_of
 
 
@@ -26,6 +27,11 @@ def main(argv: list[str]) -> None:
         print(status_of(tyro.cli(_StatusConfig, args=argv[1:], prog="based prep status").output))
         return
     config = tyro.cli(PrepConfig, args=argv, prog="based prep")
+    if is_to_be_submitted(config):
+        check(config)
+        job = submit(config, argv)
+        print(f"job {job}, log {config.output}.slurm-{job}.log; `based prep status {config.output}` says how far it is")
+        return
     with _cleaned_up_at_sigterm():
         manifest = prepare(config)
     for name, split in manifest.splits.items():

@@ -19,6 +19,7 @@ class Piece:
     name: str
     """The file's name, as origins have it."""
     path: str
+    """Absolute: a task may run in another folder."""
     begin: int
     """First byte."""
     end: int
@@ -44,7 +45,7 @@ class Piece:
 
 def whole(file: InputFile) -> Piece:
     """A file as one piece."""
-    return Piece(file.name, str(file.path), 0, file.size_bytes, True, file.size_bytes, file.mtime_ns)
+    return Piece(file.name, str(file.path.absolute()), 0, file.size_bytes, True, file.size_bytes, file.mtime_ns)
 
 
 def pieces_of(file: InputFile, piece_bytes: int) -> list[Piece]:
@@ -56,7 +57,7 @@ def pieces_of(file: InputFile, piece_bytes: int) -> list[Piece]:
             if len(stretches) > 1:
                 size, time = file.size_bytes, file.mtime_ns
                 return [
-                    Piece(file.name, str(file.path), begin, end, False, size, time, records)
+                    Piece(file.name, str(file.path.absolute()), begin, end, False, size, time, records)
                     for begin, end, records in stretches
                 ]
     return [whole(file)]

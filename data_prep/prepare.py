@@ -14,21 +14,22 @@ import xxhash
 from based_megatron.data.manifest import TOKENIZER_NAME, Manifest, Split, make_manifest, save_manifest
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.corpus import Corpus, Skips
+from based_megatron.data_prep.engines import engine_of
 from based_megatron.data_prep.output import SPLITS, resolved_output, units_of, workplace
 from based_megatron.data_prep.pieces import Piece, pieces_of
 from based_megatron.data_prep.progress import Plan, Progress
 from based_megatron.data_prep.shuffle import Sizes, WriteShards, blocks_of, order_key, plan_shards
-from based_megatron.data_prep.tasks import Tasks
+from based_megatron.data_prep.tasks import Engine
 from based_megatron.data_prep.tokenizer import Encoder, load_tokenizer
 from based_megatron.data_prep.train_tokenizer import train_on, training_key
 from based_megatron.data_prep.unit_store import FinishedUnit, UnitStore
 from based_megatron.data_prep.units import (
-    UNIT_BYTES,
-    ReadPiece,
+    ReadPieces,
     TokenizeUnits,
     Unit,
     as_units,
     digested,
+    groups,
     options_key,
     place_of,
     remembered_digests,
@@ -48,15 +49,16 @@ def prepare(config: PrepConfig) -> Manifest:
     removes it, but not the finished units (unit_store.py). Raises DataError: no documents, no tokenizer, an output in the way or at
     work, a full disk.
     """
-    _check(config)
+    check(config)
     output = resolved_output(config.output)
     corpus = Corpus(config)
     try:
-        with workplace(output, config.overwrite) as place, Tasks(config.tasks) as tasks, Progress() as progress:
+        with workplace(output, config.overwrite) as place, Progress() as progress:
             store = UnitStore(units_of(output))
             store.open()
             try:
-                manifest = _Preparation(config, corpus, store, place.corpus, tasks, progress).run()
+                with engine_of(config, store.folder) as engine:
+                    manifest = _Preparation(config, corpus, store, place.corpus, engine, progress).run()
                 place.publish()
                 if not config.keep_units:
                     store.remove()
@@ -69,14 +71,17 @@ def prepare(config: PrepConfig) -> Manifest:
     return dataclasses.replace(manifest, folder=Path(config.output))
 
 
-def _check(config: PrepConfig) -> None:
+def check(config: PrepConfig) -> None:
+    """Raise DataError for settings that no start can have."""
     if not 0 <= config.validation_fraction < 1:
         raise DataError(f"--validation-fraction {config.validation_fraction} is not in [0, 1)")
     if config.max_skipped is not None and (config.max_skipped < 0 or (config.strict and config.max_skipped)):
         raise DataError(f"--max-skipped is {config.max_skipped}: set 0 or more, and with --strict nothing else than 0")
     if config.tasks < 0:
         raise DataError(f"--tasks is {config.tasks} but must be at least 1, or 0 for one a core")
-    for flag in ("block_tokens", "shard_blocks", "train_tokenizer_bytes"):
+    if not config.tasks and config.executor in ("slurm", "ray"):
+        raise DataError(f"--executor {config.executor} cannot tell how many tasks to start: set --tasks")
+    for flag in ("unit_bytes", "block_tokens", "shard_blocks", "train_tokenizer_bytes"):
         if getattr(config, flag) < 1:
             raise DataError(f"--{flag.replace('_', '-')} is {getattr(config, flag)} but must be at least 1")
     if config.block_tokens > MAX_BLOCK_TOKENS:
@@ -94,7 +99,7 @@ class _Preparation:
     store: UnitStore
     folder: Path
     """Where the corpus is written."""
-    tasks: Tasks
+    engine: Engine
     progress: Progress
 
     def run(self) -> Manifest:
@@ -135,9 +140,9 @@ class _Preparation:
     def _tokenize(self, options: str, skips: Skips) -> list[FinishedUnit]:
         """The first pass: all units, finished."""
         finished = self.store.finished()
-        units, left = as_units(self._pieces(finished), options, finished)
+        units, left = as_units(self._pieces(finished), options, finished, self.config.unit_bytes)
         wanted: list[FinishedUnit | Unit] = [*units, *left]
-        plan = Plan(self.tasks.count, time.time(), tuple((unit.key, unit.bytes) for unit in wanted))
+        plan = Plan(self.engine.count, time.time(), tuple((unit.key, unit.bytes) for unit in wanted))
         plan.save(self.store.folder)
         for unit in units:
             skips.merge(unit.counts, unit.events, unit.skipped)
@@ -145,18 +150,19 @@ class _Preparation:
             logger.warning("%d of %d units of work are finished already", len(units), len(wanted))
         work = TokenizeUnits(self.config, self.store.folder, self.folder)
         with self.progress.stage("tokenize", plan.bytes, sum(unit.bytes for unit in units)) as tell:
-            for unit in self.tasks.run(work, left, tell):
+            for unit in self.engine.run(work, left, tell):
                 skips.merge(unit.counts, unit.events, unit.skipped)
                 units.append(unit)
         return sorted(units, key=lambda unit: unit.key)
 
     def _pieces(self, finished: Mapping[str, FinishedUnit]) -> list[Piece]:
         """All pieces of the inputs, with their contents."""
-        pieces = [piece for file in self.corpus.files for piece in pieces_of(file, UNIT_BYTES)]
+        pieces = [piece for file in self.corpus.files for piece in pieces_of(file, self.config.unit_bytes)]
         known = remembered_digests(finished.values())
         unknown = [piece for piece in pieces if place_of(piece) not in known]
         with self.progress.stage("read", sum(piece.bytes for piece in unknown)) as tell:
-            known.update(self.tasks.run(ReadPiece(), unknown, tell))
+            for found in self.engine.run(ReadPieces(), list(groups(unknown, self.config.unit_bytes)), tell):
+                known.update(found)
         return digested(pieces, [known[place_of(piece)] for piece in pieces])
 
     def _write(self, units: Sequence[FinishedUnit], sizes: Sizes) -> dict[str, Split]:
@@ -169,7 +175,7 @@ class _Preparation:
         for split in SPLITS:
             (written / split).mkdir(parents=True, exist_ok=True)
         with self.progress.stage("write shards", sum(work.bytes_of(shard) for shard in left)) as tell:
-            blocks.update(self.tasks.run(work, left, tell))
+            blocks.update(self.engine.run(work, left, tell))
         for split in SPLITS:
             (self.folder / split).mkdir()
         for shard in shards:

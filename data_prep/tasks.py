@@ -29,6 +29,21 @@ class Work(Protocol[Job, Result]):
         """Do a job. Raises BasedError, OSError."""
 
 
+class Engine(Protocol):
+    """What does jobs: a context, which ends what it has started."""
+
+    count: int
+    """Tasks at a time."""
+
+    def run(self, work: Work[Job, Result], jobs: Sequence[Job], tell: Tell) -> Iterator[Result]:
+        """The results of all jobs, in the order in which they are finished. Raises what a job raises, and DataError if tasks die."""
+        ...
+
+    def __enter__(self) -> "Engine": ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

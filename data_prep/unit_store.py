@@ -4,6 +4,7 @@
     tokenizers/KEY/       tokenizers that were trained
     units/KEY/            finished units: documents of some pieces of the inputs, tokenized and sorted (run_files.py)
     shards/KEY/           finished shards of one order of units
+    jobs/                 lists of jobs that an executor of datatrove works on
     plan.json             what the running or last start has to do, for `based prep status`
 
 All is written under a temporary name first, so that what has its name is whole. Whoever has the output's lock has this folder.
@@ -29,6 +30,7 @@ MARK = "units.json"
 PLAN = "plan.json"
 VERSION = 1
 UNIT_NAME = "unit.json"
+JOBS = "jobs"
 FOLDERS = ("tokenizers", "units", "shards")
 
 
@@ -126,7 +128,7 @@ class UnitStore:
 
     def remove(self) -> None:
         """Remove the folder and all that is of us in it."""
-        for name in FOLDERS:
+        for name in (*FOLDERS, JOBS):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in (PLAN, MARK):
             (self.folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Units of work: pieces of the inputs, about 64 MB together, that one task tokenizes at a time and that are kept when they are finished."""
+"""Units of work: pieces of the inputs, `--unit-bytes` together, that one task tokenizes at a time; finished ones are kept."""
 
 import dataclasses
 import json
@@ -22,7 +22,6 @@ from based_megatron.data_prep.tokenizer import Encoder, load_tokenizer
 from based_megatron.data_prep.unit_store import FinishedUnit, SplitCount, UnitStore, write_unit
 from based_megatron.errors import DataError
 
-UNIT_BYTES = 64 * 10**6
 BATCH_CHARACTERS = 1 << 20
 VERSION = 1
 """Version of the files of units and of the order of documents: units of another one are made again."""
@@ -83,7 +82,7 @@ def place_of(piece: Piece) -> Place:
 
 
 def as_units(
-    pieces: Sequence[Piece], options: str, finished: Mapping[str, FinishedUnit]
+    pieces: Sequence[Piece], options: str, finished: Mapping[str, FinishedUnit], unit_bytes: int
 ) -> tuple[list[FinishedUnit], list[Unit]]:
     """All pieces, as units that are finished and units to do."""
     left = {_identity(piece): piece for piece in pieces}
@@ -94,7 +93,7 @@ def as_units(
             kept.append(unit)
             for identity in identities:
                 del left[identity]
-    return kept, [Unit(_unit_key(group, options), options, group) for group in _groups(left.values())]
+    return kept, [Unit(_unit_key(group, options), options, group) for group in groups(left.values(), unit_bytes)]
 
 
 def _identity(piece: Piece) -> tuple[str, int, int, str, int]:
@@ -106,29 +105,31 @@ def _unit_key(pieces: Sequence[Piece], options: str) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([options, *map(_identity, pieces)]).encode())
 
 
-def _groups(pieces: Iterable[Piece]) -> Iterable[tuple[Piece, ...]]:
-    """Pieces in their order, together as long as they are below UNIT_BYTES."""
+def groups(pieces: Iterable[Piece], group_bytes: int) -> Iterator[tuple[Piece, ...]]:
+    """Pieces in their order, as many together as are not more than group_bytes."""
     group: list[Piece] = []
-    group_bytes = 0
+    taken_bytes = 0
     for piece in pieces:
-        if group and group_bytes + piece.bytes > UNIT_BYTES:
+        if group and taken_bytes + piece.bytes > group_bytes:
             yield tuple(group)
-            group, group_bytes = [], 0
+            group, taken_bytes = [], 0
         group.append(piece)
-        group_bytes += piece.bytes
+        taken_bytes += piece.bytes
     if group:
         yield tuple(group)
 
 
 @dataclass(frozen=True)
-class ReadPiece:
-    """Reads the bytes of a piece."""
+class ReadPieces:
+    """Reads the bytes of pieces."""
 
-    def __call__(self, piece: Piece, tell: Tell) -> tuple[Place, Digest]:
-        """Where the piece lies, and its digest."""
-        found = digest(piece)
-        tell(piece.bytes, 0)
-        return place_of(piece), found
+    def __call__(self, pieces: Sequence[Piece], tell: Tell) -> list[tuple[Place, Digest]]:
+        """Where each piece lies, and its digest."""
+        found = []
+        for piece in pieces:
+            found.append((place_of(piece), digest(piece)))
+            tell(piece.bytes, 0)
+        return found
 
 
 @dataclass(frozen=True)

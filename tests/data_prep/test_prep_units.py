@@ -21,7 +21,6 @@ from tokenizers import Tokenizer
 
 from based_megatron.data.manifest import Manifest, load_manifest
 from based_megatron.data.reader import SequenceReader
-from based_megatron.data_prep import prepare as prepare_module
 from based_megatron.data_prep import shuffle, units
 from based_megatron.data_prep.cli import main
 from based_megatron.data_prep.config import PrepConfig
@@ -62,10 +61,8 @@ def write_inputs(folder: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_units(monkeypatch):
-    """Units, bins and buckets so small that a small corpus has many."""
-    for module in (units, prepare_module):
-        monkeypatch.setattr(module, "UNIT_BYTES", UNIT_BYTES)
+def small_bins(monkeypatch):
+    """Bins so small that a small corpus has many."""
     monkeypatch.setattr(shuffle, "BIN_TOKENS", 100)
 
 
@@ -89,6 +86,7 @@ def config(tmp_path, tokenizer) -> PrepConfig:
         block_tokens=300,
         shard_blocks=3,
         tasks=1,
+        unit_bytes=UNIT_BYTES,
     )
 
 
@@ -149,9 +147,6 @@ def test_the_order_has_no_trace_of_the_files(config):
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [
-        (prepare_module, "UNIT_BYTES", 10**9),  # nothing is cut
-        (prepare_module, "UNIT_BYTES", 1500),
-        (units, "UNIT_BYTES", 1),
         (units, "RUN_TOKENS", 200),
         (units, "BATCH_CHARACTERS", 10),
         (shuffle, "BIN_TOKENS", 7),
@@ -160,10 +155,17 @@ def test_the_order_has_no_trace_of_the_files(config):
         (shuffle, "BUCKET_TOKENS", 50),
     ],
 )
-def test_how_the_work_is_cut_changes_no_byte(config, tmp_path, monkeypatch, module, name, value):
+def test_how_much_is_in_memory_changes_no_byte(config, tmp_path, monkeypatch, module, name, value):
     prepare(config)
     monkeypatch.setattr(module, name, value)
     prepare(dataclasses.replace(config, output=str(tmp_path / "again")))
+    assert contents(tmp_path / "again") == contents(config.output)
+
+
+@pytest.mark.parametrize("unit_bytes", [10**9, 1500, 1])
+def test_how_the_work_is_cut_changes_no_byte(config, tmp_path, unit_bytes):
+    prepare(config)
+    prepare(dataclasses.replace(config, output=str(tmp_path / "again"), unit_bytes=unit_bytes))
     assert contents(tmp_path / "again") == contents(config.output)
 
 
@@ -232,6 +234,16 @@ def test_a_start_after_a_death_does_what_is_left(config, tmp_path, monkeypatch, 
     assert len(set(calls)) == len(calls) > finished
 
 
+def test_the_executor_of_datatrove_gives_the_same_bytes(config, tmp_path):
+    pytest.importorskip("datatrove")
+    prepare(config)
+    prepare(dataclasses.replace(config, output=str(tmp_path / "other"), tasks=2, executor="datatrove"))
+    assert contents(tmp_path / "other") == contents(config.output)
+    assert sorted(path.name for path in (tmp_path / "other.units").iterdir()) == sorted(
+        path.name for path in (tmp_path / "out.units").iterdir()
+    )
+
+
 def start_and_kill(config: PrepConfig, seconds: float) -> bool:
     """Whether a process that prepares the corpus was finished before it was killed, with SIGKILL, after so long."""
     child = os.fork()
@@ -268,20 +280,10 @@ def test_kills_at_any_moment_change_no_byte(config, tmp_path):
 @pytest.mark.slow
 def test_the_command_goes_on_after_a_kill_of_all_its_tasks(config, tmp_path):
     prepare(dataclasses.replace(config, output=str(tmp_path / "undisturbed")))
-    script = (
-        "import sys; from based_megatron.data_prep import units, prepare, shuffle\n"
-        f"units.UNIT_BYTES = prepare.UNIT_BYTES = {UNIT_BYTES}; shuffle.BIN_TOKENS = 100\n"
-        "from based_megatron.cli import main\n"
-        "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
-    )
-    (tmp_path / "based.py").write_text(script)
     options = {"output": config.output, "tokenizer": config.tokenizer, "validation-fraction": 0.2, "block-tokens": 300}
-    words = [
-        word
-        for name, value in (options | {"shard-blocks": 3, "tasks": 2}).items()
-        for word in (f"--{name}", str(value))
-    ]
-    command = [sys.executable, str(tmp_path / "based.py"), "prep", *config.inputs, *words]
+    options |= {"shard-blocks": 3, "tasks": 2, "unit-bytes": UNIT_BYTES}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "based_megatron", "prep", *config.inputs, *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     folder = Path(config.output + ".units") / "units"
     while not folder.is_dir() or not any(folder.iterdir()):

@@ -257,6 +257,8 @@ def test_an_interrupt_leaves_nothing(config, tmp_path, monkeypatch):
         ("max_skipped", -1, "--max-skipped is -1"),
         ("shard_blocks", 0, "--shard-blocks"),
         ("tasks", -1, "--tasks is -1"),
+        ("unit_bytes", 0, "--unit-bytes"),
+        ("executor", "ray", "--executor ray cannot tell how many tasks to start: set --tasks"),
         ("train_tokenizer_bytes", 0, "--train-tokenizer-bytes"),
     ],
 )
