@@ -1,8 +1,8 @@
-"""Speed and memory of `based prep` against the tokenizer alone: `python -m benchmarks.prep --tokenizer data/gpt2 --megabytes 64 256`.
+"""Speed and memory of `based prep` against the tokenizer alone: `python -m benchmarks.prep --tokenizer path/to/gpt2 --megabytes 16 128`.
 
-For each size, a corpus of that many megabytes of text is prepared by `--tasks` processes, and the same texts are encoded by `encode_batch_fast` in
-as many processes that do nothing else, with one thread each. Times are of the clock and of the processor: on a machine that others use too, only
-the second is a measurement.
+For each size, a corpus of that many megabytes of text is prepared by `--tasks` processes, and the same texts are encoded by
+`encode_batch_fast` in as many processes that do nothing else, with one thread each. Times are of the clock and of the processor: on a
+machine that others use too, only the second is a measurement.
 """
 
 import json
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import tyro
@@ -105,7 +106,7 @@ def measure_alone(paths: list[Path], options: Options) -> Cost:
     return Cost(max(seconds), sum(processor_seconds), sum(tokens), 0)
 
 
-def prep(paths: list[str], output: str, options: Options, send: "multiprocessing.connection.Connection") -> None:
+def prep(paths: list[str], output: str, options: Options, send: Connection) -> None:
     """Prepare the corpus in this process and its tasks, and send what it took."""
     from based_megatron.data_prep.config import PrepConfig
     from based_megatron.data_prep.prepare import prepare

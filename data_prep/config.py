@@ -17,7 +17,7 @@ class PrepConfig:
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Files (.txt, .jsonl, .ndjson, .json, sources, each also as .gz, .zst, .bz2 or .xz, and .parquet), and folders, searched for
-    all of these, behind links too. Each file is read once."""
+    all of these, behind links too. Each file is read once. - is standard input: JSON lines or text."""
     output: str
     """Folder to write: tokenizer.json, train/, validation/ and manifest.json."""
     tokenizer: str = "train"

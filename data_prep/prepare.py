@@ -19,6 +19,7 @@ from based_megatron.data_prep.output import SPLITS, resolved_output, units_of, w
 from based_megatron.data_prep.pieces import Piece, pieces_of
 from based_megatron.data_prep.progress import Plan, Progress
 from based_megatron.data_prep.shuffle import Sizes, WriteShards, blocks_of, order_key, plan_shards
+from based_megatron.data_prep.stdin import STDIN, stdin_as_file
 from based_megatron.data_prep.tasks import Engine
 from based_megatron.data_prep.tokenizer import Encoder, load_tokenizer
 from based_megatron.data_prep.train_tokenizer import train_on, training_key
@@ -50,6 +51,11 @@ def prepare(config: PrepConfig) -> Manifest:
     work, a full disk.
     """
     check(config)
+    with stdin_as_file(config) as with_files:
+        return _prepare(with_files)
+
+
+def _prepare(config: PrepConfig) -> Manifest:
     output = resolved_output(config.output)
     corpus = Corpus(config)
     try:
@@ -81,6 +87,10 @@ def check(config: PrepConfig) -> None:
         raise DataError(f"--tasks is {config.tasks} but must be at least 1, or 0 for one a core")
     if not config.tasks and config.executor in ("slurm", "ray"):
         raise DataError(f"--executor {config.executor} cannot tell how many tasks to start: set --tasks")
+    if config.executor in ("slurm", "ray") and STDIN in config.inputs:
+        raise DataError(
+            f"other nodes cannot read the standard input of this one: give files to --executor {config.executor}"
+        )
     for flag in ("unit_bytes", "block_tokens", "shard_blocks", "train_tokenizer_bytes"):
         if getattr(config, flag) < 1:
             raise DataError(f"--{flag.replace('_', '-')} is {getattr(config, flag)} but must be at least 1")

@@ -1,10 +1,14 @@
 """`based prep` as a whole: what it writes, and that it writes all or nothing."""
 
 import dataclasses
+import gzip
+import io
 import json
 import logging
 import os
 import resource
+import sys
+import tempfile
 from collections import Counter
 
 import numpy as np
@@ -93,6 +97,40 @@ def test_the_seed_changes_the_order_but_not_the_split(config, tmp_path):
     for split in ("train", "validation"):
         first, second = ([text for text, _ in documents(manifest, split)] for manifest in (one, other))
         assert first != second and sorted(first) == sorted(second)
+
+
+class Pipe:
+    """Standard input that bytes are piped into."""
+
+    def __init__(self, content: bytes, isatty: bool = False):
+        self.buffer, self.isatty = io.BytesIO(content), lambda: isatty
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_what_is_piped_in_is_read_as_a_file_would_be(config, tmp_path, monkeypatch, compress):
+    expected = prepare(config)
+    monkeypatch.setattr(sys, "stdin", Pipe(compress((tmp_path / "in.jsonl").read_bytes())))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    manifest = prepare(dataclasses.replace(config, inputs=("-",), output=str(tmp_path / "piped")))
+    for split in ("train", "validation"):
+        assert sorted(documents(manifest, split)) == sorted(documents(expected, split))
+    assert SequenceReader(manifest, "train", 1).origins(0)[0][0] == "stdin.jsonl"
+    assert not list(tmp_path.glob("based-prep-*"))
+
+
+def test_plain_text_can_be_piped_in(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Pipe("\n\n".join(TEXTS[:50]).encode()))
+    manifest = prepare(dataclasses.replace(config, inputs=("-",), separator=""))
+    assert sum(split.documents for split in manifest.splits.values()) == 50
+
+
+def test_standard_input_that_nobody_writes_to_is_refused(config, monkeypatch):
+    for inputs, isatty in ((("-",), True), (("-", "-"), False)):
+        monkeypatch.setattr(sys, "stdin", Pipe(b"", isatty))
+        with pytest.raises(DataError, match="something must be piped into it"):
+            prepare(dataclasses.replace(config, inputs=inputs))
+    with pytest.raises(DataError, match="other nodes cannot read the standard input"):
+        prepare(dataclasses.replace(config, inputs=("-",), executor="ray", tasks=2))
 
 
 def test_validation_fraction_is_met(tmp_path):
