@@ -39,6 +39,8 @@ class PrepConfig:
     validation_fraction: float = 0.01
     """Part of the documents to hold out. The side of a document follows from a hash of its text: it never changes, and
     copies stay together."""
+    deduplicate: bool = False
+    """Leave out documents whose text is in the corpus already, and count them. Which of the copies stays follows from the order."""
     seed: int = 42
     """Seed of the order of documents. The order follows from it and from the files and records that they come from: documents of
     files that are added later come in between."""

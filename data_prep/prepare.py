@@ -9,11 +9,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from based_megatron.data.manifest import TOKENIZER_NAME, Manifest, Split, make_manifest, save_manifest
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.corpus import Corpus, Skips
+from based_megatron.data_prep.duplicates import duplicates
 from based_megatron.data_prep.engines import engine_of
 from based_megatron.data_prep.output import SPLITS, resolved_output, units_of, workplace
 from based_megatron.data_prep.pieces import Piece, pieces_of
@@ -36,9 +38,11 @@ from based_megatron.data_prep.units import (
     remembered_digests,
 )
 from based_megatron.errors import DataError
+from based_megatron.run_folder.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
+LEFT_OUT = "left_out.npy"
 MAX_BLOCK_TOKENS = 2**28
 """A block is in memory several times while it is written: some 4 GiB of uint32."""
 
@@ -121,7 +125,7 @@ class _Preparation:
         units = self._tokenize(options_key(self.config, tokenizer_xxh3), skips)
         _check_documents(self.config, units, skips)
         sizes = Sizes(encoder.dtype.str, self.config.block_tokens, self.config.shard_blocks)
-        splits = self._write(units, sizes)
+        splits = self._write(units, sizes, skips)
         self.store.keep_only(tokenizers={tokenizer_key}, units={unit.key for unit in units}, shards=())
         manifest = make_manifest(
             tokenizer_xxh3=tokenizer_xxh3,
@@ -175,15 +179,23 @@ class _Preparation:
                 known.update(found)
         return digested(pieces, [known[place_of(piece)] for piece in pieces])
 
-    def _write(self, units: Sequence[FinishedUnit], sizes: Sizes) -> dict[str, Split]:
+    def _write(self, units: Sequence[FinishedUnit], sizes: Sizes, skips: Skips) -> dict[str, Split]:
         """The second pass: all shards, in the corpus's folder."""
-        written = self.store.path("shards", order_key(units, sizes))
-        work = WriteShards(tuple(units), self.store.folder / "units", written, sizes)
-        shards = [shard for split in SPLITS for shard in plan_shards(units, work.unit_folder, split, sizes)]
+        unit_folder = self.store.folder / "units"
+        left_out = duplicates(units, unit_folder) if self.config.deduplicate else np.empty(0, np.uint64)
+        if len(left_out):
+            skips.counts["duplicate"] += len(left_out)
+        written = self.store.path("shards", order_key(units, sizes, left_out))
+        written.mkdir(exist_ok=True)
+        with whole_file(written / LEFT_OUT, binary=True) as stream:
+            np.save(stream, left_out)
+        work = WriteShards(tuple(units), unit_folder, written, sizes, written / LEFT_OUT)
+        plans = {split: plan_shards(units, unit_folder, split, sizes, left_out) for split in SPLITS}
+        shards = [shard for split in SPLITS for shard in plans[split][0]]
         blocks = {shard: found for shard in shards if (found := blocks_of(written, shard)) is not None}
         left = [shard for shard in shards if shard not in blocks]
         for split in SPLITS:
-            (written / split).mkdir(parents=True, exist_ok=True)
+            (written / split).mkdir(exist_ok=True)
         with self.progress.stage("write shards", sum(work.bytes_of(shard) for shard in left)) as tell:
             blocks.update(self.engine.run(work, left, tell))
         for split in SPLITS:
@@ -192,8 +204,8 @@ class _Preparation:
             (written / shard.file).rename(self.folder / shard.file)
         return {
             split: Split(
-                documents=sum(unit.splits[split].documents for unit in units),
-                tokens=sum(unit.splits[split].tokens for unit in units),
+                documents=plans[split][1].documents,
+                tokens=plans[split][1].tokens,
                 members=tuple(block for shard in shards if shard.split == split for block in blocks[shard]),
             )
             for split in SPLITS

@@ -9,10 +9,13 @@ documents: it depends on the seed and on where a document comes from, and on not
 
 import bisect
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from based_megatron.data_prep.unit_store import FinishedUnit
 
 DOCUMENT = np.dtype(
     [
@@ -99,3 +102,10 @@ class Run:
         if len(found) < end - first:
             raise OSError(f"{self._tokens_path} is cut off")
         return found
+
+
+def runs_of(units: Sequence[FinishedUnit], folder: Path, split: str) -> Iterator[tuple[FinishedUnit, Run]]:
+    """All runs of units, whose folders are in a folder, with their units."""
+    for unit in units:
+        for number, train in enumerate(unit.runs):
+            yield unit, Run(folder / unit.key, number, train, split)

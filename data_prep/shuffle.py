@@ -20,10 +20,11 @@ import numpy as np
 import xxhash
 
 from based_megatron.data.manifest import Member
-from based_megatron.data_prep.run_files import KEY_BITS, Run
+from based_megatron.data_prep.duplicates import without
+from based_megatron.data_prep.run_files import KEY_BITS, Run, runs_of
 from based_megatron.data_prep.shards import SplitWriter, Start, TokenizedDocument, shard_name
 from based_megatron.data_prep.tasks import Tell
-from based_megatron.data_prep.unit_store import FinishedUnit
+from based_megatron.data_prep.unit_store import FinishedUnit, SplitCount
 from based_megatron.run_folder.whole_file import whole_file
 
 BIN_TOKENS = 1 << 20
@@ -63,32 +64,30 @@ class Shard:
         return f"{self.split}/{shard_name(self.number)}"
 
 
-def order_key(units: Sequence[FinishedUnit], sizes: Sizes) -> str:
-    """Key of the shards that these units give."""
-    content = [sorted(unit.key for unit in units), dataclasses.astuple(sizes)]
+def order_key(units: Sequence[FinishedUnit], sizes: Sizes, left_out: np.ndarray) -> str:
+    """Key of the shards that these units give without the documents of some keys."""
+    content = [sorted(unit.key for unit in units), dataclasses.astuple(sizes), xxhash.xxh3_128_hexdigest(left_out.data)]
     return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
-def runs_of(units: Sequence[FinishedUnit], folder: Path, split: str) -> Iterator[tuple[FinishedUnit, Run]]:
-    """All runs of units, whose folders are in a folder, with their units."""
-    for unit in units:
-        for number, train in enumerate(unit.runs):
-            yield unit, Run(folder / unit.key, number, train, split)
+def plan_shards(
+    units: Sequence[FinishedUnit], folder: Path, split: str, sizes: Sizes, left_out: np.ndarray
+) -> tuple[list[Shard], SplitCount]:
+    """The shards of a split, and what is in them.
 
-
-def plan_shards(units: Sequence[FinishedUnit], folder: Path, split: str, sizes: Sizes) -> list[Shard]:
-    """The shards of a split."""
-    total = sum(unit.splits[split].tokens for unit in units)
-    bits = max(0, math.ceil(math.log2(total / BIN_TOKENS))) if total else 0
+    folder: that of the units' folders; left_out: keys of documents that are not written, sorted.
+    """
+    most = sum(unit.splits[split].tokens for unit in units)
+    bits = max(0, math.ceil(math.log2(most / BIN_TOKENS))) if most else 0
     tokens_before, documents_before = np.zeros((2, 2**bits + 1), np.int64)
     for _, run in runs_of(units, folder, split):
-        bins = (
-            (run.rows["key"] >> np.uint64(KEY_BITS - bits)).astype(np.int64) if bits else np.zeros(len(run.rows), int)
-        )
+        rows = without(run.rows, left_out)
+        bins = (rows["key"] >> np.uint64(KEY_BITS - bits)).astype(np.int64) if bits else np.zeros(len(rows), int)
         documents_before[1:] += np.bincount(bins, minlength=2**bits)
         # Sums in float64 are exact up to 2^53.
-        tokens_before[1:] += np.bincount(bins, run.rows["tokens"], 2**bits).astype(np.int64)
+        tokens_before[1:] += np.bincount(bins, rows["tokens"], 2**bits).astype(np.int64)
     tokens_before, documents_before = np.cumsum(tokens_before), np.cumsum(documents_before)
+    total = int(tokens_before[-1])
     shards = []
     for number, begin in enumerate(range(0, total, sizes.block_tokens * sizes.shard_blocks)):
         end = min(begin + sizes.block_tokens * sizes.shard_blocks, total)
@@ -96,7 +95,7 @@ def plan_shards(units: Sequence[FinishedUnit], folder: Path, split: str, sizes: 
         last = int(np.searchsorted(tokens_before, end, "left"))
         keys = first << (KEY_BITS - bits), last << (KEY_BITS - bits)
         shards.append(Shard(split, number, begin, end, keys, int(tokens_before[first]), int(documents_before[first])))
-    return shards
+    return shards, SplitCount(int(documents_before[-1]), total)
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,12 @@ class WriteShards:
     """The folder with the units' folders."""
     output: Path
     sizes: Sizes
+    left_out: Path
+    """File with the sorted keys of documents that are not written."""
+
+    @cached_property
+    def _left_out(self) -> np.ndarray:
+        return np.load(self.left_out)
 
     @cached_property
     def _names(self) -> list[str]:
@@ -146,7 +151,7 @@ class _Documents:
         self._runs: list[Run] = []
         parts = []
         for unit, run in runs_of(work.units, work.unit_folder, shard.split):
-            rows = run.between(*shard.keys)
+            rows = without(run.between(*shard.keys), work._left_out)
             if len(rows):
                 numbers = np.array([work._numbers[piece.name] for piece in unit.pieces])
                 parts.append((rows, np.full(len(rows), len(self._runs)), numbers[rows["piece"]]))

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from based_megatron.data.manifest import Manifest, load_manifest
 from based_megatron.data.reader import SequenceReader
-from based_megatron.data_prep import shuffle, units
+from based_megatron.data_prep import duplicates, shuffle, units
 from based_megatron.data_prep.cli import main
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.corpus import Corpus, Skips
@@ -134,6 +134,31 @@ def test_the_order_is_that_of_keys_of_seed_file_and_record(config, seed):
         ]
         assert in_order(manifest, split) == [(text, origin) for _, text, origin in sorted(documents)]
     assert manifest.skipped == {"empty": 1, "undecodable": 1}
+
+
+@pytest.mark.parametrize("at_a_time", [10**6, 30])
+def test_of_documents_with_one_text_the_first_in_the_order_stays(config, tmp_path, monkeypatch, tokenized, at_a_time):
+    for name in ("again.jsonl", "and_again.jsonl"):
+        (tmp_path / "in" / name).write_bytes((tmp_path / "in" / "big.jsonl").read_bytes()[:3000].rpartition(b"\n")[0])
+    prepare(config)
+    tokenized.clear()
+    monkeypatch.setattr(duplicates, "DOCUMENTS_AT_A_TIME", at_a_time)
+    manifest = prepare(dataclasses.replace(config, deduplicate=True, overwrite=True))
+    left_out = 0
+    documents = list(Corpus(config).documents(Skips(quiet=True)))
+    for split in ("train", "validation"):
+        ordered = sorted(
+            (document_key(42, document.file, document.record), document.text, (document.file, document.record))
+            for document in documents
+            if is_validation(document.text, 0.2) == (split == "validation")
+        )
+        first = {}
+        for _, text, origin in ordered:
+            first.setdefault(text, origin)
+        assert in_order(manifest, split) == list(first.items())
+        left_out += len(ordered) - len(first)
+    assert manifest.skipped["duplicate"] == left_out > 40 and not tokenized
+    assert sum(split.documents for split in manifest.splits.values()) == len(documents) - left_out
 
 
 def test_the_order_has_no_trace_of_the_files(config):
