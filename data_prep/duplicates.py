@@ -23,9 +23,7 @@ def duplicates(units: Sequence[FinishedUnit], folder: Path) -> np.ndarray:
     documents = sum(unit.splits[split].documents for unit in units for split in SPLITS)
     parts = -(-documents // DOCUMENTS_AT_A_TIME)
     bounds = [(part << KEY_BITS) // parts for part in range(parts)] + [(1 << KEY_BITS)]
-    found = [
-        _duplicates_between(units, folder, first, end - 1) for first, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    found = [_duplicates_between(units, folder, first, end - 1) for first, end in itertools.pairwise(bounds)]
     return np.sort(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
 
