@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from based_megatron.data.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from based_megatron.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, blocks_name
 from based_megatron.data_prep.tokenizer import TOKENIZER_CONFIG_NAME
 from based_megatron.errors import ConfigError, DataError
 from based_megatron.run_folder.files import LOCK, RECALL
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 60
 SPLITS = ("train", "validation")
-CORPUS_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, RECALL, *SPLITS}
+CORPUS_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, RECALL, *SPLITS, *map(blocks_name, SPLITS)}
 """All that a prepared corpus holds: RECALL is of the runs that have read it."""
 
 

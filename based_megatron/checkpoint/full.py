@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,31 +17,71 @@ from based_megatron.checkpoint.ranks import ALONE, without_dcp_warning
 from based_megatron.checkpoint.reader import RangeReader
 from based_megatron.checkpoint.rectangles import stored_name
 from based_megatron.checkpoint.save import save_checkpoint
-from based_megatron.checkpoint.store import FOLDER, resolve_checkpoint
+from based_megatron.checkpoint.store import FOLDER, deleted, is_gone, resolve_checkpoint
 from based_megatron.config import Config, from_dict, to_dict
+from based_megatron.errors import CheckpointError
 from based_megatron.parallel.sharding import ShardSpec
+
+MOST_READS = 10
+"""Times that a checkpoint may be deleted under its reader."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint as one process reads it: weights without a layout, and what is known of their training."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    """fp32, CPU, unsharded, by global name."""
+    state: dict[str, Any]
+    """What state.json says."""
+    config: Config
+    """The config that they were trained with."""
 
 
 def read_full(path: Path) -> tuple[dict[str, Tensor], Config]:
-    """All weights (fp32, CPU, unsharded, by global name) and the config they were trained with.
+    """Weights and config of read_whole, with its errors."""
+    whole = read_whole(path)
+    return whole.weights, whole.config
+
+
+def read_whole(path: Path) -> Whole:
+    """The whole of a checkpoint.
 
     `path` is one checkpoint, or a run folder or its checkpoints folder: the newest valid one is then read, and damaged
-    ones are named on stderr. Raises CheckpointError if there is none.
+    ones are named on stderr. The run may be going on: where it deletes the checkpoint that is being read, its newest one is read.
+    Raises CheckpointError if there is none.
     """
-    path = resolve_checkpoint(path, on_skip=lambda line: print(line, file=sys.stderr), ranks=ALONE)
+    for _ in range(MOST_READS):
+        found = resolve_checkpoint(path, on_skip=lambda line: print(line, file=sys.stderr), ranks=ALONE)
+        try:
+            return _read(found)
+        except CheckpointError:
+            if not is_gone(found):
+                raise
+            if found == path:
+                break
+    raise deleted(found)
+
+
+def _read(path: Path) -> Whole:
     weights = {
         name.removeprefix(stored_name(MODEL, "")): torch.empty(shape)
         for name, shape in stored_shapes(path).items()
         if name.startswith(stored_name(MODEL, ""))
     }
-    with without_dcp_warning(ALONE):
-        dcp.load(
-            {stored_name(MODEL, name): tensor for name, tensor in weights.items()},
-            storage_reader=RangeReader(path, read_metadata(path)),
-            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
-            no_dist=True,
-        )
-    return weights, from_dict(read_state(path)["config"], where=str(path))
+    try:
+        with without_dcp_warning(ALONE):
+            dcp.load(
+                {stored_name(MODEL, name): tensor for name, tensor in weights.items()},
+                storage_reader=RangeReader(path, read_metadata(path)),
+                planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
+                no_dist=True,
+            )
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"cannot read {path}: {ALONE.first_failure(error)}") from error
+    state = read_state(path)
+    return Whole(path, weights, state, from_dict(state["config"], where=str(path)))
 
 
 def write_full(path: Path, state_dict: Mapping[str, Tensor], config: Config) -> Path:

@@ -9,6 +9,7 @@ run_dir/checkpoints/
   step-00001000.old/      replaced by a new checkpoint of the same step; used only if that one is damaged
 """
 
+import functools
 import json
 import os
 import re
@@ -122,6 +123,9 @@ def newest_valid(
                 if other not in candidates[:number] and (step is None or step > step_of(path)):
                     tell(f"{other} was skipped: {_renamed(step)}")
             return path
+        if ranks.on_first(functools.partial(is_gone, path)):
+            # A run that goes on has deleted it, after it had saved a newer one.
+            return newest_valid(folder, on_skip, ranks, latest_step)
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         tell(f"checkpoint {path} is damaged and was skipped: {wrong[0]}{more}")
     if candidates:
@@ -142,6 +146,8 @@ def resolve_checkpoint(path: Path, on_skip: Callable[[str], None], ranks: Ranks 
     ranks = ranks or all_ranks()
     if ranks.on_first(lambda: (path / MANIFEST).is_file()):
         if wrong := verify(path, ranks):
+            if ranks.on_first(lambda: is_gone(path)):
+                raise deleted(path)
             raise CheckpointError(f"checkpoint {path} is damaged: {wrong[0]}")
         return path
     folder = ranks.on_first(lambda: path / FOLDER if (path / FOLDER).is_dir() else path)
@@ -206,6 +212,18 @@ def _superfluous(folder: Path, kept: Kept, saved: Path) -> list[Path]:
 def _is_good(path: Path) -> bool:
     state = _state(path)
     return bool(state) and bool(state.get(GOOD, True))
+
+
+def deleted(path: Path) -> CheckpointError:
+    """The error of a checkpoint that its run has deleted under a reader."""
+    return CheckpointError(
+        f"checkpoint {path} was deleted while it was read: give its run folder, or let the run keep more (checkpoint.keep_last)"
+    )
+
+
+def is_gone(path: Path) -> bool:
+    """Whether nothing has this name, not even a link that leads nowhere."""
+    return not os.path.lexists(path)
 
 
 def _under_other_names(folder: Path) -> list[tuple[Path, int | None]]:

@@ -1,11 +1,11 @@
-"""What a Hugging Face export of ours, or the run it comes from, has on the disk."""
+"""What a Hugging Face export of ours has on the disk."""
 
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from based_megatron.config import Config
 from based_megatron.config.schema import ModelConfig
 from based_megatron.convert.hf_files.configuration_based import BasedConfig
 from based_megatron.convert.huggingface import from_hf
@@ -22,7 +22,7 @@ def is_export(folder: Path) -> bool:
 
 
 def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], ModelConfig]:
-    """State dict and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
+    """State dict, in float32, and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
     try:
         weights = read_safetensors(folder)
         if weights is None:
@@ -30,10 +30,4 @@ def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], Mode
         config = BasedConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"cannot read the export {folder}: {' '.join(str(error).split())[:200]}") from error
-    return from_hf(weights, config, mixers)
-
-
-def data_folder(config: Config) -> Path | None:
-    """The data folder that holds the tokenizer of a run, if it is still there: all sources of a mixture have the same one."""
-    paths = [config.data.path, *(source.path for source in config.data.sources)]
-    return next((Path(path) for path in paths if path and (Path(path) / "tokenizer.json").is_file()), None)
+    return from_hf({name: tensor.to(torch.float32) for name, tensor in weights.items()}, config, mixers)

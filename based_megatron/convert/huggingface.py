@@ -2,8 +2,8 @@
 
 import hashlib
 import inspect
-import json
 import shutil
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.checksums import write_checksums
 from based_megatron.convert.folder import new_folder
 from based_megatron.convert.hf_files.configuration_based import BasedConfig
 from based_megatron.convert.hf_files.mixers_based import MIXERS
 from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
 from based_megatron.convert.layout import Entry, check_read, our_shapes, short_pattern, to_other, to_ours
 from based_megatron.convert.model_card import model_card
+from based_megatron.convert.origin import Origin
 from based_megatron.convert.proof import Proof, prove
-from based_megatron.data_prep.tokenizer import load_tokenizer
+from based_megatron.convert.tokenizer import write_tokenizer
 from based_megatron.errors import CheckpointError
 from based_megatron.model.mixers import Mixer, layer_mixers, mixers_of
 
@@ -29,7 +31,7 @@ AUTO_MAP = {
 }
 MIXERS_FILE = "mixers_based.py"
 CONFIGURATION_FILE = "configuration_based.py"
-HF_FILES = (CONFIGURATION_FILE, MIXERS_FILE, "modeling_based.py")
+HF_FILES = (CONFIGURATION_FILE, "inputs_based.py", MIXERS_FILE, "modeling_based.py")
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], BasedConfig]:
@@ -69,8 +71,23 @@ def hf_model(state_dict: dict[str, Tensor], config: ModelConfig) -> BasedForCaus
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Form:
+    """How the weights of an export are stored."""
+
+    dtype: torch.dtype = torch.float32
+    max_shard_size: str = "5GB"
+    """The most that a file of weights may have, as transformers writes sizes."""
+
+
 def export_huggingface(
-    state_dict: dict[str, Tensor], config: ModelConfig, output: Path, tokenizer: Path | None = None
+    state_dict: dict[str, Tensor],
+    config: ModelConfig,
+    output: Path,
+    tokenizer: Path | None = None,
+    form: Form = Form(),
+    origin: Origin = Origin(),  # noqa: B008  frozen
+    license: str = "",
 ) -> Proof:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load, and prove it.
 
@@ -84,12 +101,17 @@ def export_huggingface(
         raise CheckpointError(
             f"an export takes float32 weights, not {', '.join(sorted(other))}: convert the checkpoint"
         )
-    model = hf_model(state_dict, config)
+    model = hf_model(_rounded(state_dict, form.dtype), config)
     with new_folder(output) as folder:
+        model.config.max_position_embeddings = origin.sequence_length_tokens
+        model.config.trained_steps, model.config.trained_tokens = origin.step, origin.tokens
         if tokenizer is not None:
-            _write_tokenizer(model, tokenizer, folder)
+            rows = model.config.tokenizer_vocab_size
+            encoder = write_tokenizer(tokenizer, folder, rows, origin.sequence_length_tokens)
+            for settings in (model.config, model.generation_config):
+                settings.eos_token_id = settings.pad_token_id = encoder.eos_id
         model.config.auto_map = AUTO_MAP
-        model.save_pretrained(folder, max_shard_size="5GB")
+        model.to(form.dtype).save_pretrained(folder, max_shard_size=form.max_shard_size)  # type: ignore[arg-type]
         for name in HF_FILES:
             source = resources.files("based_megatron.convert.hf_files") / name
             (folder / name).write_bytes(source.read_bytes())
@@ -99,9 +121,23 @@ def export_huggingface(
             "*.safetensors"
         ):  # written for the owner only, while the other files follow the umask
             shutil.copymode(folder / "config.json", weights)
-        proof = prove(folder, model)
-        (folder / "README.md").write_text(model_card(config, proof, has_tokenizer=tokenizer is not None))
+        proof = prove(folder, model.float(), form.dtype)
+        card = model_card(config, proof, origin, has_tokenizer=tokenizer is not None, license=license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_checksums(folder)
     return proof
+
+
+def _rounded(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The float32 weights that are left of a storage in this dtype. Raises CheckpointError where it holds too small numbers."""
+    if dtype == torch.float32:
+        return state_dict
+    rounded = {name: tensor.to(dtype).float() for name, tensor in state_dict.items()}
+    for name, tensor in rounded.items():
+        if not tensor.isfinite().all():
+            largest = state_dict[name].abs().max().item()
+            raise CheckpointError(f"{name} has values up to {largest:.3g}, beyond {dtype}: choose another --dtype")
+    return rounded
 
 
 def extra_classes(config: ModelConfig) -> dict[str, type[nn.Module]]:
@@ -141,21 +177,6 @@ def _hf_name(mixer: type[Mixer], config: ModelConfig) -> str:
             f"{config.layer_pattern!r}; such a model cannot be exported"
         )
     return mixer.hf_name
-
-
-def _write_tokenizer(model: BasedForCausalLM, tokenizer: Path, folder: Path) -> None:
-    encoder = load_tokenizer(str(tokenizer))
-    if encoder.vocab_size > model.config.tokenizer_vocab_size:
-        raise CheckpointError(
-            f"the tokenizer of {tokenizer} has {encoder.vocab_size} entries, the model only "
-            f"{model.config.tokenizer_vocab_size}: give that of the training data with --tokenizer"
-        )
-    encoder.save(folder)
-    settings_file = folder / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text()) | {"pad_token": encoder.eos_token, "padding_side": "left"}
-    settings_file.write_text(json.dumps(settings, indent=2))
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = config.pad_token_id = encoder.eos_id
 
 
 def hf_config(config: ModelConfig) -> BasedConfig:

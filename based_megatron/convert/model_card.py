@@ -6,12 +6,13 @@ import torch
 import transformers
 
 from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.origin import Origin
 from based_megatron.convert.proof import Proof
 from based_megatron.model.mixers import layer_mixers
 
 TEMPLATE = """\
 ---
-library_name: transformers
+{license}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - based
@@ -35,6 +36,10 @@ It decodes with a state of constant size: {state_bytes:,} bytes for a sequence i
 | previous keys in a window | {window_left} |
 | vocabulary | {vocab_size} tokens in {rows} embedding rows; the rows above are free for new tokens |
 
+## Training
+
+{training}
+
 ## Use
 
 The modeling files in this folder need torch and transformers 5.17 to 5.24; newer ones are untested. {tokenizer}
@@ -52,17 +57,19 @@ Batches of prompts of different lengths are padded on the left. Right padding is
 
 ## Checks
 
-Measured on this export when it was written: reloaded with `AutoModelForCausalLM`, on a CPU in float32, with a batch of
-two random sequences of {prompt_tokens} tokens. Differences are the largest over all logits, where the largest logit was
+Weights are stored in {dtype}. Measured on this export when it was written: reloaded with `AutoModelForCausalLM`, on a CPU in float32,
+with a batch of two random sequences of {prompt_tokens} tokens. Differences are the largest over all logits, where the largest logit was
 {scale:.3g}.
 
 | check | result |
 |---|---|
-| weights equal to those of the checkpoint, bit for bit | {tensors} of {tensors} tensors |
+| weights equal to those of the checkpoint{rounded}, bit for bit | {tensors} of {tensors} tensors |
 | logits of the reloaded model against the model in memory | {reload_difference:.2g} |
 | prefill in two chunks and single steps against one forward pass | {cache_difference:.2g} |
 | a left-padded row in a batch against the row alone | {padding_difference:.2g} |
 | greedy generation with the cache against without | {generated_tokens} of {generated_tokens} tokens equal |
+{dtype_row}
+`based verify-export` or `sha256sum --check SHA256SUMS` compares the files with their hashes.
 
 Versions: torch {torch_version}, transformers {transformers_version}.
 """
@@ -74,11 +81,27 @@ WEIGHTS = {
 """Weights of a key whose product with the query is s, by model.feature_map."""
 
 
-def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
+RECALL = {
+    "ar_ppl": "perplexity of tokens that the context tells",
+    "other_ppl": "perplexity of all other tokens",
+}
+"""Rows of the card for measures of recall by their names; probes, which are losses, go by their own."""
+
+
+def model_card(config: ModelConfig, proof: Proof, origin: Origin, has_tokenizer: bool, license: str = "") -> str:
     """The text of README.md."""
     layers = layer_mixers(config)
     mixers = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in Counter(mixer.name for mixer in layers).items())
+    dtype = str(proof.dtype).removeprefix("torch.")
+    is_rounded = proof.dtype != torch.float32
     return TEMPLATE.format(
+        license=f"license: {license}\n" if license else "",
+        training=_training(origin),
+        dtype=dtype,
+        rounded=f" rounded to {dtype}" if is_rounded else "",
+        dtype_row=f"| logits of the model in {dtype} against float32 | {proof.dtype_difference:.2g} |\n"
+        if is_rounded
+        else "",
         parameters=proof.parameters,
         state_bytes=proof.state_bytes,
         growth=""
@@ -110,3 +133,23 @@ def model_card(config: ModelConfig, proof: Proof, has_tokenizer: bool) -> str:
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
     )
+
+
+def _training(origin: Origin) -> str:
+    """A table of what is known of the training, or a sentence."""
+    if not origin.tokens:
+        return "These weights were not trained by the run that they were exported from."
+    rows = [("steps", f"{origin.step:,}"), ("tokens", f"{origin.tokens:,}")]
+    if origin.sequence_length_tokens is not None:
+        rows.append(
+            ("tokens of a sequence; longer ones run, but were not trained", f"{origin.sequence_length_tokens:,}")
+        )
+    if origin.corpora:
+        rows.append(("data", ", ".join(origin.corpora)))
+    if origin.training_loss is not None:
+        rows.append(("training loss of the last step, nats a token", f"{origin.training_loss:.4f}"))
+    if origin.validation_loss is not None:
+        at = f"validation loss at step {origin.validation_loss.step:,}, nats a token"
+        rows.append((at, f"{origin.validation_loss.value:.4f}"))
+    rows += [(RECALL.get(name, f"loss of the probe {name}"), f"{value:.4g}") for name, value in origin.recall.items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -21,6 +21,8 @@ MOST_PROMPT_TOKENS = 512
 DECODED_TOKENS = 8
 GENERATED_TOKENS = 16
 PADDING_TOKENS = 5
+DTYPE_TOLERANCE = 0.25
+"""Running in 16 bits is not exact; this finds what is wrong altogether, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Proof:
     """Greedy tokens that are equal with and without the cache."""
     state_bytes: int
     """State of one sequence after the prompt."""
+    dtype: torch.dtype
+    """What the weights are stored in, and loaded in by default."""
+    dtype_difference: float
+    """The model run in that dtype against the same weights in float32."""
 
 
 @torch.no_grad()
-def prove(folder: Path, model: PreTrainedModel) -> Proof:
-    """Reload an export with AutoModelForCausalLM and compare it with `model`, which was saved there.
+def prove(folder: Path, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Proof:
+    """Reload an export with AutoModelForCausalLM and compare it with `model`, in float32, which was saved there as `dtype`.
 
     Raises CheckpointError for the first comparison that fails.
     """
@@ -82,6 +88,7 @@ def prove(folder: Path, model: PreTrainedModel) -> Proof:
     padding_difference = _compare("a left-padded row", padded, alone, tolerance)
 
     _compare_generation(reloaded, ids_BT, tolerance)
+    dtype_difference = 0.0 if dtype == torch.float32 else _compare_dtype(folder, dtype, ids_BT, full)
     return Proof(
         tensors=len(model.state_dict()),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -92,6 +99,8 @@ def prove(folder: Path, model: PreTrainedModel) -> Proof:
         padding_difference=padding_difference,
         generated_tokens=GENERATED_TOKENS,
         state_bytes=cache.state_bytes() // len(ids_BT),
+        dtype=dtype,
+        dtype_difference=dtype_difference,
     )
 
 
@@ -109,6 +118,16 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> fl
             f"the export is wrong: {what} differs by {difference:.2g} in its logits, over {tolerance:.2g}"
         )
     return difference
+
+
+def _compare_dtype(folder: Path, dtype: torch.dtype, ids_BT: Tensor, full_BTU: Tensor) -> float:
+    """The difference of logits between the model as it loads by default, which must be in this dtype, and the one in float32."""
+    native = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    if native.dtype != dtype:
+        raise CheckpointError(f"the export is wrong: it was saved as {dtype} but loads as {native.dtype}")
+    logits_BTU = native(ids_BT, use_cache=False).logits.float()
+    tolerance = DTYPE_TOLERANCE * max(1.0, full_BTU.abs().max().item())
+    return _compare(f"the model in {dtype}", logits_BTU, full_BTU, tolerance)
 
 
 def _compare_generation(model: Any, ids_BT: Tensor, tolerance: float) -> None:

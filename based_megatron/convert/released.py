@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from based_megatron.config.schema import ModelConfig
+from based_megatron.convert.checksums import write_checksums
 from based_megatron.convert.folder import new_folder
 from based_megatron.convert.layout import Entry, our_shapes, to_other, to_ours
 from based_megatron.convert.released_config import read_released_config, released_config
+from based_megatron.convert.tokenizer import write_tokenizer
 from based_megatron.convert.weights import PICKLE_NAME, SAFE_NAME, read_pickled, read_safetensors
 from based_megatron.errors import CheckpointError
 from based_megatron.model.mixers import layer_mixers
@@ -52,11 +54,17 @@ def from_released(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
     return to_ours(weights, _table(config)), config
 
 
-def to_released(state_dict: dict[str, Tensor], config: ModelConfig, output: Path) -> None:
-    """Write config.json and pytorch_model.bin in the released layout, bit-equal.
+def to_released(
+    state_dict: dict[str, Tensor],
+    config: ModelConfig,
+    output: Path,
+    tokenizer: Path | None = None,
+    sequence_length_tokens: int | None = None,
+) -> None:
+    """Write config.json and pytorch_model.bin in the released layout, bit-equal, and the tokenizer, which released folders lack.
 
     Raises CheckpointError if the output is in the way, the tensors do not fit the config, or the released code cannot
-    express the model.
+    express the model; DataError for the tokenizer.
     """
     values = released_config(config)
     weights = to_other(state_dict, _table(config))
@@ -64,10 +72,13 @@ def to_released(state_dict: dict[str, Tensor], config: ModelConfig, output: Path
         weights["lm_head.weight"] = weights["transformer.embeddings.word_embeddings.weight"]
     with new_folder(output) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2))
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, folder, config.vocab_size, sequence_length_tokens)
         try:
             torch.save(weights, folder / PICKLE_NAME)
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(" ".join(str(error).split())[:200]) from error
+        write_checksums(folder)
 
 
 def _read_weights(folder: Path) -> dict[str, Any]:

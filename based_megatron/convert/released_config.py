@@ -13,6 +13,9 @@ REST = "mixer"
 MLP_MULTIPLES = (256, 128, 1)
 """The released code rounds n_inner up to 256; a later loader also tries 128."""
 
+MOST_LAYERS = 10_000
+"""More than any model has: a damaged number must not become as long a list."""
+
 REQUIRED = {
     "activation_function": "swiglu",
     "rms_norm": True,
@@ -94,6 +97,8 @@ def _read(values: dict[str, Any], mlp_rows: int) -> ModelConfig:
         set(values.get("alt_mixer_layers") or ()),
         set(values.get("alt_mixer_2_layers") or ()),
     )
+    if not 1 <= values["n_layer"] <= MOST_LAYERS:
+        raise CheckpointError(f"config.json has n_layer {values['n_layer']!r}: it must be 1 to {MOST_LAYERS}")
     layers = range(values["n_layer"])
     if linear_layers & window_layers or not (linear_layers | window_layers) <= set(layers):
         raise CheckpointError(

@@ -19,6 +19,7 @@ import torch
 from based_megatron.config import Config
 from based_megatron.config.schema import DataConfig
 from based_megatron.config.validate import slice_multiple
+from based_megatron.data.ahead import Ahead
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.prefix import Prefix, build_prefix
 from based_megatron.data.recall import RecallRows
@@ -86,6 +87,7 @@ class Loader:
         self._steps_ahead = data.num_workers
         self._pool = ThreadPoolExecutor(data.num_workers, "loader") if data.num_workers else None
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
+        self._ahead = Ahead(sources, self._touch) if sources.is_remote else None
 
     @property
     def first_rows(self) -> list[int]:
@@ -98,6 +100,8 @@ class Loader:
         Steps may be asked for in any order; the next ones are read ahead. An error while reading ahead is raised by the
         call for its step.
         """
+        if self._ahead is not None:
+            self._ahead.fetch(step, lambda ahead: (ahead * self._global_batch_sequences + self._rows).ravel())
         if self._pool is None:
             return self._read_step(step)
         wanted = range(step, step + self._steps_ahead + 1)
@@ -144,9 +148,18 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pending.clear()
+
+    def _touch(self, source: int, sequence: int) -> None:
+        """Read what a micro batch has of a sequence, and throw it away."""
+        reader = self._sources.train[source]
+        reader.tokens(sequence, self._slice.start, self._slice.stop + 1)
+        if self._isolate_documents:
+            reader.document_starts(sequence)
 
     def _read_step(self, step: int) -> list[MicroBatch]:
         mine = step * self._global_batch_sequences + self._rows

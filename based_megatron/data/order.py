@@ -1,5 +1,7 @@
 """The order of the sequences of a source: a new permutation each epoch, in constant memory, with no index to build."""
 
+from collections.abc import Callable
+
 import numpy as np
 import xxhash
 
@@ -18,11 +20,24 @@ class Permutation:
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Image of an array of positions below size; uint64 to int64."""
-        values = self._network(positions.astype(np.uint64))
+        return self._walk(positions, self._network)
+
+    def inverse(self, images: np.ndarray) -> np.ndarray:
+        """Positions of an array of images; uint64 to int64."""
+        return self._walk(images, self._network_backwards)
+
+    def _walk(self, positions: np.ndarray, step: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        values = step(positions.astype(np.uint64))
         # Following the cycle of an outer permutation until it re-enters the range is itself a permutation of the range.
         while (outside := values >= self.size).any():
-            values[outside] = self._network(values[outside])
+            values[outside] = step(values[outside])
         return values.astype(np.int64)
+
+    def _network_backwards(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self._half_bits, values & self._half_mask
+        for key in reversed(self._round_keys):
+            left, right = right ^ (_mix(left ^ key) & self._half_mask), left
+        return (left << self._half_bits) | right
 
     def _network(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half_bits, values & self._half_mask
@@ -46,8 +61,17 @@ def shuffled(numbers: np.ndarray, size: int, seed: int, source: str) -> np.ndarr
     sequences = np.empty_like(numbers)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        sequences[chosen] = Permutation(size, f"{seed}/{source}/{epoch}")(numbers[chosen] % size)
+        sequences[chosen] = _epoch(size, seed, source, epoch)(numbers[chosen] % size)
     return sequences
+
+
+def number_of(sequence: int, epoch: int, size: int, seed: int, source: str) -> int:
+    """Place in the endless stream at which an epoch reads a sequence: the inverse of `shuffled`, with its arguments."""
+    return epoch * size + int(_epoch(size, seed, source, epoch).inverse(np.array([sequence]))[0])
+
+
+def _epoch(size: int, seed: int, source: str, epoch: int) -> Permutation:
+    return Permutation(size, f"{seed}/{source}/{epoch}")
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -45,11 +45,11 @@ class SequenceReader:
         self._shards = shards or OpenShards()
         self._length_tokens = sequence_length_tokens
         self.joined = joined
-        self.members = manifest.splits[split].members
-        tokens = [member.tokens for member in self.members]
-        self._first_token = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
-        counts = [max(0, count - 1) // sequence_length_tokens for count in tokens]
-        self._first_sequence = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.members = manifest.splits[split].table
+        tokens = self.members.column("tokens")
+        self._first_token = np.concatenate([[0], np.cumsum(tokens)])
+        counts = np.maximum(0, tokens - 1) // sequence_length_tokens
+        self._first_sequence = np.concatenate([[0], np.cumsum(counts)])
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._hashes: Callable[[Member], np.ndarray] = functools.lru_cache(CACHED_HASHES)(self._read_hashes)
         self.ends: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_MEMBERS)(self._read_ends)
@@ -74,6 +74,15 @@ class SequenceReader:
             pieces.append(Piece(member, position - first, min(stop, last) - first))
             position = last
         return pieces
+
+    def sequences_with(self, piece: Piece) -> range:
+        """The sequences that have tokens of a piece as inputs; none where they are among the last, which are left out."""
+        S, member = self._length_tokens, piece.member
+        if self.joined:
+            first, end = int(self._first_token[member]), len(self)
+            return range(min(end, (first + piece.start) // S), min(end, (first + piece.stop - 1) // S + 1))
+        first, end = (int(edge) for edge in self._first_sequence[member : member + 2])
+        return range(min(end, first + piece.start // S), min(end, first + (piece.stop - 1) // S + 1))
 
     def tokens(self, sequence: int, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids of a window, uint16 or uint32: S + 1, or those from `begin` to `end` of them.
@@ -206,7 +215,10 @@ class SequenceReader:
 
     def _read(self, member: Member, begin: int, end: int) -> bytes:
         try:
-            data = self._shards.read(self.manifest.folder / member.file, begin, end)
+            remote, folder = self.manifest.remote, self.manifest.folder
+            data = (
+                remote.read(member.file, begin, end) if remote else self._shards.read(folder / member.file, begin, end)
+            )
         except DataError as error:
             if replaced := self._replaced(member):
                 raise replaced from error
@@ -216,19 +228,21 @@ class SequenceReader:
         return data
 
     def _damaged(self, member: Member, what: str) -> DataError:
-        folder = self.manifest.folder
+        place = self.manifest.place
+        if self.manifest.remote:
+            self.manifest.remote.forget(member.file, member.begin, member.end)
         return self._replaced(member) or DataError(
-            f"{folder / member.file} is damaged: sample {member.key} {what}; "
-            f"check the corpus with `based data verify --path {folder}`"
+            f"{place}/{member.file} is damaged: sample {member.key} {what}; "
+            f"check the corpus with `based data verify --path {place}`"
         )
 
     def _replaced(self, member: Member) -> DataError | None:
         """The error where the corpus of this reader is no longer the one in its folder, which is then not damaged."""
-        folder, then = self.manifest.folder, self.manifest.fingerprint
-        now = fingerprint_at(folder)
+        place, then, remote = self.manifest.place, self.manifest.fingerprint, self.manifest.remote
+        now = remote.fingerprint_now() if remote else fingerprint_at(self.manifest.folder)
         if now in (None, then):
             return None
         return DataError(
-            f"{folder / member.file} is of another corpus than the run began with: the fingerprint of {folder} was {then} and is {now}; "
+            f"{place}/{member.file} is of another corpus than the run began with: the fingerprint of {place} was {then} and is {now}; "
             f"put that corpus back, or train on this one in a run_dir of its own"
         )

@@ -4,8 +4,9 @@ import pytest
 import torch
 from ckpt_fragments import CONFIG, SHAPES, full_tensors, save, shard
 
+from based_megatron.checkpoint import full, show, store
 from based_megatron.checkpoint.cli import main
-from based_megatron.checkpoint.full import read_full, write_full
+from based_megatron.checkpoint.full import read_full, read_whole, write_full
 from based_megatron.checkpoint.load import load_checkpoint
 from based_megatron.checkpoint.store import verify
 from based_megatron.errors import CheckpointError
@@ -24,6 +25,62 @@ def test_read_full_gives_unsharded_weights_and_config_from_run_checkpoints_or_st
 def test_read_full_without_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}"):
         read_full(tmp_path)
+
+
+MOMENTS = ["store.problems", "store.read_metadata", "full.stored_shapes", "full.read_metadata", "full.read_state"]
+
+
+@pytest.fixture
+def live_run(tmp_path, monkeypatch):
+    """A run that saves step 2 and deletes step 1 at one moment of whoever reads it: gives the checkpoint of step 1."""
+    older = save(tmp_path / "checkpoints", 1)
+
+    def goes_on(moment):
+        module, _, name = moment.partition(".")
+        place = {"store": store, "full": full}[module]
+        real = getattr(place, name)
+
+        def after_a_save(*args):
+            if older.exists():
+                store.prune(older.parent, store.Kept(last=1), save(older.parent, 2))
+            return real(*args)
+
+        monkeypatch.setattr(place, name, after_a_save)
+        return older
+
+    return goes_on
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_deletes_what_is_being_read_has_its_newest_read(live_run, tmp_path, capsys, moment):
+    older = live_run(moment)
+    whole = read_whole(tmp_path)
+    assert whole.path.name == "step-00000002" and whole.state["step"] == 2 and not older.exists()
+    assert all(torch.equal(whole.weights[name], value) for name, value in full_tensors(2)["model"].items())
+    assert capsys.readouterr().err == "", "a checkpoint that was deleted is not damaged"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_step_that_its_run_deletes_is_not_replaced_by_another(live_run, moment):
+    path = live_run(moment)
+    with pytest.raises(CheckpointError, match=r"step-00000001 was deleted while it was read.*keep_last"):
+        read_full(path)
+
+
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_ckpt_leaves_out_what_a_run_deletes_meanwhile(tmp_path, capsys, monkeypatch, command):
+    older = save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = show.named_checkpoints
+
+    def deleted_after_the_look(folder):
+        found = real(folder)
+        store.prune(folder, store.Kept(last=1), found[0])
+        return found
+
+    monkeypatch.setattr(show, "named_checkpoints", deleted_after_the_look)
+    assert main([command, str(tmp_path)]) == 0
+    assert not older.exists() and capsys.readouterr().out.count("step-") == 1
 
 
 def test_write_full_is_checkpoint_zero_of_a_run_and_loads_as_weights_only(tmp_path):

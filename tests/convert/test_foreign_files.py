@@ -16,11 +16,13 @@ from based_megatron.convert.exported import read_export
 from based_megatron.convert.huggingface import export_huggingface
 from based_megatron.convert.layout import our_shapes
 from based_megatron.convert.released import from_released, to_released
-from based_megatron.errors import CheckpointError, ConfigError
+from based_megatron.convert.released_config import released_config
+from based_megatron.errors import CheckpointError
 
 MODEL = ModelConfig(
     layer_pattern="cLS", hidden_size=32, ffn_hidden_size=256, num_heads=4, feature_dim=4, window_left=5, vocab_size=61
 )
+TARGET = released_config(MODEL)["alt_mixer_2"]["_target_"]
 
 
 def drawn() -> dict[str, torch.Tensor]:
@@ -130,7 +132,8 @@ def test_a_flipped_bit_in_a_pickled_file_is_found(folders):
         ({"num_attention_heads": 5}, "is not a multiple of num_attention_heads 5"),
         ({"feature_dim": 2.5}, "feature_dim must be .* not 2.5"),
         ({"feature_dim": 2000}, "model.feature_dim is 2000"),
-        ({"num_hidden_layers": "3"}, "mixers must name 3|num_hidden_layers"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers must be .* not '3'"),
+        ({"num_hidden_layers": 10**9, "mixers": []}, "num_hidden_layers must be at most 10000, not 1000000000"),
         ({"rotary_fraction": 2.0}, r"model.rotary_fraction is 2\.0"),
         ({"rotary_base": "big"}, "rotary_base"),
         ({"rms_norm_eps": -1.0}, r"model.norm_eps is -1\.0"),
@@ -153,6 +156,12 @@ def test_an_export_whose_config_cannot_be_is_one_line(folders, change, reason):
         ({"layer_norm_epsilon": -1e-5}, "model.norm_eps is -1e-05"),
         ({"layer_norm_epsilon": "small"}, "'small' for model.norm_eps"),
         ({"initializer_range": 0.0}, "model.init_std"),
+        ({"n_layer": 0}, "n_layer 0: it must be 1 to 10000"),
+        ({"n_layer": 10**9}, "n_layer 1000000000: it must be 1 to 10000"),
+        ({"n_layer": "3"}, "config.json is not that of a released Based checkpoint"),
+        ({"n_inner": -256}, "n_inner -256"),
+        ({"alt_mixer_2": {"_target_": TARGET, "window_size": -4}}, "model.window_left is -2"),
+        ({"alt_mixer_2": {"_target_": TARGET, "window_size": 7.5}}, "model.window_left"),
     ],
 )
 def test_a_released_config_that_cannot_be_is_one_line(folders, change, reason):
@@ -174,14 +183,6 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path, format):
     with pytest.raises(CheckpointError, match=r"layers.1.mixer_norm.weight of .* has 1 of 32 values that are nan"):
         main_export([str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--format", format])
     assert not (tmp_path / "out").exists()
-
-
-def test_a_tokenizer_for_the_released_layout_is_refused(tmp_path):
-    write_full(tmp_path / "run", drawn(), Config(model=MODEL))
-    with pytest.raises(ConfigError, match="the released layout has no tokenizer"):
-        main_export(
-            [str(tmp_path / "run"), "--output", str(tmp_path / "x"), "--format", "released", "--tokenizer", "tok"]
-        )
 
 
 @pytest.fixture

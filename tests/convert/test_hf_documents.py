@@ -211,10 +211,28 @@ def test_a_row_above_the_tokenizer_can_be_generated():
     assert model.generate(tokens(1, 4) % 59, max_new_tokens=1, do_sample=False)[0, -1] == 60
 
 
-def test_a_cache_that_does_not_know_its_length_is_refused():
-    model = tiny_model("cL")
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_cache_that_does_not_know_its_length_decodes_where_no_layer_is_attention(padding):
+    model, ids = tiny_model("cLc"), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    cache, pieces, seen = DynamicCache(config=model.config), [], 0
+    for piece in ids.split([5, 1, 3], dim=1):
+        seen += piece.shape[1]
+        pieces.append(model(piece, attention_mask=mask[:, :seen], cache=cache, use_cache=True).logits)
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert_close(torch.cat(pieces, dim=1)[0], expected[0])
+    assert_close(torch.cat(pieces, dim=1)[1, padding:], expected[1, padding:])
+
+
+def test_generate_takes_an_empty_cache_that_does_not_count_and_refuses_a_full_one():
+    model, ids = tiny_model("cL"), tokens(1, 6)
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
+    assert cache.layers[0].conv_states[0] is not None, "the given cache has the states"
     with pytest.raises(ValueError, match="does not know its length"):
-        model(tokens(1, 4), cache=DynamicCache(config=model.config))
+        model.generate(ids, past_key_values=cache, **options)
 
 
 def test_a_cache_of_transformers_decodes_where_a_layer_is_attention():

@@ -154,9 +154,11 @@ def test_export_holds_what_a_user_needs_and_nothing_else(export):
     output, _ = export
     assert sorted(path.name for path in output.iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "configuration_based.py",
         "generation_config.json",
+        "inputs_based.py",
         "mixers_based.py",
         "model.safetensors",
         "modeling_based.py",
@@ -254,11 +256,11 @@ def test_the_proof_sees_slips_of_the_modeling_code(tmp_path, monkeypatch, slip, 
     good, bad = edits[slip]
     real = proof.prove
 
-    def prove_broken(folder, model):
+    def prove_broken(folder, *others):
         text = (folder / "mixers_based.py").read_text()
         assert good in text
         (folder / "mixers_based.py").write_text(text.replace(good, bad))
-        return real(folder, model)
+        return real(folder, *others)
 
     monkeypatch.setattr(huggingface, "prove", prove_broken)
     with pytest.raises(CheckpointError, match=words):

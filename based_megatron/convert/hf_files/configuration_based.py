@@ -18,12 +18,15 @@ COUNTS = (
     "vocab_multiple",
     "hidden_size",
     "intermediate_size",
+    "num_hidden_layers",
     "num_attention_heads",
     "feature_dim",
     "conv_kernel",
     "conv_expand",
 )
 """Sizes that must be whole numbers above 0."""
+MOST_LAYERS = 10_000
+"""More than any model has: a damaged number must not become as long a list."""
 
 
 class BasedConfig(PreTrainedConfig):
@@ -71,12 +74,22 @@ class BasedConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    max_position_embeddings: int | None = None
+    """Tokens of a training sequence, if they are known. Nothing is embedded by position: longer ones run, but were not trained."""
+    trained_steps: int = 0
+    """Optimizer steps of pretraining that the weights have seen; 0 if they were not trained by based_megatron."""
+    trained_tokens: int = 0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        for name in COUNTS:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, not {self.num_hidden_layers}")
         self.mixers = self.mixers or self.layer_types
         if not self.mixers:
             repeats = self.num_hidden_layers // 5 + 1
@@ -93,9 +106,6 @@ class BasedConfig(PreTrainedConfig):
         self.layer_types = [cache_layers[mixer] for mixer in self.mixers]
         if self.feature_map not in ("taylor", "rebased"):
             raise ValueError(f"feature_map must be taylor or rebased, not {self.feature_map!r}")
-        for name in COUNTS:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

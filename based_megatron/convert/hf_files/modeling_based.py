@@ -9,121 +9,30 @@ Legend: B batch, T tokens of this call, S tokens with those of the cache, D hidd
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_based import BasedConfig
+from .inputs_based import (
+    CACHE_NAME,
+    BasedCache,
+    check_mask,
+    counting,
+    document_numbers,
+    given_cache,
+    knows_length,
+    past_tokens,
+)
 from .mixers_based import MIXERS, BasedGatedConv, BasedHeadNorm, BasedMLP, BasedOutput, BasedRMSNorm, wide_dtype
 
 logger = logging.get_logger(__name__)
-
-CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
-"""Name of the cache in arguments and outputs of the installed transformers, renamed in 5.24. We take both names."""
-
-
-def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that was given, under either of its names."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError("give one of cache and past_key_values: they are two names of one argument")
-    return past_key_values if cache is None else cache
-
-
-def document_numbers(
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seq_lens_q: Tensor | None,
-    mask_BT: Tensor | None,
-    shape: tuple[int, int],
-) -> Tensor | None:
-    """The number of each token's document [B, T], counted in each row; None if rows hold one document each.
-
-    Documents begin where positions do not go on by one, where the numbers in `seq_idx` [B, T] change, or at the offsets
-    `cu_seq_lens_q` into a batch of one row: the ways in which trainers that pack sequences tell of them. Positions of padding
-    mean nothing.
-    """
-    B, T = shape
-    if T == 1 or (position_ids is None and seq_idx is None and cu_seq_lens_q is None):
-        return None
-    device = next(given.device for given in (position_ids, seq_idx, cu_seq_lens_q) if given is not None)
-    begins_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
-    if position_ids is not None:
-        begins_BT[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if seq_idx is not None:
-        if tuple(seq_idx.shape) != shape:
-            raise ValueError(f"seq_idx must be [batch, tokens] = {list(shape)}, got {list(seq_idx.shape)}")
-        begins_BT[:, 1:] |= seq_idx[:, 1:] != seq_idx[:, :-1]
-    if cu_seq_lens_q is not None:
-        if B != 1:
-            raise ValueError(f"cu_seq_lens_q are offsets into a batch of one row, but there are {B}: give seq_idx")
-        places = torch.arange(T, device=device)
-        begins_BT |= (places[:, None] == cu_seq_lens_q.flatten().to(device)).any(1)
-    begins_BT[:, 0] = False
-    if mask_BT is not None:
-        begins_BT[:, 1:] &= mask_BT[:, 1:] & mask_BT[:, :-1]
-    # A graph that is being compiled cannot ask what its tensors hold.
-    if not torch.compiler.is_compiling() and not begins_BT.any():
-        return None
-    return begins_BT.cumsum(1)
-
-
-def check_mask(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask as booleans [B, S]. Raises ValueError if it is no mask of padding, or has padding between tokens."""
-    if tuple(attention_mask.shape) != shape:
-        raise ValueError(
-            f"attention_mask must be [batch, cached + new tokens] = {list(shape)}, got {list(attention_mask.shape)}"
-        )
-    if attention_mask.is_floating_point():
-        raise ValueError(
-            f"attention_mask is {attention_mask.dtype}: give integers or booleans, 1 for tokens and 0 for padding, not numbers to add"
-        )
-    mask_BS = attention_mask.bool()
-    if not torch.compiler.is_compiling():
-        starts_B = (mask_BS[:, 1:] & ~mask_BS[:, :-1]).sum(1) + mask_BS[:, 0]
-        if (starts_B > 1).any():
-            row = int((starts_B > 1).nonzero()[0])
-            raise ValueError(
-                f"attention_mask has zeros between the tokens of row {row}: padding may only be on the left or right of a row "
-                f"(documents that are packed are told apart by position_ids that restart, or seq_idx)"
-            )
-    return mask_BS
-
-
-class BasedCache(DynamicCache):
-    """The cache of transformers for `config.layer_types`, which also knows its length where no layer is attention."""
-
-    is_compileable = False  # the window grows until it is full
-
-    def __init__(self, config: BasedConfig):
-        super().__init__(config=config)
-        self.config = config
-        self.seen_tokens = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that went in, padding included."""
-        return self.seen_tokens
-
-    def reset(self) -> None:
-        """Start over with empty layers; those that transformers 5.17 resets keep zeros as keys."""
-        self.layers = DynamicCache(config=self.config).layers
-        self.seen_tokens = 0
-
-    def state_bytes(self) -> int:
-        """Bytes of all states."""
-        tensors: list[Tensor | None] = []
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer):
-                tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            elif isinstance(layer, DynamicLayer) and layer.is_initialized:
-                tensors += [layer.keys, layer.values]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 class BasedBlock(GradientCheckpointingLayer):
@@ -210,10 +119,6 @@ class BasedModel(BasedPreTrainedModel):
             raise ValueError(
                 "the cache was made for another model: give none at first, and then that of the last output"
             )
-        if not any(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            raise ValueError(
-                "a DynamicCache does not know its length where no layer is attention: give none at first, and then that of the last output"
-            )
         return cache
 
     def _state_or_documents(
@@ -279,7 +184,7 @@ class BasedModel(BasedPreTrainedModel):
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x_BTD.shape
         cache = self._fitting(given_cache(cache, past_key_values))
-        past = cache.get_seq_length() if cache is not None else 0
+        past = past_tokens(cache, attention_mask, T)
         mask_BS = None if attention_mask is None else check_mask(attention_mask, (B, past + T))
         mask_BT = None if mask_BS is None else mask_BS[:, past:]
         documents_BT = document_numbers(position_ids, seq_idx, cu_seq_lens_q, mask_BT, (B, T))
@@ -324,6 +229,8 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
         """Called by generate: our cache is the default one."""
         cache = given_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
+        if isinstance(cache, DynamicCache) and not knows_length(cache):
+            cache = counting(cache, self.config)
         if cache is not None:
             model_kwargs[CACHE_NAME] = cache
         default = generation_config.cache_implementation in (None, "dynamic")
