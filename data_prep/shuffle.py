@@ -136,7 +136,7 @@ class WriteShards:
         with SplitWriter(self.output, shard.split, dtype, sizes.block_tokens, sizes.shard_blocks, start) as writer:
             for document, goes_on in documents.read(dtype):
                 writer.add(document, goes_on)
-            members = writer.close().members
+            members = tuple(writer.close().members)
         with whole_file(_blocks_path(self.output, shard), durable=True) as stream:
             json.dump([dataclasses.asdict(member) for member in members], stream)
         tell(self.bytes_of(shard), shard.end - shard.begin)
