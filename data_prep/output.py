@@ -4,7 +4,8 @@
     OUTPUT.tmp/corpus     what is written
     OUTPUT.tmp/replaced   the corpus that it replaces, between two renames
 
-What a killed process has left there is taken over by the next start. Nothing else is ever removed.
+What a killed process has left there is taken over by the next start. Nothing else is ever removed. What is worth keeping between
+starts is in OUTPUT.units (unit_store.py), which belongs to whoever has the lock.
 """
 
 import contextlib
@@ -117,6 +118,11 @@ def workplace(output: Path, overwrite: bool) -> Iterator[Workplace]:
 def workplace_of(output: Path) -> Path:
     """The folder next to an output in which it is written."""
     return output.with_name(output.name + ".tmp")
+
+
+def units_of(output: Path) -> Path:
+    """The folder next to an output with the units that are finished."""
+    return output.with_name(output.name + ".units")
 
 
 def _check_ours(folder: Path) -> None:
