@@ -31,7 +31,7 @@ AUTO_MAP = {
 }
 MIXERS_FILE = "mixers_based.py"
 CONFIGURATION_FILE = "configuration_based.py"
-HF_FILES = (CONFIGURATION_FILE, "inputs_based.py", MIXERS_FILE, "modeling_based.py")
+HF_FILES = (CONFIGURATION_FILE, "fast_based.py", "inputs_based.py", MIXERS_FILE, "modeling_based.py")
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], BasedConfig]:

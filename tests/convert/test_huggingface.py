@@ -157,6 +157,7 @@ def test_export_holds_what_a_user_needs_and_nothing_else(export):
         "SHA256SUMS",
         "config.json",
         "configuration_based.py",
+        "fast_based.py",
         "generation_config.json",
         "inputs_based.py",
         "mixers_based.py",

@@ -2,7 +2,8 @@
 
 Legend: B batch, T tokens of this call, S tokens with those of the cache, H heads, D hidden size, F feature dim: of queries and
 keys of linear attention, V value head dim (in windows that of queries and keys too), R packed features: 1 + F + F (F + 1) / 2 of
-the Taylor map, F (F + 1) / 2 of squares alone (rotary: rotated pairs), C channels and K - 1 past inputs of a convolution.
+the Taylor map, F (F + 1) / 2 of squares alone (rotary: rotated pairs), C channels and K - 1 past inputs of a convolution, E both
+halves of its projection, 2 C.
 
 Where a row packs several documents, documents_BT holds the number of each token's document: no number comes back after another.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .configuration_based import BasedConfig
+from .fast_based import fast_attention, fast_convolution, fast_window
 
 LINEAR_CHUNK_TOKENS = 128
 ATTENTION_BLOCK_TOKENS = 512
@@ -114,16 +116,24 @@ class BasedGatedConv(nn.Module):
         documents_BT: Tensor | None = None,
         **_,
     ) -> Tensor:
-        u1_BTC, u2_BTC = self.in_proj(x_BTD).chunk(2, dim=-1)
+        projected_BTE = self.in_proj(x_BTD)
+        u1_BTC, u2_BTC = projected_BTE.chunk(2, dim=-1)
         if mask_BS is not None:  # the projection has a bias: padding must be zeroed after it
             u1_BTC = u1_BTC * mask_BS[:, -u1_BTC.shape[1] :, None]
         past = self.conv_weight.shape[1] - 1
         before_BCK = _cached_states(cache, self.layer_idx)[0]
+        y_BTC = None
+        if mask_BS is None:
+            y_BTC = fast_convolution(projected_BTE, self.conv_weight, before_BCK, documents_BT)
+            if y_BTC is not None and cache is None:
+                return self.out_proj(y_BTC)
         if before_BCK is None:
             before_BCK = u1_BTC.new_zeros(u1_BTC.shape[0], self.channels, past)
         u1_BCS = torch.cat([before_BCK, u1_BTC.transpose(1, 2)], dim=-1)
         if cache is not None and past:
             cache.update_conv_state(u1_BCS[..., -past:], self.layer_idx)
+        if y_BTC is not None:
+            return self.out_proj(y_BTC)
         if documents_BT is None:
             c_BCT = F.conv1d(u1_BCS, self.conv_weight.unsqueeze(1), groups=self.channels)
         else:
@@ -250,7 +260,10 @@ class BasedLinearAttention(nn.Module):
             if self.prefix_tokens and state_BHRV is None:
                 state_BHRV = self._prefix_state(x_BTD, valid_BT)
             q, k = self.q_norm(q), self.k_norm(k)
-            y_BHTV, state_BHRV = taylor_attention(
+            fast = None
+            if valid_BT is None:
+                fast = fast_attention(q, k, v, state_BHRV, self.square, documents_BT, taylor_attention)
+            y_BHTV, state_BHRV = fast or taylor_attention(
                 q.to(wide), k.to(wide), v.to(wide), valid_BT, state_BHRV, self.square, documents_BT
             )
         if cache is not None and state_BHRV is not None:
@@ -329,7 +342,12 @@ class BasedAttention(nn.Module):
             k, v = cache.update(k, v, self.layer_idx)
         if mask_BS is not None:  # the cache of a window holds its last keys only
             mask_BS = mask_BS[:, -k.shape[2] :]
-        return self.o_proj(_merge_heads(causal_attention(q, k, v, mask_BS, self.window, documents_BT)))
+        y_BHTV = None
+        if mask_BS is None and self.window is not None:
+            y_BHTV = fast_window(q, k, v, self.window, documents_BT, causal_attention)
+        if y_BHTV is None:
+            y_BHTV = causal_attention(q, k, v, mask_BS, self.window, documents_BT)
+        return self.o_proj(_merge_heads(y_BHTV))
 
 
 MIXERS = {
