@@ -18,7 +18,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev,trackers]'
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev,trackers,prep]'
 	touch $@
 
 # The main job on real text: corpus -> tokenizer and shards -> pretraining on 4 ranks (TP 2 x PP 2) -> Hugging Face -> text.

@@ -21,6 +21,7 @@ COMMANDS = {
     "nodes": ("measure the nodes of a job, and name those that are slow or wrong", "based_megatron.nodes.cli:main"),
     "launch": ("start the ranks of a command, here or on SLURM", "based_megatron.launchers.cli:main"),
     "generate": ("continue a prompt with a trained model", "based_megatron.inference.cli:main"),
+    "serve": ("serve a model over HTTP, as OpenAI's clients ask for it", "based_megatron.serving.cli:main"),
     "eval": ("score a model on lm-eval's tasks and on generated recall tasks", "based_megatron.evaluation.cli:main"),
     "export": ("write a checkpoint in Hugging Face format, and prove it", "based_megatron.convert.cli:main_export"),
     "verify-export": ("compare the files of an export with their hashes", "based_megatron.convert.cli:main_verify"),

@@ -1,6 +1,7 @@
 """Settings of `based prep`. The docstring under a field is its `--help` text."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -16,7 +17,7 @@ class PrepConfig:
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Files (.txt, .jsonl, .ndjson, .json, sources, each also as .gz, .zst, .bz2 or .xz, and .parquet), and folders, searched for
-    all of these, behind links too. Each file is read once."""
+    all of these, behind links too. Each file is read once. - is standard input: JSON lines or text."""
     output: str
     """Folder to write: tokenizer.json, train/, validation/ and manifest.json."""
     tokenizer: str = "train"
@@ -38,10 +39,30 @@ class PrepConfig:
     validation_fraction: float = 0.01
     """Part of the documents to hold out. The side of a document follows from a hash of its text: it never changes, and
     copies stay together."""
+    deduplicate: bool = False
+    """Leave out documents whose text is in the corpus already, and count them. Which of the copies stays follows from the order."""
     seed: int = 42
-    """Seed of the order of files and documents."""
-    shuffle_tokens: int = 64 * 2**20
-    """Tokens of the buffer that documents are drawn from at random; a smaller corpus is shuffled as a whole."""
+    """Seed of the order of documents. The order follows from it and from the files and records that they come from: documents of
+    files that are added later come in between."""
+    tasks: int = 0
+    """Processes to tokenize and write with, each with less than 1 GB of memory; 0 is one a core. The output is the same for any number."""
+    unit_bytes: int = 64 * 10**6
+    """Input that is tokenized at a time, and is finished whole or not at all. The output is the same for any size."""
+    executor: Literal["local", "datatrove", "slurm", "ray"] = "local"
+    """What starts the tasks. The others are datatrove's (the extra `prep`): processes of this machine, an array of SLURM jobs, a Ray
+    cluster. All nodes must see the inputs and the output. With slurm the command submits a job and returns; based launch slurm
+    --after can wait for it."""
+    slurm_time: str = "24:00:00"
+    """Time limit of the job and of its tasks, in a form that sbatch takes. What is left then is for the next start."""
+    slurm_partition: str = ""
+    """Partition to use, if not the cluster's default."""
+    slurm_memory_gb: int = 2
+    """Memory of each task."""
+    slurm_options: tuple[str, ...] = ()
+    """More options of sbatch for the job and its tasks, as account=x."""
+    keep_units: bool = True
+    """Keep the tokenized units in OUTPUT.units, about the size of the corpus, when it is complete: with --overwrite and more
+    inputs, only what is new is tokenized. They are always kept when the work ends early, for the next start to go on."""
     block_tokens: int = 4 * 2**20
     """Tokens of one sample of a shard."""
     shard_blocks: int = 64

@@ -24,6 +24,7 @@ class InputFile:
     """Its place below the input folder that it was found in, with the folder's name; with names above where two files would share it."""
     path: Path
     size_bytes: int
+    mtime_ns: int
     kind: Format
 
 
@@ -57,8 +58,12 @@ def find_files(inputs: Sequence[str], formats: Sequence[Format], left_out: Colle
     if passed_over:
         logger.warning("left out %s; --suffixes +.ENDING reads more endings as plain text", _by_ending(passed_over))
     named = zip(_own_names(list(places.values())), places.values(), strict=True)
-    files = [InputFile(name, p.path, p.path.stat().st_size, format_of(p.name, formats)) for name, p in named]
-    return sorted(files, key=lambda file: file.name)
+    return sorted((_input_file(name, place, formats) for name, place in named), key=lambda file: file.name)
+
+
+def _input_file(name: str, place: _Place, formats: Sequence[Format]) -> InputFile:
+    stat = place.path.stat()
+    return InputFile(name, place.path, stat.st_size, stat.st_mtime_ns, format_of(place.name, formats))
 
 
 def format_of(name: str, formats: Sequence[Format]) -> Format:

@@ -4,7 +4,8 @@
     OUTPUT.tmp/corpus     what is written
     OUTPUT.tmp/replaced   the corpus that it replaces, between two renames
 
-What a killed process has left there is taken over by the next start. Nothing else is ever removed.
+What a killed process has left there is taken over by the next start. Nothing else is ever removed. What is worth keeping between
+starts is in OUTPUT.units (unit_store.py), which belongs to whoever has the lock.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from based_megatron.data.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from based_megatron.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, blocks_name
 from based_megatron.data_prep.tokenizer import TOKENIZER_CONFIG_NAME
 from based_megatron.errors import ConfigError, DataError
 from based_megatron.run_folder.files import LOCK, RECALL
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 60
 SPLITS = ("train", "validation")
-CORPUS_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, RECALL, *SPLITS}
+CORPUS_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, RECALL, *SPLITS, *map(blocks_name, SPLITS)}
 """All that a prepared corpus holds: RECALL is of the runs that have read it."""
 
 
@@ -117,6 +118,11 @@ def workplace(output: Path, overwrite: bool) -> Iterator[Workplace]:
 def workplace_of(output: Path) -> Path:
     """The folder next to an output in which it is written."""
     return output.with_name(output.name + ".tmp")
+
+
+def units_of(output: Path) -> Path:
+    """The folder next to an output with the units that are finished."""
+    return output.with_name(output.name + ".units")
 
 
 def _check_ours(folder: Path) -> None:

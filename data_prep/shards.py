@@ -6,9 +6,7 @@ import contextlib
 import io
 import json
 import os
-import random
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,39 +24,33 @@ class TokenizedDocument(NamedTuple):
     record: int
 
 
-class ShuffleBuffer:
-    """A buffer of about `limit_tokens` of documents, which gives out a random one whenever it is full."""
+class Start(NamedTuple):
+    """A place in a split at which a shard begins."""
 
-    def __init__(self, limit_tokens: int, seed: int):
-        self._limit_tokens = limit_tokens
-        self._random = random.Random(seed)
-        self._documents: list[TokenizedDocument] = []
-        self._tokens = 0
+    block: int
+    """Blocks before it."""
+    document: int
+    """Documents that end before it, or there."""
+    inside_document: bool
+    """Whether a document goes on there."""
 
-    def add(self, document: TokenizedDocument) -> Iterator[TokenizedDocument]:
-        """Take a document in and yield those that must go out for it."""
-        self._documents.append(document)
-        self._tokens += len(document.tokens)
-        while self._tokens > self._limit_tokens:
-            yield self._pop()
 
-    def drain(self) -> Iterator[TokenizedDocument]:
-        """Yield all that is left, in random order."""
-        while self._documents:
-            yield self._pop()
-
-    def _pop(self) -> TokenizedDocument:
-        chosen = self._random.randrange(len(self._documents))
-        self._documents[chosen], self._documents[-1] = self._documents[-1], self._documents[chosen]
-        document = self._documents.pop()
-        self._tokens -= len(document.tokens)
-        return document
+FROM_THE_START = Start(0, 0, False)
 
 
 class SplitWriter:
-    """Packs the documents of one split into blocks of `block_tokens` (the last is shorter) and blocks into shards."""
+    """Packs the documents of one split, or of a part of it, into blocks of `block_tokens` (the last is shorter) and blocks into shards."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, block_tokens: int, shard_blocks: int):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        block_tokens: int,
+        shard_blocks: int,
+        start: Start = FROM_THE_START,
+    ):
+        """start: where the part begins; a part that is not the first begins with a shard."""
         self._folder = folder
         self._split = split
         self._block_tokens = block_tokens
@@ -67,15 +59,20 @@ class SplitWriter:
         self._filled = 0
         self._ends: list[int] = []
         self._origins: list[tuple[str, int]] = []
-        self._continued = False
+        self._continued = start.inside_document
+        self._first_block = start.block
         self._members: list[Member] = []
         self._shard: _Shard | None = None
-        self.documents = 0
+        self.documents = start.document
+        """Documents of the split up to here."""
         self.tokens = 0
-        (folder / split).mkdir()
+        (folder / split).mkdir(exist_ok=True)
 
-    def add(self, document: TokenizedDocument) -> None:
-        """Append one document; what does not fit into the block goes on in the next."""
+    def add(self, document: TokenizedDocument, goes_on: bool = False) -> None:
+        """Append one document; what does not fit into the block goes on in the next.
+
+        goes_on: more of the document follows on the last block of this part.
+        """
         self.documents += 1
         self.tokens += len(document.tokens)
         written = 0
@@ -87,7 +84,7 @@ class SplitWriter:
             self._ends.append(self._filled)
             self._origins.append((document.file, document.record))
             if self._filled == self._block_tokens:
-                self._write_block(continues=written < len(document.tokens))
+                self._write_block(continues=goes_on or written < len(document.tokens))
 
     def close(self) -> Split:
         """Write the last block and return the table of contents."""
@@ -106,11 +103,11 @@ class SplitWriter:
             self._shard.abandon()
 
     def _write_block(self, continues: bool) -> None:
-        number = len(self._members)
+        number = self._first_block + len(self._members)
         if number % self._shard_blocks == 0:
             if self._shard:
                 self._shard.close()
-            self._shard = _Shard(self._folder, f"{self._split}/shard-{number // self._shard_blocks:05d}.tar")
+            self._shard = _Shard(self._folder, f"{self._split}/{shard_name(number // self._shard_blocks)}")
         assert self._shard is not None
         first_document = self.documents - len(self._ends)
         docs = {
@@ -122,6 +119,11 @@ class SplitWriter:
         member = self._shard.write(f"{number:08d}", self._buffer[: self._filled], docs, self._origins)
         self._members.append(member)
         self._filled, self._ends, self._origins, self._continued = 0, [], [], continues
+
+
+def shard_name(number: int) -> str:
+    """File name of a split's shard."""
+    return f"shard-{number:05d}.tar"
 
 
 class _Shard:

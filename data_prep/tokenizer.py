@@ -17,10 +17,24 @@ EOS_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 GPT2_PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
 BYTE_ALPHABET = 256
 PIECE_CHARACTERS = 1 << 17
-PIECES_AT_A_TIME = 512
-# Before a single space that a letter follows: the usual pre-tokenizers cut here. CUT_PROBE finds those that do not.
-SAFE_CUT = re.compile(r"(?<=\S)(?= [^\W\d_])")
-CUT_PROBE = "It is one of the best, in the end; and it has to be (as of 1999) at the top."
+CHARACTERS_AT_A_TIME = 1 << 20
+"""An encoding holds some hundred bytes a token: only those of so much text at a time."""
+LONGEST_PIECE = 1 << 20
+"""Text without any place to cut at is cut after so many characters, which may cost a token there."""
+LETTER = r"[^\W\d_]"
+EAST_ASIAN = (
+    "\u2014\u2018\u2019\u201c\u201d\u2026\u3001\u3002\u300a\u300b\u300c\u300d\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f"
+)
+"""Punctuation of Chinese and Japanese."""
+CUTS = {
+    rf"(?<=\S)(?= {LETTER})": "It is one of the best, in the end; and it has to be (as of 1999) at the top.",
+    rf"(?<=\S\n)(?={LETTER})": "It is one\nof the best,\nin the end\nand it has\nto be at the\ntop (as of\nold).\nÉ la\n火\nend",
+    rf"(?<={LETTER})(?=[{EAST_ASIAN}])": "很".join(EAST_ASIAN) + "。今天天气很好、don’t",  # noqa: RUF001
+}
+"""Places between words at which pre-tokenizers cut in any case: a single space before a letter, a single line break before one, a letter
+before punctuation of Chinese and Japanese. With each, a text that shows whether a tokenizer really does."""
+LONG_WORD = re.compile(rf"{LETTER}{{512}}|\d{{512}}|(?:[^\w\s]|_){{512}}|\s{{512}}")
+"""The beginning of a run of signs of one kind that no word has. The training of BPE takes time in the square of the longest."""
 
 
 class Encoder:
@@ -35,22 +49,21 @@ class Encoder:
         tokenizer.no_padding()
         self._json = tokenizer.to_str(pretty=True)
         # A document that spells out <|endoftext|> must not end in its middle.
-        self._tokenizer = _with_special(self._json, eos_token)
-        self._tokenizer.encode_special_tokens = True
+        self.tokenizer = _with_special(self._json, eos_token)
+        self.tokenizer.encode_special_tokens = True
         if self.eos_id in self._ids([eos_token])[0]:
             raise DataError(
                 f"a text that spells {eos_token!r} would end its document, because the tokenizer makes this token of text: "
                 f"set --eos-token to a special token"
             )
-        whole, *parts = self._ids([CUT_PROBE, *SAFE_CUT.split(CUT_PROBE)])
-        self._cuttable = np.array_equal(whole, np.concatenate(parts))
+        self._cuts = "|".join(place for place, probe in CUTS.items() if self._cuts_at(place, probe))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text with eos appended.
 
         A long text is encoded in pieces, in parallel and in bounded memory, to the same ids.
         """
-        pieces = [list(cut(text)) if self._cuttable else [text] for text in texts]
+        pieces = [list(cut(text, self._cuts)) if self._cuts else [text] for text in texts]
         ids = iter(self._ids([piece for part in pieces for piece in part]))
         eos = np.array([self.eos_id], self.dtype)
         return [np.concatenate([*(next(ids) for _ in part), eos]) for part in pieces]
@@ -65,12 +78,15 @@ class Encoder:
         (folder / TOKENIZER_NAME).write_text(self._json, encoding="utf-8")
         (folder / TOKENIZER_CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
+    def _cuts_at(self, place: str, probe: str) -> bool:
+        """Whether the tokenizer gives the same ids to a text and to its parts between places of a kind."""
+        whole, *parts = self._ids([probe, *re.split(place, probe)])
+        return np.array_equal(whole, np.concatenate(parts))
+
     def _ids(self, pieces: list[str]) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
-        # An encoding holds some hundred bytes a token: only so many of them at a time.
-        for start in range(0, len(pieces), PIECES_AT_A_TIME):
-            batch = pieces[start : start + PIECES_AT_A_TIME]
-            encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        for batch in _batches(pieces):
+            encodings = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids.extend(np.array(encoding.ids, self.dtype) for encoding in encodings)
         return ids
 
@@ -89,7 +105,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str = END_
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)
+    pieces = (piece for text in texts for part in cut(text) for piece in _without_long_words(part))
+    tokenizer.train_from_iterator(pieces, trainer)
     return Encoder(tokenizer, eos_token)
 
 
@@ -119,13 +136,41 @@ def load_tokenizer(path: str, eos_token: str = "") -> Encoder:
     return Encoder(tokenizer, _eos(tokenizer, folder, eos_token))
 
 
-def cut(text: str) -> Iterator[str]:
-    """Pieces of about PIECE_CHARACTERS that join to the text, cut only where pre-tokenizers cut anyway."""
+def cut(text: str, places: str = "|".join(CUTS)) -> Iterator[str]:
+    """Pieces of about PIECE_CHARACTERS that join to the text, cut only where pre-tokenizers cut anyway, unless there is no such place."""
+    pattern = re.compile(places)
     start = 0
-    while match := SAFE_CUT.search(text, start + PIECE_CHARACTERS):
-        yield text[start : match.start()]
-        start = match.start()
+    while len(text) - start > PIECE_CHARACTERS:
+        match = pattern.search(text, start + PIECE_CHARACTERS, start + LONGEST_PIECE)
+        if match is None and len(text) - start <= LONGEST_PIECE:
+            break
+        end = match.start() if match else start + LONGEST_PIECE
+        yield text[start:end]
+        start = end
     yield text[start:]
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """Parts that join to the text, cut inside of runs of one kind of sign that are no words."""
+    start = 0
+    for match in LONG_WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def _batches(pieces: list[str]) -> Iterator[list[str]]:
+    """Pieces in their order, CHARACTERS_AT_A_TIME together or one that is longer."""
+    batch: list[str] = []
+    characters = 0
+    for piece in pieces:
+        if batch and characters + len(piece) > CHARACTERS_AT_A_TIME:
+            yield batch
+            batch, characters = [], 0
+        batch.append(piece)
+        characters += len(piece)
+    if batch:
+        yield batch
 
 
 def _with_special(tokenizer_json: str, token: str) -> Tokenizer:

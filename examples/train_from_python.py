@@ -10,8 +10,9 @@ from pathlib import Path
 from based_megatron.config import Config, parse_config
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.prepare import prepare
-from based_megatron.inference.generate import generate, load_model, text_tokenizer
+from based_megatron.inference.decoder import Placement, load_decoder
 from based_megatron.inference.sampling import Sampling
+from based_megatron.inference.text import TextRequest
 from based_megatron.train.train import train
 
 
@@ -30,8 +31,10 @@ def main(folder: Path, *overrides: str) -> None:
         ["--config", "tiny", "--run-dir", str(folder / "run"), "--data.path", str(folder / "data"), *overrides]
     )
     train(config)  # on this rank; `based launch` or torchrun starts more of them
-    model, _ = load_model(folder / "run", "cpu")
-    print(generate(model, text_tokenizer(folder / "data"), ["3 plus 4 is"], Sampling(max_new_tokens=8)).texts[0])
+    decoder = load_decoder(folder / "run", Placement(device="cpu"))
+    for update in decoder.run([TextRequest("3 plus 4 is", Sampling(max_new_tokens=8))]):
+        print(update.text, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ if os.environ.get("BASED_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support.interpreter import patch_e4m3_casts, patch_once_a_launch
+from support.interpreter import patch_interpreter
 from support.pool import WorkerPool, on_gpu
 
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read the variable when it was imported
 if not on_gpu():
-    patch_once_a_launch()
-    patch_e4m3_casts()
+    patch_interpreter()
 # An example may wait for the cores that tests share.
 hypothesis.settings.register_profile("shared cores", deadline=None)
 hypothesis.settings.load_profile("shared cores")

@@ -12,7 +12,12 @@ import based_megatron
 
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "based_megatron"
-DOORS = {"megatron": "parallel/megatron.py", "deepspeed": "parallel/deepspeed.py", "lm_eval": "evaluation/harness.py"}
+DOORS = {
+    "megatron": "parallel/megatron.py",
+    "deepspeed": "parallel/deepspeed.py",
+    "lm_eval": "evaluation/harness.py",
+    "datatrove": "data_prep/datatrove_tasks.py",
+}
 """The one file that may import each library: what else it is used for goes through that file."""
 ROOTS = {"", "errors"}
 """What any room may import: the version, and the errors of users."""

@@ -21,7 +21,10 @@ from based_megatron.bench.models import based_model, llama, one_rank, parameters
 from based_megatron.bench.report import Case, Check, Row, Target, relative_error
 from based_megatron.bench.timing import Bench, attempt
 from based_megatron.bench.work import Ceilings, measure_ceilings
+from based_megatron.inference.batching import Batcher, Request
 from based_megatron.inference.engine import Engine
+from based_megatron.inference.loop import DecodingLoop
+from based_megatron.inference.sampling import Sampling
 from based_megatron.kernels.decode import (
     BUFFERED_KEYS,
     ConvState,
@@ -161,11 +164,13 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
         loop = Engine(model).loop(B)
         prompt_BL = torch.randint(0, model.config.model.vocab_size, (B, L), device=bench.device)
         loop.start(prompt_BL)  # warms up
+        loop.prepare(N)
         start = _now(bench)
         loop.start(prompt_BL)
-        loop.run(N)
+        loop.advance(N - 1)
         seconds = _now(bench) - start
-        step_ms = bench.time(loop.step, graph=False).ms
+        step_ms = bench.time(functools.partial(loop.advance, 1), graph=False).ms
+        requests_rate = rate_of_requests(bench, loop, prompt_BL, N)
         state_bytes = loop.states.bytes_per_sequence()
         moved = bytes_of_step(model, B)
         size = parameters_in_billions(model)
@@ -186,12 +191,22 @@ def generation_row(bench: Bench, ceilings: Ceiling) -> Row:
         },
         checks=checks,
         rates={
+            Quantity.REQUESTS_TOKENS_PER_SECOND: requests_rate,
             Quantity.STEP_MILLISECONDS: step_ms,
             Quantity.STEP_GIGABYTES: moved / 1e9,
             Quantity.STATE_MEGABYTES: state_bytes / 1e6,
         },
         note=f"{size:.3f} G parameters. Baseline: Hugging Face Llama, steps timed at a few lengths and integrated, prefill left out",
     )
+
+
+def rate_of_requests(bench: Bench, loop: DecodingLoop, prompt_BL: Tensor, new_tokens: int) -> float:
+    """Tokens per second of the same texts as requests to a `Batcher`, whose tokens the host looks at."""
+    sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
+    requests = [Request(tuple(row), sampling) for row in prompt_BL.tolist()]
+    start = _now(bench)
+    tokens = sum(len(update.tokens) for update in Batcher(loop).run(requests))
+    return tokens / (_now(bench) - start)
 
 
 def bytes_of_step(model: BasedModel, batch: int) -> float:

@@ -72,6 +72,7 @@ class Quantity(Key):
     STEP_MILLISECONDS = "step_milliseconds", "ms a step"
     STEP_GIGABYTES = "step_gigabytes", "GB a step"
     STATE_MEGABYTES = "state_megabytes", "MB of state a sequence"
+    REQUESTS_TOKENS_PER_SECOND = "requests_tokens_per_second", "tok/s in requests"
     LLAMA_RATIO = "llama_ratio", "x Llama"
 
 

@@ -96,7 +96,7 @@ def _config_name(argv: Sequence[str]) -> str:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Lets tyro read a source of a mixture from one word, PATH or PATH=WEIGHT."""
+    """Lets tyro read a source of a mixture from one word: PATH, PATH=WEIGHT or PATH=WEIGHT:MAX_EPOCHS."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -105,15 +105,15 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="PATH=WEIGHT",
+            metavar="PATH=WEIGHT:MAX_EPOCHS",
             instance_from_str=lambda words: _source(words[0]),
             is_instance=lambda value: isinstance(value, SourceConfig),
-            str_from_instance=lambda value: [f"{value.path}={value.weight:g}"],
+            str_from_instance=lambda value: [f"{value.path}={value.weight!r}:{value.max_epochs!r}"],
         )
 
     return registry
 
 
 def _source(word: str) -> SourceConfig:
-    path, equals, weight = word.rpartition("=")
-    return SourceConfig(path, float(weight)) if equals else SourceConfig(word)
+    path, equals, numbers = word.rpartition("=")
+    return SourceConfig(path, *map(float, numbers.split(":", 1))) if equals else SourceConfig(word)

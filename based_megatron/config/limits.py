@@ -101,7 +101,7 @@ def flag(key: str) -> str:
 
 
 def absolute_paths(config: T) -> T:
-    """A copy of the settings with every path absolute, so that they mean the same files from any working directory."""
+    """A copy of the settings with every path absolute, so that they mean the same files from any working directory; URLs stay."""
     hints = get_type_hints(type(config), include_extras=True)
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def absolute_paths(config: T) -> T:
         elif _is_list_of_sections(value):
             changes[field.name] = tuple(map(absolute_paths, value))
         elif value and any(isinstance(limit, FilePath) for limit in _limits(hints[field.name])):
-            changes[field.name] = os.path.abspath(value)
+            changes[field.name] = value if "://" in value else os.path.abspath(value)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 

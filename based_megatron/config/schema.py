@@ -77,8 +77,10 @@ class SourceConfig:
 
     path: Annotated[str, FilePath(may_be_empty=False)] = ""
     """Folder written by `based prep`, with a manifest.json."""
-    weight: Positive = 1.0
-    """Share of this source in the mixture, relative to the others' weights."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the others' weights; 0 leaves it to `data.schedule`."""
+    max_epochs: float = 0.0
+    """Most passes over this source: when they are done, the others go on without it. 0 sets no limit."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,13 @@ class DataConfig:
 
     # Where a corpus lies is free: what is in it has a fingerprint.
     path: Annotated[str, FilePath(), FREE] = ""
-    """Folder written by `based prep`, with a manifest.json. Give either this or `sources`."""
+    """Folder written by `based prep`, with a manifest.json, or its URL. Give either this or `sources`."""
     sources: Annotated[tuple[SourceConfig, ...], FREE] = ()
-    """A weighted mixture of prepared corpora: in YAML a list of entries with path and weight, here words PATH or PATH=WEIGHT."""
+    """A weighted mixture of prepared corpora: in YAML a list of entries with path, weight and max_epochs, here words PATH, PATH=WEIGHT or
+    PATH=WEIGHT:MAX_EPOCHS."""
+    schedule: Annotated[tuple[str, ...], FREE] = ()
+    """Later weights of `sources`: words TOKENS=WEIGHT,WEIGHT,... with a weight for each, from so many tokens on, such as 300B=0.5,0.5
+    (k, M, B and T count in thousands). In a run that goes on, entries may be added from its present token on."""
     sequence_length_tokens: Annotated[Count, FIXED] = 2048
     """Tokens of one training sequence, over all context parallel ranks."""
     isolate_documents: Annotated[bool, FIXED] = True
@@ -102,6 +108,10 @@ class DataConfig:
     of runs that began before this setting: what does not fill a sequence at the end of each block is not read."""
     num_workers: Annotated[int, Range(at_least=0, at_most=256), FREE] = 1
     """Background reader threads of a rank; 0 reads in the training process. The order does not depend on it."""
+    cache_dir: Annotated[str, FilePath(), FREE] = ""
+    """Folder on a disk of each node for parts of corpora whose path is a URL (s3://, gs://, https://, ...); its ranks share it."""
+    cache_bytes: Annotated[Count, FREE] = 64 * 2**30
+    """Most bytes of these parts; those that were not read for longest are removed."""
     seed: Annotated[int, FIXED] = 42
     """Seed of the order of sequences. The order is a pure function of this seed and the step."""
 
@@ -258,6 +268,9 @@ class ValidationConfig:
     """Steps between validations; 0 turns them off."""
     sequences: int = 1000
     """Held-out sequences of one validation (fewer if the split is smaller)."""
+    max_tokens: Count = 2**25
+    """Most tokens of these sequences, which are kept in memory: 21 bytes a token, shared by the data parallel ranks. Of long sequences
+    fewer are read, and one at least."""
     recall: bool = True
     """Measure recall in the same pass: losses of tokens whose bigram stood earlier in the document, by its training count and by
     distance, and of synthetic probes. Bigrams of the training split are counted at the first start."""

@@ -11,6 +11,7 @@ from based_megatron.config.changes import check_allowed
 from based_megatron.config.limits import check_limits
 from based_megatron.config.pattern import parse_fp8_layers, parse_layer_pattern
 from based_megatron.config.schema import Config, GuardsConfig, ModelConfig, ParallelConfig
+from based_megatron.config.weights import weights_of
 from based_megatron.errors import ConfigError
 from based_megatron.run_folder.files import FILES, FOLDERS, LOG_PREFIX
 
@@ -36,7 +37,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_optimizer(config)
     _check_model(config.model)
     _check_precision(config)
-    _check_tensor_parallel(config)
+    check_tensor_parallel(config)
     _check_pipeline(config, data_parallel_size(config.parallel, world_size))
     _check_sequence(config)
     _check_zero(config)
@@ -49,6 +50,7 @@ def _check_files(config: Config) -> None:
         raise ConfigError(
             f"give one of data.path and data.sources (now {data.path!r} and {len(data.sources)} sources); change data.path"
         )
+    weights_of(data)
     plain = stop_file.isprintable() and stop_file not in ("", ".", "..") and "/" not in stop_file
     if not plain or stop_file in (*FILES, *FOLDERS) or stop_file.startswith(LOG_PREFIX):
         raise ConfigError(
@@ -114,7 +116,7 @@ def _check_precision(config: Config) -> None:
         )
 
 
-def _check_tensor_parallel(config: Config) -> None:
+def check_tensor_parallel(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     for key, value in {
         "model.num_heads": model.num_heads,
@@ -199,6 +201,11 @@ def _check_prefix(config: Config) -> None:
             f"train.prefix_mask_token {token} is no row to mask with: the embedding has {rows} rows, of which {config.model.vocab_size} "
             f"are tokens; set train.prefix_mask_token, raise model.vocab_size or set train.prefix_mask_fraction=0"
         )
+
+
+def validated_sequences(config: Config) -> int:
+    """Most held-out sequences of one validation: `validation.sequences`, or as many as `validation.max_tokens` allows."""
+    return min(config.validation.sequences, max(1, config.validation.max_tokens // config.data.sequence_length_tokens))
 
 
 def slice_multiple(parallel: ParallelConfig) -> int:

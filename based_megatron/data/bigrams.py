@@ -33,7 +33,7 @@ def count_in_turns(
     key = _key(manifest, wanted, limit_tokens)
     paths = [folder / RECALL / f"{xxhash.xxh3_64_hexdigest(key)}.counts" for folder in folders]
     split = manifest.splits["train"]
-    chosen = sampled([member.tokens for member in split.members], limit_tokens)
+    chosen = sampled(tokens := split.table.column("tokens"), limit_tokens)
     counts = next((found for path in paths if (found := _read(path, key, len(wanted))) is not None), None)
     if counts is None:
         reader = SequenceReader(manifest, "train", 1)
@@ -43,14 +43,14 @@ def count_in_turns(
             counts += np.searchsorted(ordered, wanted, side="right") - np.searchsorted(ordered, wanted, side="left")
             yield None
         any(_write(path, key, counts) for path in paths)
-    yield counts * (split.tokens / max(1, sum(split.members[number].tokens for number in chosen)))
+    yield counts * (split.tokens / max(1, int(tokens[chosen].sum())))
 
 
-def sampled(tokens: Sequence[int], limit_tokens: int) -> list[int]:
+def sampled(tokens: np.ndarray, limit_tokens: int) -> list[int]:
     """Numbers of the members that are counted: all, or about `limit_tokens` at even distances."""
     count = len(tokens)
-    if sum(tokens) > limit_tokens:
-        count = max(1, int(len(tokens) * limit_tokens / sum(tokens)))
+    if (total := int(tokens.sum())) > limit_tokens:
+        count = max(1, int(len(tokens) * limit_tokens / total))
     return [i * len(tokens) // count for i in range(count)]
 
 

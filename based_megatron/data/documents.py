@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from based_megatron.data.manifest import TOKENIZER_NAME, check_tokenizer_file
+from based_megatron.data.reader import Piece
 from based_megatron.data.sources import Sources
+from based_megatron.data.texts import tokenizer_of
 
 PREVIEW_TOKENS = 32
 
@@ -26,23 +26,29 @@ class DocumentPart:
     """Number of the document within the training split."""
     origin: str
     """Input file and record that the document was read from."""
+    start: int
+    """Place of its first token in the sequence."""
     tokens: int
     """Tokens of the document in this sequence."""
+    begins: bool
+    """Whether the document begins here, and does not go on from before."""
     preview: str
-    """The first of these tokens, decoded."""
+    """The first of these tokens, decoded, or all of them."""
 
 
-def documents_of_step(sources: Sources, step: int, global_batch_sequences: int) -> Iterator[DocumentPart]:
+def documents_of_step(
+    sources: Sources, step: int, global_batch_sequences: int, preview_tokens: int | None = PREVIEW_TOKENS
+) -> Iterator[DocumentPart]:
     """Every document part that a step was trained on, in the order of sequences and tokens.
 
-    step: counted from 1, as in logs, errors and names of checkpoints.
+    step: counted from 1, as in logs, errors and names of checkpoints. preview_tokens: tokens to decode; None decodes all of them, and
+    shows special ones.
     """
-    check_tokenizer_file(sources.manifests[0])
-    tokenizer = Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))
+    tokenizer = tokenizer_of(sources.manifests[0])
     numbers = (step - 1) * global_batch_sequences + np.arange(global_batch_sequences, dtype=np.int64)
     for place, (source, sequence) in enumerate(sources.locate(numbers)):
         reader = sources.train[source]
-        folder = reader.manifest.folder
+        folder, place_in_sequence = reader.manifest.place, 0
         for piece in reader.pieces(sequence, 0, sources.sequence_length_tokens):
             number, start, _ = piece
             member, ends, origins = reader.members[number], reader.ends(number), reader.origins(number)
@@ -51,13 +57,17 @@ def documents_of_step(sources: Sources, step: int, global_batch_sequences: int) 
             position = 0
             while position < len(inputs):
                 end = min(int(ends[document]) - start, len(inputs))
+                shown = inputs[position : end if preview_tokens is None else min(end, position + preview_tokens)]
                 yield DocumentPart(
                     sequence=place,
-                    source=str(folder),
+                    source=folder,
                     member=f"{member.file}:{member.key}",
                     document=member.first_document + document,
                     origin="{}:{}".format(*origins[document]),
+                    start=place_in_sequence + position,
                     tokens=end - position,
-                    preview=tokenizer.decode(inputs[position : min(end, position + PREVIEW_TOKENS)].tolist()),
+                    begins=reader.begins(Piece(number, start + position, end)),
+                    preview=tokenizer.decode(shown.tolist(), skip_special_tokens=preview_tokens is not None),
                 )
                 position, document = end, document + 1
+            place_in_sequence += len(inputs)

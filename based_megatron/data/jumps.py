@@ -22,6 +22,15 @@ class DataJumps:
         first, data_step = begins[-1] if begins else (0, 0)
         return data_step + step - first
 
+    def steps_of(self, data_step: int) -> list[int]:
+        """The steps that train on the data of a step: the inverse of `data_step`, which can have none, or several."""
+        begins = [(0, 0), *self.jumps]
+        ends = [step for step, _ in self.jumps] + [None]
+        steps = [
+            (first + data_step - data_first, first, end) for (first, data_first), end in zip(begins, ends, strict=True)
+        ]
+        return [step for step, first, end in steps if first <= step and (end is None or step < end)]
+
     def jump(self, step: int, data_step: int) -> "DataJumps":
         """These jumps up to a step, which trains on the data of `data_step`."""
         return DataJumps((*(jump for jump in self.jumps if jump[0] < step), (step, data_step)))

@@ -19,6 +19,7 @@ import torch
 from based_megatron.config import Config
 from based_megatron.config.schema import DataConfig
 from based_megatron.config.validate import slice_multiple
+from based_megatron.data.ahead import Ahead
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.prefix import Prefix, build_prefix
 from based_megatron.data.recall import RecallRows
@@ -86,6 +87,7 @@ class Loader:
         self._steps_ahead = data.num_workers
         self._pool = ThreadPoolExecutor(data.num_workers, "loader") if data.num_workers else None
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
+        self._ahead = Ahead(sources, self._touch) if sources.is_remote else None
 
     @property
     def first_rows(self) -> list[int]:
@@ -98,6 +100,8 @@ class Loader:
         Steps may be asked for in any order; the next ones are read ahead. An error while reading ahead is raised by the
         call for its step.
         """
+        if self._ahead is not None:
+            self._ahead.fetch(step, lambda ahead: (ahead * self._global_batch_sequences + self._rows).ravel())
         if self._pool is None:
             return self._read_step(step)
         wanted = range(step, step + self._steps_ahead + 1)
@@ -144,13 +148,26 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pending.clear()
 
+    def _touch(self, source: int, sequence: int) -> None:
+        """Read what a micro batch has of a sequence, and throw it away."""
+        reader = self._sources.train[source]
+        reader.tokens(sequence, self._slice.start, self._slice.stop + 1)
+        if self._isolate_documents:
+            reader.document_starts(sequence)
+
     def _read_step(self, step: int) -> list[MicroBatch]:
         mine = step * self._global_batch_sequences + self._rows
-        batches = [self._micro_batch(self._sources.train, self._sources.locate(row), counted=len(row)) for row in mine]
+        chosen, size = self._sources.locate(mine.ravel()), self._micro_batch_sequences
+        batches = [
+            self._micro_batch(self._sources.train, chosen[first : first + size], counted=size)
+            for first in range(0, len(chosen), size)
+        ]
         if self._prefix is not None:
             batches = [self._prefix.masked(batch, row.tolist()) for batch, row in zip(batches, mine, strict=True)]
         return [
@@ -172,22 +189,24 @@ class Loader:
     def _micro_batch(self, readers: Sequence[Sequences], chosen: list[tuple[int, int]], counted: int) -> MicroBatch:
         """Micro batch of these (source, sequence), of which this rank reads its slice; only the first `counted` have a loss."""
         begin, end, names = self._slice.start, self._slice.stop, [*self._sources.names, PROBES]
-        windows = np.stack([readers[source].tokens(sequence, begin, end + 1) for source, sequence in chosen])
-        tokens = torch.from_numpy(windows.astype(np.int64))
-        mask_BL = torch.ones(len(chosen), end - begin)
-        documents = None
-        if self._isolate_documents:
-            rows = [torch.from_numpy(readers[source].document_starts(sequence)) for source, sequence in chosen]
-            for mask_L, starts in zip(mask_BL, rows, strict=True):
+        # In NumPy: in a thread that reads, PyTorch would start threads of its own for these.
+        tokens_BL, labels_BL = np.empty((2, len(chosen), end - begin), np.int64)
+        mask_BL = np.ones((len(chosen), end - begin), np.float32)
+        rows = []
+        for row, (source, sequence) in enumerate(chosen):
+            window = readers[source].tokens(sequence, begin, end + 1)
+            tokens_BL[row], labels_BL[row] = window[:-1], window[1:]
+            if self._isolate_documents:
+                starts = readers[source].document_starts(sequence)
                 # The label at a document's eos is the first token of the next document.
-                mask_L[starts[(starts > begin) & (starts <= end)] - 1 - begin] = 0
-            documents = Documents(tuple(starts[starts < self._bounds[-1]] for starts in rows))
+                mask_BL[row, starts[(starts > begin) & (starts <= end)] - 1 - begin] = 0
+                rows.append(torch.from_numpy(starts[starts < self._bounds[-1]]))
         mask_BL[counted:] = 0
         return MicroBatch(
-            tokens_BL=tokens[:, :-1].contiguous(),
-            labels_BL=tokens[:, 1:].contiguous(),
-            loss_mask_BL=mask_BL,
-            documents=documents,
+            tokens_BL=torch.from_numpy(tokens_BL),
+            labels_BL=torch.from_numpy(labels_BL),
+            loss_mask_BL=torch.from_numpy(mask_BL),
+            documents=Documents(tuple(rows)) if self._isolate_documents else None,
             bounds=self._bounds,
             sources=tuple(names[source] for source, _ in chosen) if len(self._sources.names) > 1 else (),
         )

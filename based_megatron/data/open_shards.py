@@ -18,7 +18,7 @@ class OpenShards:
         """limit: shards that stay open; each thread may hold one more while it reads."""
         self._open = functools.lru_cache(limit)(_Shard)
 
-    def read(self, path: Path, begin: int, end: int) -> bytes:
+    def read(self, path: str | Path, begin: int, end: int) -> bytes:
         """The bytes from `begin` to `end`, or to the end of the file. Raises DataError if they cannot be read."""
         # Not a memory map: a file that is truncated under it kills the process without a word.
         try:
@@ -27,7 +27,7 @@ class OpenShards:
         except OSError as error:
             raise DataError(f"cannot read shard {path}: {error.strerror}; {_advice(error)}") from error
 
-    def _shard(self, path: Path) -> "_Shard":
+    def _shard(self, path: str | Path) -> "_Shard":
         try:
             return self._open(path)
         except OSError as error:
@@ -41,7 +41,7 @@ class OpenShards:
 class _Shard:
     """An open file, closed when nobody has it any more: who reads from it keeps it until the bytes are there."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | Path):
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
 

@@ -17,6 +17,9 @@ CACHED_HASHES = 1 << 14
 """Members whose hashes are kept, a few kilobytes each: without them an older corpus is read by whole samples again."""
 
 
+FIRST_PLACE = np.zeros(1, np.int64)
+
+
 class Piece(NamedTuple):
     """Tokens of one member."""
 
@@ -45,13 +48,14 @@ class SequenceReader:
         self._shards = shards or OpenShards()
         self._length_tokens = sequence_length_tokens
         self.joined = joined
-        self.members = manifest.splits[split].members
-        tokens = [member.tokens for member in self.members]
-        self._first_token = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
-        counts = [max(0, count - 1) // sequence_length_tokens for count in tokens]
-        self._first_sequence = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.members = manifest.splits[split].table
+        tokens = self.members.column("tokens")
+        self._first_token = np.concatenate([[0], np.cumsum(tokens)])
+        counts = np.maximum(0, tokens - 1) // sequence_length_tokens
+        self._first_sequence = np.concatenate([[0], np.cumsum(counts)])
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._hashes: Callable[[Member], np.ndarray] = functools.lru_cache(CACHED_HASHES)(self._read_hashes)
+        self._member: Callable[[int], Member] = functools.lru_cache(CACHED_HASHES)(self.members.__getitem__)
+        self._hashes: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_HASHES)(self._read_hashes)
         self.ends: Callable[[int], np.ndarray] = functools.lru_cache(CACHED_MEMBERS)(self._read_ends)
 
     def __len__(self) -> int:
@@ -63,17 +67,26 @@ class SequenceReader:
         """The pieces of members that make up a window of S + 1 tokens, or the part of it from `begin` to `end`."""
         end = self._length_tokens + 1 if end is None else end
         if not self.joined:
-            member = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
+            member = int(self._first_sequence.searchsorted(sequence, "right")) - 1
             start = (sequence - int(self._first_sequence[member])) * self._length_tokens
             return [Piece(member, start + begin, start + end)]
         position, stop = sequence * self._length_tokens + begin, sequence * self._length_tokens + end
         pieces = []
         while position < stop:
-            member = int(np.searchsorted(self._first_token, position, side="right")) - 1
-            first, last = (int(edge) for edge in self._first_token[member : member + 2])
+            member = int(self._first_token.searchsorted(position, "right")) - 1
+            first, last = self._first_token[member : member + 2].tolist()
             pieces.append(Piece(member, position - first, min(stop, last) - first))
             position = last
         return pieces
+
+    def sequences_with(self, piece: Piece) -> range:
+        """The sequences that have tokens of a piece as inputs; none where they are among the last, which are left out."""
+        S, member = self._length_tokens, piece.member
+        if self.joined:
+            first, end = int(self._first_token[member]), len(self)
+            return range(min(end, (first + piece.start) // S), min(end, (first + piece.stop - 1) // S + 1))
+        first, end = (int(edge) for edge in self._first_sequence[member : member + 2])
+        return range(min(end, first + piece.start // S), min(end, first + (piece.stop - 1) // S + 1))
 
     def tokens(self, sequence: int, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids of a window, uint16 or uint32: S + 1, or those from `begin` to `end` of them.
@@ -85,7 +98,7 @@ class SequenceReader:
             tokens = self.part(piece)
             if tokens.max() >= self.manifest.vocab_size:
                 raise self._damaged(
-                    self.members[piece.member],
+                    self._member(piece.member),
                     f"has token {tokens.max()} but the vocabulary ends at {self.manifest.vocab_size}",
                 )
             found.append(tokens)
@@ -93,13 +106,14 @@ class SequenceReader:
 
     def document_starts(self, sequence: int) -> np.ndarray:
         """int64 places in a window of S + 1 tokens at which documents begin, ascending; 0 is always one."""
-        found, place = [np.zeros(1, np.int64)], 0
+        found, place = [FIRST_PLACE], 0
         for piece in self.pieces(sequence):
             if place and self.begins(piece):
                 found.append(np.array([place]))
             ends = self.ends(piece.member)
-            first, last = np.searchsorted(ends, [piece.start + 1, piece.stop])
-            found.append(ends[first:last] - piece.start + place)
+            first, last = ends.searchsorted([piece.start + 1, piece.stop])
+            if first < last:
+                found.append(ends[first:last] + (place - piece.start))
             place += piece.stop - piece.start
         return np.concatenate(found)
 
@@ -108,7 +122,7 @@ class SequenceReader:
         pieces = self.pieces(sequence, 0, self._length_tokens)
         places = [(pieces[0].member, pieces[0].start), (pieces[-1].member, pieces[-1].stop - 1)]
         first, last = (
-            self.members[number].first_document + int(np.searchsorted(self.ends(number), position, side="right"))
+            self._member(number).first_document + int(np.searchsorted(self.ends(number), position, side="right"))
             for number, position in places
         )
         return first, last
@@ -123,7 +137,7 @@ class SequenceReader:
         tokens = piece.start
         while not self.begins(Piece(number, 0, 1)):
             number -= 1
-            ends, length = self.ends(number), self.members[number].tokens
+            ends, length = self.ends(number), self._member(number).tokens
             # The last document of a member that goes on in the next ends with the member.
             tokens += length - (int(ends[-2]) if len(ends) > 1 else 0)
             if len(ends) > 1:
@@ -137,43 +151,44 @@ class SequenceReader:
             return bool((self.ends(number) == start).any())
         if not number:
             return True
-        before = self.members[number - 1]
+        before = self._member(number - 1)
         # A document that goes on in the next member is counted in both.
-        return self.members[number].first_document == before.first_document + before.docs
+        return self._member(number).first_document == before.first_document + before.docs
 
     def block(self, number: int) -> np.ndarray:
         """All tokens of a member."""
-        return self.part(Piece(number, 0, self.members[number].tokens))
+        return self.part(Piece(number, 0, self._member(number).tokens))
 
     def part(self, piece: Piece) -> np.ndarray:
         """The tokens of a piece."""
-        member, size = self.members[piece.member], self._dtype.itemsize
-        data = self._checked(member, member.offset + piece.start * size, member.offset + piece.stop * size)
+        member, size = self._member(piece.member), self._dtype.itemsize
+        data = self._checked(piece.member, member.offset + piece.start * size, member.offset + piece.stop * size)
         return np.frombuffer(data, self._dtype)
 
     def origins(self, number: int) -> list[tuple[str, int]]:
         """(file, record) of each document of a member."""
-        member = self.members[number]
-        return self._json(member, member.origins_offset, member.origins_bytes)
+        member = self._member(number)
+        return self._json(number, member.origins_offset, member.origins_bytes)
 
     def _read_ends(self, number: int) -> np.ndarray:
-        member = self.members[number]
-        return np.array(self._json(member, member.docs_offset, member.docs_bytes)["ends"], np.int64)
+        member = self._member(number)
+        return np.array(self._json(number, member.docs_offset, member.docs_bytes)["ends"], np.int64)
 
-    def _json(self, member: Member, offset: int, length: int):
+    def _json(self, number: int, offset: int, length: int):
         try:
-            return json.loads(self._checked(member, offset, offset + length))
+            return json.loads(self._checked(number, offset, offset + length))
         except ValueError as error:
-            raise self._damaged(member, f"has documents that are no JSON ({error})") from error
+            raise self._damaged(self._member(number), f"has documents that are no JSON ({error})") from error
 
-    def _checked(self, member: Member, begin: int, end: int) -> bytes:
-        """Bytes of a sample as they were written: what has just been read is hashed, every time.
+    def _checked(self, number: int, begin: int, end: int) -> bytes:
+        """Bytes of a member's sample as they were written: what has just been read is hashed, every time.
 
         Raises DataError if they are not what was written, or cannot be read.
         """
+        member = self._member(number)
         first, last = (begin - member.begin) // HASHED_BYTES, -(-(end - member.begin) // HASHED_BYTES)
         start, hashed_end = member.begin + first * HASHED_BYTES, member.hashed_end if member.hashes_xxh3 else member.end
-        hashes = self._hashes(member)[first:last].tolist()
+        hashes = self._hashes(number)[first:last].tolist()
         data = self._read(member, start, min(member.begin + last * HASHED_BYTES, hashed_end))
         view = memoryview(data)
         for place, written in enumerate(hashes):
@@ -183,8 +198,9 @@ class SequenceReader:
                 raise self._damaged(member, f"does not match its hash in bytes {at} to {at + len(piece)}")
         return data[begin - start : end - start]
 
-    def _read_hashes(self, member: Member) -> np.ndarray:
+    def _read_hashes(self, number: int) -> np.ndarray:
         """uint64 hashes of the pieces of a sample, of which the manifest says that they are the right ones."""
+        member = self._member(number)
         if not member.hashes_xxh3:
             return self._hash_whole(member)
         count = -(-(member.hashed_end - member.begin) // HASHED_BYTES)
@@ -206,7 +222,12 @@ class SequenceReader:
 
     def _read(self, member: Member, begin: int, end: int) -> bytes:
         try:
-            data = self._shards.read(self.manifest.folder / member.file, begin, end)
+            remote, folder = self.manifest.remote, self.manifest.folder
+            data = (
+                remote.read(member.file, begin, end)
+                if remote
+                else self._shards.read(f"{folder}/{member.file}", begin, end)
+            )
         except DataError as error:
             if replaced := self._replaced(member):
                 raise replaced from error
@@ -216,19 +237,21 @@ class SequenceReader:
         return data
 
     def _damaged(self, member: Member, what: str) -> DataError:
-        folder = self.manifest.folder
+        place = self.manifest.place
+        if self.manifest.remote:
+            self.manifest.remote.forget(member.file, member.begin, member.end)
         return self._replaced(member) or DataError(
-            f"{folder / member.file} is damaged: sample {member.key} {what}; "
-            f"check the corpus with `based data verify --path {folder}`"
+            f"{place}/{member.file} is damaged: sample {member.key} {what}; "
+            f"check the corpus with `based data verify --path {place}`"
         )
 
     def _replaced(self, member: Member) -> DataError | None:
         """The error where the corpus of this reader is no longer the one in its folder, which is then not damaged."""
-        folder, then = self.manifest.folder, self.manifest.fingerprint
-        now = fingerprint_at(folder)
+        place, then, remote = self.manifest.place, self.manifest.fingerprint, self.manifest.remote
+        now = remote.fingerprint_now() if remote else fingerprint_at(self.manifest.folder)
         if now in (None, then):
             return None
         return DataError(
-            f"{folder / member.file} is of another corpus than the run began with: the fingerprint of {folder} was {then} and is {now}; "
+            f"{place}/{member.file} is of another corpus than the run began with: the fingerprint of {place} was {then} and is {now}; "
             f"put that corpus back, or train on this one in a run_dir of its own"
         )

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Tokens = tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Score:

@@ -2,32 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from based_megatron.checkpoint.full import read_whole
 from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.config import ModelConfig
-from based_megatron.convert.exported import is_export, read_export
 from based_megatron.convert.huggingface import hf_model
-from based_megatron.convert.tokenizer import data_folder
-from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.evaluation.scorer import AttentionScorer, Prompt, Scorer, StateScorer
-from based_megatron.inference.engine import Engine
-from based_megatron.inference.generate import text_tokenizer
-from based_megatron.kernels.backend import resolve_backend
-from based_megatron.model.based_model import BasedModel
-from based_megatron.model.build import DTYPES, whole_model
-from based_megatron.model.mixers import layer_mixers
-from based_megatron.parallel.linear import shard_spec
+from based_megatron.inference.source import Source, check_tokenizer, state_engine
+from based_megatron.model.build import DTYPES
+from based_megatron.model.mixers import has_states
 from based_megatron.parallel.topology import Topology
-
-PIECE_TOKENS = 2048
-"""Most tokens of a row that are computed at once."""
 
 
 class Writer(Protocol):
@@ -81,34 +67,6 @@ def cut_before(text: str, until: Sequence[str]) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, and what is known of its training."""
-
-    weights: dict[str, Tensor]
-    model: ModelConfig
-    tokenizer: Path | None
-    trained_tokens: int | None
-    """Tokens of a training sequence; None for an export, which does not say."""
-
-
-def read_source(path: Path, mixers: str = "") -> Source:
-    """A Hugging Face export (none of its code runs), a checkpoint, or a run's newest checkpoint. Raises CheckpointError."""
-    if is_export(path):
-        weights, model = read_export(path, mixers)
-        return Source(weights, model, path if (path / "tokenizer.json").is_file() else None, None)
-    try:
-        whole = read_whole(path)
-    except CheckpointError as error:
-        if path.is_dir() and (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path} is a model of another kind: give a run, a checkpoint or an export of ours"
-            ) from error
-        raise
-    config = whole.config
-    return Source(whole.weights, config.model, data_folder(whole), config.data.sequence_length_tokens)
-
-
 def language_model(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
@@ -121,48 +79,12 @@ def language_model(
 
     Raises ConfigError for a tokenizer that the model has no rows for.
     """
-    if len(tokenizer) > source.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} entries, the model {source.model.vocab_size}: "
-            f"set --tokenizer to that of the training data"
-        )
+    check_tokenizer(tokenizer, source.model)
     dtype = DTYPES[precision]
     scorer: Scorer
     if has_states(source.model):
-        engine = Engine(
-            training_model(source.weights, source.model, topology, dtype), max(PIECE_TOKENS, source.model.prefix_tokens)
-        )
-        scorer = StateScorer(engine, batch, ranks)
+        scorer = StateScorer(state_engine(source, topology, dtype), batch, ranks)
     else:
         model: Any = hf_model(source.weights, source.model)
         scorer = AttentionScorer(model.to(topology.device, dtype), batch, ranks, source.trained_tokens)
     return LanguageModel(scorer, tokenizer, source.model)
-
-
-def has_states(model: ModelConfig) -> bool:
-    """Whether every layer has a decoding state of constant size."""
-    try:
-        for mixer in set(layer_mixers(model)):
-            mixer.empty_state(model, 0, torch.float32, torch.device("cpu"))
-    except ConfigError:
-        return False
-    return True
-
-
-def training_model(
-    weights: dict[str, Tensor], model: ModelConfig, topology: Topology, dtype: torch.dtype
-) -> BasedModel:
-    """The model that was trained, whole on this rank, with these weights."""
-    built = whole_model(model, topology, dtype, resolve_backend("auto", topology.device)).eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.copy_(weights[shard_spec(parameter).name])
-    return built
-
-
-def tokenizer_of(source: Source, given: Path | None, path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that was given, or that of the model. Raises ConfigError if none is known, DataError if it cannot be read."""
-    folder = given or source.tokenizer
-    if folder is None:
-        raise ConfigError(f"no tokenizer is known for {path}: set --tokenizer to the data folder of its training")
-    return text_tokenizer(folder)

@@ -9,7 +9,8 @@ from itertools import accumulate
 
 import torch
 
-from based_megatron.evaluation.likelihood import Score, Tokens, likelihoods
+from based_megatron.evaluation.likelihood import Score, likelihoods
+from based_megatron.inference.reader import Tokens
 from based_megatron.model.based_model import BasedModel
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.plan import whole_sequence

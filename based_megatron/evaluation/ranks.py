@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch
 
 from based_megatron.checkpoint.ranks import Ranks, all_ranks
-from based_megatron.errors import ConfigError
 from based_megatron.parallel.environment import RankInfo
 from based_megatron.parallel.topology import join, leave
 
@@ -39,24 +38,6 @@ def joined(info: RankInfo, device: torch.device) -> Iterator[Ranks]:
         yield all_ranks()
     finally:
         leave()
-
-
-def device_of(requested: str, local_rank: int) -> torch.device:
-    """The device of this rank: that of the request, or a GPU if there is one. Raises ConfigError if it is not there."""
-    wanted = requested or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {wanted} is no device: give cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"there is no GPU for --device {wanted}: set --device cpu")
-    if device.type != "cuda":
-        return device
-    index = local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"local rank {local_rank} has no GPU {index}: torch sees {torch.cuda.device_count()}")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def cut_in_batches(weights: Sequence[int], most: int) -> list[list[int]]:

@@ -18,19 +18,14 @@ from based_megatron.errors import ConfigError
 from based_megatron.evaluation.cli import EvalConfig
 from based_megatron.evaluation.generated.rows import Row, digest, to_json_lines
 from based_megatron.evaluation.generated.tasks import cut_rows, generated_rows, rows_of_file, score_rows
-from based_megatron.evaluation.models import (
-    LanguageModel,
-    Source,
-    has_states,
-    language_model,
-    read_source,
-    tokenizer_of,
-)
-from based_megatron.evaluation.ranks import device_of, joined
+from based_megatron.evaluation.models import LanguageModel, language_model
+from based_megatron.evaluation.ranks import joined
 from based_megatron.evaluation.report import Report, TaskResult, summary, write
 from based_megatron.evaluation.scorer import StateScorer
 from based_megatron.evaluation.tasks import CLOZE, EXTRACTION, Task
-from based_megatron.model.mixers import layer_mixers
+from based_megatron.inference.device import device_of
+from based_megatron.inference.source import Source, read_source, tokenizer_of
+from based_megatron.model.mixers import has_states, layer_mixers
 from based_megatron.model.mixers.attention import SlidingWindowAttention
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import build_topology

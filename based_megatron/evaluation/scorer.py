@@ -15,15 +15,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.convert.hf_files.modeling_based import BasedForCausalLM
 from based_megatron.errors import ConfigError
-from based_megatron.evaluation.likelihood import Score, Tokens, likelihoods
+from based_megatron.evaluation.likelihood import Score, likelihoods
 from based_megatron.evaluation.packing import PACKED_TOKENS, PackedReader, Pair
 from based_megatron.evaluation.ranks import cut_in_batches, deal
-from based_megatron.evaluation.reader import SHARED_TOKENS, Reader, shared_starts
-from based_megatron.inference.engine import STEPS_A_REPLAY, Engine
+from based_megatron.evaluation.reader import ScoringReader
+from based_megatron.inference.batching import Batcher, Request
+from based_megatron.inference.engine import Engine
+from based_megatron.inference.reader import SHARED_TOKENS, Tokens, shared_starts
+from based_megatron.inference.sampling import Sampling
 from based_megatron.model.mixers import layer_mixers
 
-STEPS_BETWEEN_CHECKS = 4
-"""Tokens that are generated between two looks for the end, where no CUDA graph replays many at once."""
 MOST_PACKED = 1.5
 """Questions are packed if that computes at most so many times the tokens that shared states need, which take in rows of different
 lengths in many small passes: on a CPU both cost the same at about twice the tokens, on a GPU passes cost more."""
@@ -121,7 +122,7 @@ class StateScorer(Scorer):
 
     def __init__(self, engine: Engine, batch: int, ranks: Ranks) -> None:
         super().__init__(batch, ranks, longest_tokens=None)
-        self.engine, self.reader = engine, Reader(engine)
+        self.engine, self.reader = engine, ScoringReader(engine)
         model = engine.model.config.model
         self.packed_reader = PackedReader(engine.model)
         self._packs = not model.prefix_tokens and all(mixer.isolates for mixer in layer_mixers(model))
@@ -160,21 +161,26 @@ class StateScorer(Scorer):
         return [[next(places) for _ in each.continuations] for each in questions]
 
     def _continue(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        logits_BU, states = self.reader.read_shared([each.context for each in prompts])
+        rows: list[list[int]] = [[] for _ in prompts]
+
+        def ending(place: int) -> Callable[[int], bool]:
+            def ended(token: int) -> bool:
+                rows[place].append(token)
+                return prompts[place].ended(rows[place])
+
+            return ended
+
         loop = self.engine.loop(len(prompts))
-        loop.resume(logits_BU, states)
-        rows = [[token] for token in loop.token_B.tolist()]
-        most = max(each.new_tokens for each in prompts)
-        steps = STEPS_A_REPLAY if loop.token_B.is_cuda else STEPS_BETWEEN_CHECKS
-        while len(rows[0]) < most and not all(
-            len(row) >= each.new_tokens or each.ended(row) for row, each in zip(rows, prompts, strict=True)
-        ):
-            count = min(steps, most - len(rows[0]))
-            # The newest token of each row comes first once more.
-            for row, new in zip(rows, loop.run(count + 1)[:, 1:].tolist(), strict=True):
-                row += new
-            self._decoded_tokens += count * len(rows)
-        return [row[: each.new_tokens] for row, each in zip(rows, prompts, strict=True)]
+        before = loop.reader.computed_tokens
+        batcher = Batcher(loop)
+        requests = [
+            Request(each.context, Sampling(max_new_tokens=each.new_tokens, temperature=0), ending(place))
+            for place, each in enumerate(prompts)
+        ]
+        for _ in batcher.run(requests):
+            pass  # `ended` gets every token
+        self._decoded_tokens += loop.reader.computed_tokens - before + batcher.speed.decoded_tokens
+        return rows
 
 
 class AttentionScorer(Scorer):

@@ -1,34 +1,45 @@
 """Prefill and decoding of the training model on one device, with states of constant size.
 
-On a GPU, `GreedyLoop` and `PromptGraph` replay CUDA graphs: a step of decoding, or a short prompt, is some hundreds of
-kernels that take less time than their launches.
-
-Legend: B sequences, L prompt tokens, N new tokens, U vocabulary columns.
+Legend: B sequences, L prompt tokens, U vocabulary columns.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from based_megatron.errors import ConfigError
-from based_megatron.kernels.decode import choose_token
+from based_megatron.inference.batching import Batcher, Request, Update
+from based_megatron.inference.graphs import captured
+from based_megatron.inference.loop import DecodingLoop
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.states import ModelStates
 
 
 class Engine:
-    """Continues batches of prompts of one length."""
+    """The one decoder: continues prompts of any lengths, in as many sequences at once as there are slots."""
 
-    def __init__(self, model: BasedModel, piece_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: BasedModel,
+        piece_tokens: int | None = None,
+        *,
+        vocab_size: int | None = None,
+        graphs: bool = True,
+    ) -> None:
         """piece_tokens: most tokens of a prompt that are computed at once, so that memory does not grow with prompts.
+        vocab_size: tokens that are chosen, the first ones, where the tokenizer has fewer than the model.
+        graphs: whether steps are CUDA graphs on a GPU, which takes seconds and memory before the first.
 
-        Raises ConfigError for a model that is cut over ranks, and for one with full attention, which has no such state.
+        Tensor parallel ranks make the same calls, and find the same tokens.
+        Raises ConfigError for a model whose layers are on several ranks, and for one with full attention, which has no such state.
         """
-        if model.group.size() > 1 or not (model.pre_process and model.post_process):
-            raise ConfigError(
-                "decoding needs the whole model on one rank: set parallel.tensor=1 and parallel.pipeline=1"
-            )
+        if not (model.pre_process and model.post_process):
+            raise ConfigError("decoding needs all layers on each rank: set parallel.pipeline=1")
+        if model.group.size() > 1 and model.config.sequence_parallel:
+            raise ConfigError("decoding has no sequence to share norms over: set parallel.sequence_parallel=false")
         if piece_tokens is not None and piece_tokens < 1:
             raise ConfigError(f"piece_tokens is {piece_tokens}: a prompt is computed in pieces of at least one token")
         prefix_tokens = model.config.model.prefix_tokens
@@ -38,8 +49,9 @@ class Engine:
                 f"piece must hold them"
             )
         model.zero_states(0)
-        self.model, self.piece_tokens = model, piece_tokens
-        self._last_loop: GreedyLoop | None = None
+        self.model, self.piece_tokens, self.graphs = model, piece_tokens, graphs
+        self.vocab_size = vocab_size or model.config.model.vocab_size
+        self._last_loop: DecodingLoop | None = None
 
     @torch.no_grad()
     def prefill(self, tokens_BL: Tensor, states: ModelStates | None = None) -> tuple[Tensor, ModelStates]:
@@ -59,83 +71,21 @@ class Engine:
         """Append one token to each sequence. Returns its logits [B, U]; the states are updated in place."""
         return self.model.decode(token_B, states)
 
-    def generate(self, prompt_BL: Tensor, new_tokens: int) -> Tensor:
-        """The most likely next token, N times: [B, N]."""
-        loop = self.loop(len(prompt_BL))
-        loop.start(prompt_BL)
-        return loop.run(new_tokens)
+    def generate(
+        self, requests: Iterable[Request], slots: int, eos_id: int | None = None, reproducible: bool = False
+    ) -> Iterator[Update]:
+        """Tokens of the requests as they come; a request is known by its place among them, from 0.
 
-    def loop(self, batch: int) -> "GreedyLoop":
-        """The decoding loop of a batch size; the last one is kept, with its states and graph."""
-        if self._last_loop is None or self._last_loop.batch != batch:
+        Requests are taken as slots become free: there may be any number of them. eos_id and reproducible: see `Batcher`.
+        """
+        yield from Batcher(self.loop(slots), eos_id, reproducible).run(requests)
+
+    def loop(self, slots: int) -> DecodingLoop:
+        """The decoding loop of so many sequences; the last one is kept, with its states and graphs."""
+        if self._last_loop is None or self._last_loop.slots != slots:
             self._last_loop = None
-            self._last_loop = GreedyLoop(self, batch)
+            self._last_loop = DecodingLoop(self, slots)
         return self._last_loop
-
-
-STEPS_A_REPLAY = 16
-"""Steps of a CUDA graph that a long run replays: between two graphs, and for a copy between them, a GPU rests."""
-
-
-class GreedyLoop:
-    """Greedy decoding of one batch size over buffers that stay; on a GPU steps are replays of CUDA graphs."""
-
-    def __init__(self, engine: Engine, batch: int) -> None:
-        self.engine, self.batch = engine, batch
-        self.states = engine.model.zero_states(batch)
-        self.token_B = torch.zeros_like(self.states.position_B)
-        """The newest token of each sequence, not yet absorbed."""
-        self._newest_BS = self.token_B.new_empty(batch, STEPS_A_REPLAY)
-        """The tokens that a replay of so many steps has found."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if self.token_B.is_cuda:
-            # What the warm-up leaves in the states is cleared by `start`.
-            self._graph, self._long_graph = _captured(self._step), _captured(self._steps, warm_ups=0)
-
-    def start(self, prompt_BL: Tensor) -> None:
-        """Begin new sequences and choose their first token."""
-        self.states.restart()
-        self._choose(self.engine.prefill(prompt_BL, self.states)[0])
-
-    def resume(self, logits_BU: Tensor, states: ModelStates) -> None:
-        """Go on with sequences that another batch of this size has absorbed: a copy of its states, and its last logits."""
-        self.states.copy_(states)
-        self._choose(logits_BU)
-
-    def run(self, tokens: int) -> Tensor:
-        """The newest token and the `tokens` - 1 that follow it, [B, tokens]. Does not wait for the device."""
-        found_BN = self.token_B.new_empty(self.batch, tokens)
-        found_BN[:, :1] = self.token_B[:, None]
-        place = 1
-        while self._graph is not None and place + STEPS_A_REPLAY <= tokens:
-            self._long_graph.replay()
-            found_BN[:, place : place + STEPS_A_REPLAY] = self._newest_BS
-            place += STEPS_A_REPLAY
-        for i in range(place, tokens):
-            self.step()
-            found_BN[:, i] = self.token_B
-        return found_BN
-
-    def step(self) -> None:
-        """Absorb the newest token and choose the next."""
-        if self._graph is None:
-            self._step()
-        else:
-            self._graph.replay()
-
-    @torch.no_grad()
-    def _step(self) -> None:
-        self._choose(self.engine.decode_step(self.token_B, self.states))
-
-    def _steps(self) -> None:
-        for i in range(STEPS_A_REPLAY):
-            self._step()
-            self._newest_BS[:, i] = self.token_B
-
-    def _choose(self, logits_BU: Tensor) -> None:
-        # Rows that only round the vocabulary up are no tokens.
-        config = self.engine.model.config
-        choose_token(logits_BU, config.model.vocab_size, self.token_B, backend=config.backend)
 
 
 class PromptGraph:
@@ -145,7 +95,7 @@ class PromptGraph:
         self.engine = engine
         self.states = engine.model.zero_states(batch)
         self.tokens_BL = torch.zeros(batch, tokens, dtype=torch.int64, device=self.states.position_B.device)
-        self._graph = _captured(self._prefill) if self.tokens_BL.is_cuda else None
+        self._graph = captured(self._prefill) if self.tokens_BL.is_cuda else None
 
     def run(self, tokens_BL: Tensor) -> tuple[Tensor, ModelStates]:
         """Logits [B, U] of the last token, and the states: buffers that the next run overwrites."""
@@ -162,18 +112,3 @@ class PromptGraph:
     def _prefill(self) -> None:
         self.states.restart()
         self._logits_BU = self.engine.prefill(self.tokens_BL, self.states)[0]
-
-
-def _captured(call: Callable[[], None], warm_ups: int = 2) -> torch.cuda.CUDAGraph:
-    """A graph of what `call` launches, after calls that compile kernels and allocate what they keep."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_ups):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Threads of a process group may look at the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        call()
-    return graph

@@ -1,136 +1,103 @@
-"""Continue prompts with an export or a checkpoint; decoding has a state of constant size."""
+"""`based generate`: the texts of all requests on standard output, as they come; what was measured on standard error.
 
-import tempfile
-import time
-from dataclasses import dataclass
+Legend: U vocabulary columns.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
-import torch
-from transformers import PreTrainedTokenizerFast
-
-from based_megatron.checkpoint.full import read_whole
-from based_megatron.config.limits import check_limits, flag
-from based_megatron.convert.exported import is_export, read_export
-from based_megatron.convert.hf_files.modeling_based import CACHE_NAME, BasedForCausalLM
-from based_megatron.convert.huggingface import hf_model
-from based_megatron.convert.layout import check_finite
-from based_megatron.convert.tokenizer import data_folder
-from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import ConfigError
-from based_megatron.inference.sampling import Sampling
+from based_megatron.inference.batching import Speed
+from based_megatron.inference.loop import DecodingLoop
+from based_megatron.inference.prefix import Prefix
+from based_megatron.inference.text import TextDecoder, TextRequest, TextUpdate
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Continuations of a batch of prompts."""
+class InOrder:
+    """Writes texts one after the other, each as it comes; those of later requests wait."""
 
-    texts: tuple[str, ...]
-    """Continuations, without the prompts."""
-    new_tokens: int
-    """Tokens generated, over all rows."""
-    seconds: float
-    """Wall time, prefill included."""
-    state_bytes: int
-    """State of one sequence at the end."""
+    def __init__(self, requests: Sequence[TextRequest], stream: TextIO) -> None:
+        self.requests, self.stream = requests, stream
+        self._next, self._texts, self._ended = 0, [""] * len(requests), [False] * len(requests)
+        self._given = False
 
-
-def load_model(path: Path, device: str = "cpu") -> tuple[BasedForCausalLM, Path | None]:
-    """The float32 model of a Hugging Face export (none of its code runs), a checkpoint, or a run's newest checkpoint.
-
-    Returns the folder of its tokenizer too, None if that is not known. Raises CheckpointError, and ConfigError for a
-    device that is not there.
-    """
-    place = _device(device)
-    if is_export(path):
-        weights, model_config = read_export(path)
-        tokenizer = path if (path / "tokenizer.json").is_file() else None
-    else:
-        whole = read_whole(path)
-        weights, model_config, tokenizer = whole.weights, whole.config.model, data_folder(whole)
-    model = hf_model(weights, model_config)
-    check_finite(weights, path)
-    model.to(place)  # type: ignore[arg-type]
-    return model, tokenizer
+    def write(self, update: TextUpdate) -> None:
+        """Take new text."""
+        self._texts[update.request] += update.text
+        self._ended[update.request] = update.finish is not None
+        while self._next < len(self.requests):
+            if not self._given:
+                self.stream.write(str(self.requests[self._next].prompt))
+                self._given = True
+            self.stream.write(self._texts[self._next])
+            self._texts[self._next] = ""
+            if not self._ended[self._next]:
+                break
+            self.stream.write("\n\n")
+            self._next, self._given = self._next + 1, False
+        self.stream.flush()
 
 
-def text_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a prepared data folder, an export, a tokenizer.json or the GPT-2 pair. Raises DataError."""
-    with tempfile.TemporaryDirectory() as folder:  # transformers reads one of these forms only
-        load_tokenizer(str(path)).save(Path(folder))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+class AsJson:
+    """Writes a JSON line for each request that is finished: in the order of their ends, known by their place in the input."""
+
+    def __init__(self, requests: Sequence[TextRequest], stream: TextIO) -> None:
+        self.requests, self.stream = requests, stream
+        self._texts, self._tokens = [""] * len(requests), [0] * len(requests)
+
+    def write(self, update: TextUpdate) -> None:
+        """Take new text."""
+        place = update.request
+        self._texts[place] += update.text
+        self._tokens[place] += update.tokens
+        if update.finish is None:
+            return
+        line = {
+            "request": place,
+            "prompt": self.requests[place].prompt,
+            "text": self._texts[place],
+            "tokens": self._tokens[place],
+            "finish": update.finish,
+        }
+        self.stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.stream.flush()
 
 
 def generate(
-    model: BasedForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: Sampling
-) -> Generation:
-    """Continue all prompts in one left-padded batch.
-
-    Raises ConfigError for what `check_request` refuses, and for a tokenizer that the model has no rows for.
-    """
-    check_request(prompts, sampling)
-    if len(tokenizer) > model.config.tokenizer_vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} entries, the model {model.config.tokenizer_vocab_size}: "
-            f"set --tokenizer to that of the training data"
-        )
-    device = model.device
-    batch = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
-    choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-    if sampling.temperature > 0:
-        choice |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(sampling.seed)
-        start = time.perf_counter()
-        output: Any = model.generate(  # type: ignore[misc]
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            # Rows that round the vocabulary up are no tokens.
-            suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) or None,
-            return_dict_in_generate=True,
-            **choice,
-        )
-        new_ids = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
-        seconds = time.perf_counter() - start
-    rows = [_until(row.tolist(), tokenizer.eos_token_id) for row in new_ids]
-    return Generation(
-        texts=tuple(str(tokenizer.decode(row)) for row in rows),
-        new_tokens=sum(len(row) for row in rows),
-        seconds=seconds,
-        state_bytes=getattr(output, CACHE_NAME).state_bytes() // len(prompts),
-    )
+    decoder: TextDecoder, requests: Sequence[TextRequest], as_json: bool = False, *, rank: int = 0, ranks: int = 1
+) -> None:
+    """Continue all requests. The first of the ranks that share the model prints."""
+    sink = (AsJson if as_json else InOrder)(requests, sys.stdout)
+    for update in decoder.run(requests):
+        if rank == 0:
+            sink.write(update)
+    if rank == 0:
+        print(measured(decoder.batcher.speed, decoder.loop.state_bytes, ranks), file=sys.stderr)
 
 
-def _until(ids: list[int], eos: int) -> list[int]:
-    return ids[: ids.index(eos)] if eos in ids else ids
+def save_prefix(decoder: TextDecoder, request: TextRequest, path: Path) -> None:
+    """Read a prompt and write its states, for prompts that start with it."""
+    if not isinstance(decoder.loop, DecodingLoop):
+        raise ConfigError("a model with full attention has no state of constant size: leave --save-prefix out")
+    engine, tokens = decoder.loop.engine, decoder.encode(request.prompt)
+    logits_1U, states = decoder.loop.reader.read([tokens])
+    Prefix(tokens, logits_1U, states).save(path, engine.model)
+    print(f"wrote the states of {len(tokens):,} tokens, {path.stat().st_size:,} bytes, to {path}", file=sys.stderr)
 
 
-def check_request(prompts: list[str], sampling: Sampling) -> None:
-    """Raise ConfigError for an empty prompt, one that is not text, or impossible sampling values: before a model is loaded."""
-    check_limits(sampling, flag)
-    if not prompts or not all(prompts):
-        raise ConfigError("a prompt is empty: give --prompt some text to continue")
-    for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"the prompt {ascii(prompt)[:60]} is not text in UTF-8 ({error.reason}); change --prompt"
-            ) from error
+def measured(speed: Speed, state_bytes: int | None, ranks: int = 1) -> str:
+    """What was measured, in one line. The first token of a text is counted to the reading of its prompt, which gives it."""
+    read = _rate(speed.prompt_tokens, speed.read_seconds, "prompt tokens read")
+    decoded = _rate(speed.decoded_tokens, speed.decode_seconds, "tokens decoded after the first of each text")
+    state = "a state that grows with the text (full attention)"
+    if state_bytes is not None:
+        state = f"state {state_bytes:,} bytes a sequence{f' on each of {ranks} ranks' if ranks > 1 else ''}, whatever its length"
+    return f"{read}; {decoded}; {state}"
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device is {name!r}, which is no device of torch: set it to cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"there is no GPU for --device {name}, torch sees {torch.cuda.device_count()}: set --device cpu"
-        )
-    return device
+def _rate(tokens: int, seconds: float, what: str) -> str:
+    rate = f" ({tokens / seconds:,.1f} tokens/s)" if tokens else ""
+    return f"{tokens:,} {what} in {seconds:.2f} s{rate}"

@@ -22,6 +22,7 @@ from based_megatron.parallel.linear import vocab_embedding, vocab_projection
 from based_megatron.parallel.megatron import (
     MegatronModule,
     ModelType,
+    gather_from_tensor_model_parallel_region,
     make_viewless_tensor,
 )
 from based_megatron.parallel.sequence.plan import SequencePlan
@@ -97,11 +98,12 @@ class BasedModel(MegatronModule):
     def decode(self, tokens: Tensor, states: ModelStates, every_token: bool = False) -> Tensor:
         """Append a piece of each prompt, [B, L], or one token to each sequence, [B], and update the states in place.
 
-        One rank holds the whole model. A step of one token each neither waits for the host nor depends on it.
+        Every rank holds all layers; tensor parallel ranks call it together, with equal tokens, and get equal logits.
+        A step of one token each neither waits for the host nor depends on it.
         Returns: logits of the last token, [B, U], or of every token of a piece, [B, L, U].
         """
         where = Continuation(states.position_B, self._rotary_from(states, tokens), states.is_start)
-        residual = functional.embedding(tokens, self.embedding.weight).to(self.config.residual_dtype)
+        residual = self._looked_up(tokens).to(self.config.residual_dtype)
         update: Tensor | None = None
         blocks: Any = self.layers.items()
         for name, block in blocks:
@@ -112,7 +114,13 @@ class BasedModel(MegatronModule):
         states.is_start = False
         x = self.final_norm(residual, update)[1]
         weight = self.embedding.weight if self.config.model.tie_embeddings else self.output.weight
-        return functional.linear(x, weight)
+        logits = functional.linear(x, weight)
+        return logits if self.group.size() == 1 else gather_from_tensor_model_parallel_region(logits)
+
+    def _looked_up(self, tokens: Tensor) -> Tensor:
+        if self.group.size() > 1:
+            return self.embedding(tokens)
+        return functional.embedding(tokens, self.embedding.weight)
 
     def _rotary_from(self, states: ModelStates, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.rotates:

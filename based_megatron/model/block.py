@@ -61,7 +61,7 @@ class Block(MegatronModule):
         return residual, self.mlp(x)
 
     def decode(self, residual: Tensor, update: Tensor | None, state: Any, where: Continuation) -> tuple[Tensor, Tensor]:
-        """Forward of decoding, on one tensor parallel rank: a piece of each prompt, [B, L, D], or one token of each, [B, D]."""
+        """Forward of decoding: a piece of each prompt, [B, L, D], or one token of each, [B, D]."""
         residual, x = self.mixer_norm(residual, update)
         mix = self.mixer.step if residual.ndim == 2 else self.mixer.prefill
         residual, x = self.mlp_norm(residual, mix(x, state, where))

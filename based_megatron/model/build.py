@@ -41,13 +41,14 @@ def build_model(config: Config, topology: Topology, dtype: torch.dtype | None = 
 
 
 def whole_model(model: ModelConfig, topology: Topology, dtype: torch.dtype, backend: str) -> BasedModel:
-    """The model on the device of a single rank; its weights are yet to be set.
+    """All layers of the model on the device of this rank, which may share them with tensor parallel ranks; weights are yet to be set.
 
     backend: resolved.
     """
+    parallel = ParallelConfig(tensor=topology.tensor.size, sequence_parallel=False)
     (stage,) = split_layers(len(parse_layer_pattern(model.layer_pattern)), 0, 1, 1)
     with megatron_runs():
-        shared = based_config(model, ParallelConfig(), dtype=dtype, backend=backend, recompute="none")
+        shared = based_config(model, parallel, dtype=dtype, backend=backend, recompute="none")
         built = BasedModel(shared, stage, topology.process_groups)
         attach_shard_specs(built, topology.tensor.group)
     return built.to(topology.device)

@@ -24,7 +24,7 @@ class ModelStates:
 
     def restart(self) -> None:
         """Forget all sequences."""
-        for x in self._tensors():
+        for x in self.tensors().values():
             x.zero_()
         self.is_start = True
 
@@ -40,15 +40,26 @@ class ModelStates:
         """A batch of these rows in buffers of its own; a row may come more than once."""
         return self._with(lambda x: x.index_select(0, row_B))
 
+    def put(self, row_B: Tensor, other: "ModelStates") -> None:
+        """Give these rows the states of another batch, which has as many; nothing is left of what they held."""
+        for x, y in zip(self.tensors().values(), other.tensors().values(), strict=True):
+            x.index_copy_(0, row_B, y)
+        self.is_start = self.is_start and other.is_start
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All buffers by name."""
+        layers = {f"{name}.{key}": x for name, state in self.layers.items() for key, x in vars(state).items()}
+        return {"position": self.position_B, **layers}
+
     def copy_(self, other: "ModelStates") -> None:
         """Take over the states of another batch of this size."""
-        for x, y in zip(self._tensors(), other._tensors(), strict=True):
+        for x, y in zip(self.tensors().values(), other.tensors().values(), strict=True):
             x.copy_(y)
         self.is_start = other.is_start
 
     def bytes_per_sequence(self) -> int:
         """Memory that one sequence needs, whatever its length."""
-        return sum(x.nbytes for x in self._tensors()) // len(self.position_B)
+        return sum(x.nbytes for x in self.tensors().values()) // len(self.position_B)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "ModelStates":
         layers = {
@@ -56,6 +67,3 @@ class ModelStates:
             for name, state in self.layers.items()
         }
         return ModelStates(layers, change(self.position_B), self.is_start)
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.position_B, *(x for state in self.layers.values() for x in vars(state).values())]

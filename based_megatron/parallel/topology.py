@@ -1,6 +1,8 @@
 """Process groups of a run. The only file that touches Megatron's global parallel state; others get a Topology value."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -144,6 +146,17 @@ def leave() -> None:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """At the end of the block, leave the groups that this process has joined in it."""
+    had_joined = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if not had_joined:
+            leave()
 
 
 def axis_of(group: dist.ProcessGroup) -> Axis:

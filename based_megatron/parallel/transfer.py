@@ -4,6 +4,8 @@ Only pinned memory makes them so: of pageable memory a GPU copies nothing until 
 host stands still until then, `non_blocking` or not.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A copy on the host of what a scalar of the device is at this place of the queue."""
+    """A copy on the host of what a tensor of the device is at this place of the queue."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -29,6 +31,13 @@ class HostCopy:
 
     def wait(self) -> bool | float:
         """The value of a scalar, once the device has come to the copy; what was queued later goes on meanwhile."""
+        return self._arrive().item()
+
+    def wait_for_list(self) -> Any:
+        """The numbers of the tensor as `Tensor.tolist` gives them, alike."""
+        return self._arrive().tolist()
+
+    def _arrive(self) -> Tensor:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._copy.item()
+        return self._copy

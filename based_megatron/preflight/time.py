@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from based_megatron.config import Config
-from based_megatron.config.validate import data_parallel_size
+from based_megatron.config.validate import data_parallel_size, validated_sequences
 from based_megatron.model.mixers import layer_mixers
 from based_megatron.monitor.flops import parameter_count, training_flops_per_token
 from based_megatron.parallel.buckets import EMBEDDING
@@ -60,7 +60,7 @@ def run_time(config: Config, nodes: int, gpus_per_node: int, gpu: Gpu) -> RunTim
     if config.checkpoint.asynchronous:
         save_wait_seconds = max(0.0, save_seconds - interval * seconds)
     validations = train.steps // validation.interval_steps if validation.interval_steps else 0
-    validation_seconds = seconds * FORWARD_SHARE * validation.sequences / train.global_batch_sequences
+    validation_seconds = seconds * FORWARD_SHARE * validated_sequences(config) / train.global_batch_sequences
     total = train.steps * seconds + saves * save_wait_seconds + save_seconds + validations * validation_seconds
     rate = step_tokens / seconds
     assumptions = [

@@ -8,7 +8,7 @@ import torch
 from based_megatron.checkpoint.manifest import MANIFEST
 from based_megatron.checkpoint.store import FOLDER, list_checkpoints
 from based_megatron.config import CheckpointConfig, Config
-from based_megatron.config.validate import check_run_dir, data_parallel_size, validate
+from based_megatron.config.validate import check_run_dir, data_parallel_size, validate, validated_sequences
 from based_megatron.data.manifest import check_tokenizer
 from based_megatron.data.sources import Sources
 from based_megatron.errors import ConfigError
@@ -26,13 +26,16 @@ LARGEST_DEVICE_BYTES = 2**40
 """No accelerator has more memory: what needs more is refused even where the device is not known."""
 
 
-def accept(config: Config, world_size: int) -> Sources:
-    """The corpora of a run that can start with so many ranks. Raises BasedError, in one line, for one that cannot."""
+def accept(config: Config, world_size: int, rank: int | None = None) -> Sources:
+    """The corpora of a run that can start with so many ranks. Raises BasedError, in one line, for one that cannot.
+
+    rank: of this process, which looks at its share of the shards; None looks at all of them.
+    """
     validate(config, world_size)
     check_mixers(config)
     check_trackers(config.monitor)
     check_memory(config, world_size, LARGEST_DEVICE_BYTES)
-    sources = corpora(config)
+    sources = corpora(config, (0, 1) if rank is None else (rank, world_size))
     _check_load(config.checkpoint, Path(config.run_dir))
     checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAMETER * parameter_count(config.model) + carried_bytes(config)
     check_run_dir(Path(config.run_dir), checkpoint_bytes)
@@ -40,13 +43,17 @@ def accept(config: Config, world_size: int) -> Sources:
     return sources
 
 
-def corpora(config: Config) -> Sources:
-    """The prepared data of a run. Raises BasedError if it is not there, or does not fit the model or the validation."""
-    sources = Sources(config.data, config.train.global_batch_sequences)
+def corpora(config: Config, share: tuple[int, int] = (0, 1)) -> Sources:
+    """The prepared data of a run. Raises BasedError if it is not there, or does not fit the model or the validation.
+
+    share: (number, of how many) of the parts of the shards that this process looks at.
+    """
+    sources = Sources(config.data, config.train.global_batch_sequences, share)
+    sources.check_enough(config.train.steps * config.train.global_batch_sequences)
     for manifest in sources.manifests:
         check_tokenizer(manifest, config.model.vocab_size)
     if config.validation.interval_steps:
-        sources.validation_sequences(config.validation.sequences)
+        sources.validation_sequences(validated_sequences(config))
     return sources
 
 

@@ -52,10 +52,12 @@ def _run(argv: Sequence[str], signals: StopSignals) -> None:
     from based_megatron.train.accept import accept
     from based_megatron.train.identity import identify
 
-    sources = accept(config, rank.world_size)
+    sources = accept(config, rank.world_size, rank.rank)
     if rank.rank == 0:
         check_free(Path(config.run_dir))
         identify(config, sources.fingerprint)
+        for planned in sources.plan(config.train.steps * config.train.global_batch_sequences):
+            print(planned)
         print(
             "this run can start: settings, data, run folder and the least memory have been checked, nothing was written"
         )

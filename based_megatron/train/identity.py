@@ -18,12 +18,14 @@ from based_megatron.checkpoint.store import FOLDER, STATE, list_checkpoints, new
 from based_megatron.config import Config, save_config, to_dict
 from based_megatron.config.changes import changed_settings, describe_changes, is_allowed, refused_changes
 from based_megatron.config.load import with_former_settings
+from based_megatron.data.fingerprints import corpora_before
+from based_megatron.data.jumps import DataJumps
 from based_megatron.errors import CheckpointError, ConfigError
 from based_megatron.run_folder.files import CONFIG, DONE, EVENTS
 from based_megatron.run_folder.history import Start, append_start, git_commit, new_run_id, read_history, versions
 from based_megatron.run_folder.json_lines import read_lines
 from based_megatron.run_folder.lock import FORMER_JOB, RunLock, this_process
-from based_megatron.train.guard import skips_at_end
+from based_megatron.train.guard import GUARD, skips_at_end
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,10 @@ def check_changes(config: Config, data_fingerprint: str, path: Path, state: dict
     changes = changed_settings(Config, with_former_settings(state["config"]), to_dict(config))
     refused = refused_changes(Config, changes, allowed)
     key = "data.sources" if config.data.sources else "data.path"
-    then, now = _corpora(state["data_fingerprint"]), _corpora(data_fingerprint)
+    then, now = _corpora_read(state, data_fingerprint)
     words = [describe_changes(refused)] if refused else []
     if then != now and not is_allowed(key, allowed):
-        words.append(f"the content of {key} (fingerprint {then} -> {now})")
+        words.append(f"the content of {key} (fingerprint {then} -> {now}{_advice(config, state)})")
         refused[key] = [then, now]
     if refused:
         raise ConfigError(
@@ -193,9 +195,31 @@ def _one_run_id(path: Path, of_checkpoint: str | None, of_folder: str | None) ->
     return of_checkpoint or of_folder
 
 
-def _corpora(data_fingerprint: str) -> str:
-    """The part of a fingerprint that says what the corpora hold; what follows are settings."""
-    return data_fingerprint.partition("/")[0]
+def _corpora_read(state: dict[str, Any], data_fingerprint: str) -> tuple[str, str]:
+    """What the run has read up to a checkpoint, as its fingerprint says and as the present one does; what comes later may change."""
+    data, sequences = state["config"]["data"], _sequences_read(state)
+    weights = [source["weight"] for source in data.get("sources", ())]
+    return corpora_before(state["data_fingerprint"], sequences, weights), corpora_before(data_fingerprint, sequences)
+
+
+def _sequences_read(state: dict[str, Any]) -> int:
+    """Sequences of the order of the data before the step that follows a checkpoint."""
+    jumps = DataJumps.read(state.get(GUARD, {}).get("data_jumps", ()))
+    return jumps.data_step(state["step"]) * state["config"]["train"]["global_batch_sequences"]
+
+
+def _advice(config: Config, state: dict[str, Any]) -> str:
+    """How the weights of a mixture can change, if it is these that differ."""
+    data = state["config"]["data"]
+    then = [source["weight"] for source in data.get("sources", ())]
+    now = [source.weight for source in config.data.sources]
+    if then == now or len(then) != len(now) or config.data.schedule:
+        return ""
+    tokens = _sequences_read(state) * data["sequence_length_tokens"]
+    return (
+        f"; weights may change from here on: leave those of data.sources at {','.join(map(str, then))}, and add "
+        f"--data.schedule {tokens}={','.join(map(str, now))}"
+    )
 
 
 def _tell(line: str) -> None:

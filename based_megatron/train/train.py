@@ -38,7 +38,7 @@ def train(config: Config, signals: StopSignals | None = None) -> None:
     run_dir = Path(config.run_dir)
     stop = StopVote(run_dir / config.train.stop_file, signals, config.parallel.timeout_seconds)
     rank = rank_from_environment()
-    sources = accept(config, rank.world_size)
+    sources = accept(config, rank.world_size, rank.rank)
     device = pick_device(config.train.device, rank.local_rank)
     check_precision(config, device)
     check_memory(config, rank.world_size, memory_bytes(device))

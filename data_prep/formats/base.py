@@ -32,6 +32,15 @@ Record = tuple[int, str | Skip]
 """A document's number in its file, from 1, and its text, or why there is none."""
 
 
+class Stretch(NamedTuple):
+    """Bytes of a file whose records can be read without those before them."""
+
+    begin: int
+    end: int
+    records: int | None
+    """Records in it; None for one a line, which whoever reads the bytes can count."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A kind of file with documents in it."""
@@ -53,6 +62,10 @@ class Format:
     check: Callable[[BinaryIO, str, PrepConfig], None] | None = None
     """Raises DataError for an open file that does not fit the settings: it is called for all files before any work begins. What
     cannot be read is left to the reader."""
+    cut: Callable[[BinaryIO, int], list[Stretch]] | None = None
+    """An open file as stretches of about so many bytes, or an empty list if it must be read as a whole."""
+    read_stretch: Callable[[BinaryIO, int, int, PrepConfig], Iterator[Record]] | None = None
+    """The records between two bytes of an open file, as `cut` gave them, numbered from 1."""
 
     def holds(self, name: str) -> bool:
         """True if a file of this name is of this format."""

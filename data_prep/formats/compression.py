@@ -48,12 +48,19 @@ ERRORS = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
 
 def decompressed(raw: BinaryIO) -> BinaryIO:
     """The content of an open file, compressed or not, whatever its name says. Reading it raises Damaged."""
+    new_member = _decompressor(raw)
+    return io.BufferedReader(_Parts(_parts(raw, new_member))) if new_member else raw
+
+
+def is_compressed(raw: BinaryIO) -> bool:
+    """Whether what is in an open file begins as a compressed one, whatever its name says."""
+    return _decompressor(raw) is not None
+
+
+def _decompressor(raw: BinaryIO) -> Callable[[], Any] | None:
     magic = raw.read(MAGIC_BYTES)
     raw.seek(0)
-    for pattern, new_member in MEMBERS.items():
-        if re.match(pattern, magic):
-            return io.BufferedReader(_Parts(_parts(raw, new_member)))
-    return raw
+    return next((member for pattern, member in MEMBERS.items() if re.match(pattern, magic)), None)
 
 
 def _parts(raw: BinaryIO, new_member: Callable[[], Any]) -> Iterator[bytes]:

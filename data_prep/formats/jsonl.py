@@ -1,13 +1,15 @@
 """JSON lines, and the JSON documents that go by the same endings: the text of a record stands under `--text-key`."""
 
 import codecs
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.formats.base import Format, Record, Skip
+from based_megatron.data_prep.formats.base import Format, Record, Skip, Stretch
+from based_megatron.data_prep.formats.compression import is_compressed
 
 
 def read_lines(raw: Iterable[bytes], name: str, config: PrepConfig) -> Iterator[Record]:
@@ -15,6 +17,31 @@ def read_lines(raw: Iterable[bytes], name: str, config: PrepConfig) -> Iterator[
     for number, line in enumerate(raw, start=1):
         if line.strip():
             yield number, _text_of_line(line, config.text_key)
+
+
+def cut_at_lines(raw: BinaryIO, stretch_bytes: int) -> list[Stretch]:
+    """Stretches that end behind the first line break at or after each multiple of stretch_bytes; none of a compressed file."""
+    if is_compressed(raw):
+        return []
+    size, borders = raw.seek(0, io.SEEK_END), [0]
+    while borders[-1] + stretch_bytes < size:
+        raw.seek(borders[-1] + stretch_bytes - 1)
+        raw.readline()
+        borders.append(raw.tell())
+    if borders[-1] < size:
+        borders.append(size)
+    return [Stretch(begin, end, None) for begin, end in itertools.pairwise(borders)]
+
+
+def read_stretch_of_lines(raw: BinaryIO, begin: int, end: int, config: PrepConfig) -> Iterator[Record]:
+    """One record for each line between two bytes of a file."""
+    raw.seek(begin)
+    yield from read_lines(_lines_until(raw, end), "", config)
+
+
+def _lines_until(raw: BinaryIO, end: int) -> Iterator[bytes]:
+    while raw.tell() < end and (line := raw.readline()):
+        yield line
 
 
 def read_json(raw: BinaryIO, name: str, config: PrepConfig) -> Iterator[Record]:
@@ -57,5 +84,7 @@ def _text(value: Any, text_key: str) -> str | Skip:
     return value
 
 
-JSONL = Format((".jsonl", ".ndjson"), read_lines, compressible=True)
+JSONL = Format(
+    (".jsonl", ".ndjson"), read_lines, compressible=True, cut=cut_at_lines, read_stretch=read_stretch_of_lines
+)
 JSON = Format((".json",), read_json, compressible=True)

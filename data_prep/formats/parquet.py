@@ -1,6 +1,7 @@
 """Parquet: the text of a row stands in the column `--text-key`."""
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import pyarrow
@@ -8,7 +9,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.formats.base import Format, Record, Skip, decoded
+from based_megatron.data_prep.formats.base import Format, Record, Skip, Stretch, decoded
 from based_megatron.errors import DataError
 
 BATCH_ROWS = 1024
@@ -35,9 +36,43 @@ def check_column(raw: BinaryIO, name: str, config: PrepConfig) -> None:
 def read_rows(raw: BinaryIO, name: str, config: PrepConfig) -> Iterator[Record]:
     """One record for each row."""
     parquet = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
+    yield from _rows_of_groups(parquet, range(parquet.num_row_groups), config.text_key)
+
+
+def cut_at_row_groups(raw: BinaryIO, stretch_bytes: int) -> list[Stretch]:
+    """Stretches of whole row groups; none of a file whose row groups do not lie one after another."""
+    metadata = pyarrow.parquet.ParquetFile(raw).metadata
+    begins = _group_begins(metadata)
+    if not begins or begins != sorted(set(begins)):
+        return []
+    stretches: list[Stretch] = []
+    begin = records = 0
+    for group, following in enumerate([*begins[1:], raw.seek(0, io.SEEK_END)]):
+        records += metadata.row_group(group).num_rows
+        if following - begin >= stretch_bytes or group == len(begins) - 1:
+            stretches.append(Stretch(begin, following, records))
+            begin, records = following, 0
+    return stretches
+
+
+def read_row_groups(raw: BinaryIO, begin: int, end: int, config: PrepConfig) -> Iterator[Record]:
+    """One record for each row of the row groups that begin between two bytes of a file."""
+    parquet = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
+    groups = [group for group, byte in enumerate(_group_begins(parquet.metadata)) if begin <= byte < end]
+    yield from _rows_of_groups(parquet, groups, config.text_key)
+
+
+def _group_begins(metadata: pyarrow.parquet.FileMetaData) -> list[int]:
+    """The first byte of each row group."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+    return [min(column.dictionary_page_offset or column.data_page_offset for column in group) for group in columns]
+
+
+def _rows_of_groups(parquet: pyarrow.parquet.ParquetFile, groups: Iterable[int], text_key: str) -> Iterator[Record]:
     first_row = 1
-    for group in range(parquet.num_row_groups):
-        yield from _rows_of_group(parquet, group, first_row, config.text_key)
+    for group in groups:
+        yield from _rows_of_group(parquet, group, first_row, text_key)
         first_row += parquet.metadata.row_group(group).num_rows
 
 
@@ -62,4 +97,11 @@ def _path(schema: pyarrow.Schema, text_key: str) -> list[str]:
     return [text_key] if text_key in schema.names else text_key.split(".")
 
 
-PARQUET = Format((".parquet",), read_rows, (pyarrow.ArrowException,), check=check_column)
+PARQUET = Format(
+    (".parquet",),
+    read_rows,
+    (pyarrow.ArrowException,),
+    check=check_column,
+    cut=cut_at_row_groups,
+    read_stretch=read_row_groups,
+)

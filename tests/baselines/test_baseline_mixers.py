@@ -131,7 +131,10 @@ def test_documents_do_not_see_each_other(all_facts, name):
 
 def trained(name: str, layout: str, recompute: Any = "none") -> tuple[list[tuple[float, float]], dict[str, Any]]:
     """Losses and norms of two steps with documents, and the whole weights after them."""
-    run = build_run(config_of(name, LAYOUTS[layout], recompute=recompute))
+    config = config_of(name, LAYOUTS[layout], recompute=recompute)
+    # Without it AdamW moves a weight by the sign of its gradient, which rounding decides where the gradient is almost zero.
+    optimizer = dataclasses.replace(config.optimizer, eps=1e-4)
+    run = build_run(dataclasses.replace(config, optimizer=optimizer))
     found = [run.train_step(number, packed=True) for number in range(2)]
     return found, {} if LAYOUTS[layout].zero_stage == 3 else gather_unsharded(parameters_of(run))
 
@@ -154,7 +157,7 @@ def double(worker_pool) -> dict[Any, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_layout_equals_the_single_process(single, double, name, layout):
-    """Losses, norms, and weights after AdamW, which moves each by the sign of its gradient first: a wrong gradient shows."""
+    """Losses, norms, and weights after AdamW, which moves each by about the sign of its gradient first: a wrong gradient shows."""
     if (name, layout) not in double:
         pytest.skip("refused: see test_tensor_ranks_that_a_mixer_cannot_use_are_refused and test_slices_are_refused")
     (steps, weights), (expected_steps, expected) = double[name, layout], single[name]
@@ -163,7 +166,7 @@ def test_a_layout_equals_the_single_process(single, double, name, layout):
     assert weights.keys() == (expected.keys() if LAYOUTS[layout].zero_stage < 3 else set())
     for parameter, weight in weights.items():
         torch.testing.assert_close(
-            weight, expected[parameter], rtol=1e-3, atol=3e-4, msg=lambda text, at=parameter: f"{at}: {text}"
+            weight, expected[parameter], rtol=0, atol=5e-6, msg=lambda text, at=parameter: f"{at}: {text}"
         )
 
 

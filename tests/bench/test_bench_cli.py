@@ -45,7 +45,7 @@ def test_every_kernel_is_checked_and_timed(tmp_path, capsys):
     "case", ["SwiGLU", "add + RMSNorm", "cross entropy", "gated conv", "head dim 112", "sliding window"]
 )
 def test_the_triton_kernels_run_in_the_interpreter(tmp_path, case):
-    """In fp32: the interpreter multiplies the bits of bf16 matrices, not their numbers."""
+    """In fp32, where errors are those of the formula and not of rounding."""
     code, report = bench(tmp_path, "kernels", "--only", case, "--backend", "triton", "--precision", "fp32")
     assert code == 0 and report["rows"]
     assert all(check["error"] <= 1e-5 for row in report["rows"] for check in row["checks"].values())

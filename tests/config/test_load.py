@@ -53,7 +53,7 @@ def test_sources_and_prompts_survive_a_round_trip_through_yaml(tmp_path):
 def test_the_saved_form_is_plain():
     """Checkpoints hold it: only dicts, lists, strings and numbers."""
     values = to_dict(changed(load_config("tiny"), {"data.sources": (SourceConfig("a"),)}))
-    assert values["data"]["sources"] == [{"path": "a", "weight": 1.0}]
+    assert values["data"]["sources"] == [{"path": "a", "weight": 1.0, "max_epochs": 0.0}]
     assert yaml.safe_load(yaml.safe_dump(values)) == values
 
 
@@ -146,6 +146,13 @@ def test_sources_of_a_file_stay_under_overrides(tmp_path):
     path = write(tmp_path / "mix.yaml", "data:\n  sources:\n  - {path: a, weight: 2}\n  - {path: b}\n")
     config = parse_config(["--config", path, "--data.seed", "7"])
     assert config.data.sources == (SourceConfig("a", 2.0), SourceConfig("b")) and config.data.seed == 7
+
+
+def test_sources_and_their_schedule_are_words_on_the_command_line(tmp_path):
+    words = ["--data.sources", "c/a=0.123456789", "b=2:1.5", "d", "--data.schedule", "3B=1,2,0", "4B=1,0,0"]
+    data = parse_config(["--config", "tiny", *words]).data
+    assert data.sources == (SourceConfig("c/a", 0.123456789), SourceConfig("b", 2, 1.5), SourceConfig("d"))
+    assert data.schedule == ("3B=1,2,0", "4B=1,0,0")
 
 
 @pytest.mark.parametrize("argv", [[], ["--train.steps", "3"], ["--config"], ["--config="]])

@@ -8,7 +8,7 @@ from config_changes import changed, legal
 
 from based_megatron.config import Config, SourceConfig
 from based_megatron.config.pattern import parse_layer_pattern
-from based_megatron.config.validate import check_run_dir, data_parallel_size, validate
+from based_megatron.config.validate import check_run_dir, data_parallel_size, validate, validated_sequences
 from based_megatron.errors import ConfigError
 from based_megatron.model.check import check_mixers
 
@@ -310,3 +310,13 @@ def test_a_run_folder_under_a_file_is_refused(tmp_path):
 def test_a_full_disk_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"GiB free but one checkpoint needs 1048576\.0 GiB; change run_dir"):
         check_run_dir(tmp_path, needed_bytes=2**50)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(2048, 1000), (2**15, 1000), (2**16, 512), (2**20, 32), (2**25, 1), (2**26, 1)]
+)
+def test_long_sequences_are_validated_up_to_the_most_tokens(length, expected):
+    assert (
+        validated_sequences(changed(legal(), {"data.sequence_length_tokens": length, "validation.sequences": 1000}))
+        == expected
+    )

@@ -1,17 +1,24 @@
 """Small corpora whose every token is known, written by the code of `based prep`."""
 
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 from tokenizers import Tokenizer, models
 
-from based_megatron.data import manifest as manifest_module
-from based_megatron.data.manifest import Manifest, make_manifest, save_manifest
+from based_megatron.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    blocks_name,
+    fingerprint,
+    load_manifest,
+    make_manifest,
+    save_manifest,
+)
 from based_megatron.data_prep.shards import SplitWriter, TokenizedDocument
 
 EOS = 0
@@ -62,17 +69,30 @@ def write_corpus(
 
 
 def as_version(manifest: Manifest, version: int) -> Manifest:
-    """The corpus as an earlier version wrote its manifest: 2 has no hash of the hashes of pieces, 1 has no word of these."""
-    unknown: dict[str, Any] = {"hashes_xxh3": ""} if version < 3 else {}
+    """The corpus with the manifest that an earlier version wrote: all of it JSON. 2 has no hash of the hashes of pieces, 1 has no word
+    of these."""
+    unknown: set[str] = {"hashes_xxh3"} if version < 3 else set()
     if version < 2:
-        unknown |= {"hashed_end": 0, "hashes_offset": 0}
-    splits = {
-        name: dataclasses.replace(
-            split, members=tuple(dataclasses.replace(member, **unknown) for member in split.members)
-        )
+        unknown |= {"hashed_end", "hashes_offset"}
+    values = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    values["splits"] = {
+        name: {
+            "documents": split.documents,
+            "tokens": split.tokens,
+            "members": [
+                {
+                    key: ("" if key == "hashes_xxh3" else 0) if key in unknown else value
+                    for key, value in vars(member).items()
+                }
+                for member in split.members
+            ],
+        }
         for name, split in manifest.splits.items()
     }
-    changed = dataclasses.replace(manifest, version=version, splits=splits, fingerprint="")
-    changed = dataclasses.replace(changed, fingerprint=manifest_module.fingerprint(manifest_module._to_json(changed)))
-    save_manifest(changed)
-    return changed
+    folder, _ = values.pop("folder"), values.pop("remote")
+    values = json.loads(json.dumps({**values, "version": version}))
+    values["fingerprint"] = fingerprint(values)
+    (folder / MANIFEST_NAME).write_text(json.dumps(values, indent=1))
+    for name in manifest.splits:
+        (folder / blocks_name(name)).unlink(missing_ok=True)
+    return load_manifest(folder)

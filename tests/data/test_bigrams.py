@@ -129,7 +129,7 @@ def test_other_bigrams_and_other_samples_have_files_of_their_own(corpus):
     [([4, 4, 2], 10, [0, 1, 2]), ([4] * 8, 16, [0, 2, 4, 6]), ([4] * 6, 1, [0]), ([4] * 5, 13, [0, 1, 3]), ([], 9, [])],
 )
 def test_a_sample_lies_evenly_over_the_members(tokens, limit, chosen):
-    assert sampled(tokens, limit) == chosen
+    assert sampled(np.array(tokens, np.int64), limit) == chosen
 
 
 def test_counts_of_a_sample_are_scaled_to_the_split(corpus):

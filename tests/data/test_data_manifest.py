@@ -7,10 +7,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_corpora import EOS, VOCAB_SIZE, numbered_documents, random_lengths, write_corpus
+from made_corpora import EOS, VOCAB_SIZE, as_version, numbered_documents, random_lengths, write_corpus
 
-from based_megatron.data.manifest import check_tokenizer, fingerprint, load_manifest, save_manifest, verify
+from based_megatron.data.manifest import (
+    blocks_name,
+    check_tokenizer,
+    fingerprint,
+    load_manifest,
+    save_manifest,
+    verify,
+)
 from based_megatron.errors import DataError
+
+OLD_FINGERPRINTS = [
+    "ea1f17faf838bc7dead72e9e018e3ffd",
+    "79065c5a6026d4c3fc621eac9cf812e0",
+    "a08714d0ac8860e3155ef7077da8657a",
+]
+"""What a small corpus has, as versions 1, 2 and 3 wrote it."""
 
 
 @pytest.fixture
@@ -91,7 +105,9 @@ def test_a_folder_without_manifest_is_refused(tmp_path):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b'{"version": 4}', b'{"version": 3}', b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b'{"version": 5}', b'{"version": 4}', b'{"version": 3}', b"{}"]
+)
 def test_a_file_that_is_no_manifest(corpus, content):
     (corpus / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json.*based prep") as error:
@@ -119,6 +135,58 @@ def test_a_shard_that_is_one_byte_short(corpus):
         file.truncate(member.end - 1)
     with pytest.raises(DataError, match=f"truncated: {member.end - 1} bytes, the manifest needs {member.end}"):
         load_manifest(corpus)
+
+
+def test_each_rank_looks_at_its_share_of_the_shards(corpus):
+    """Every shard is looked at by exactly one rank, whatever their number."""
+    files = [file for split in load_manifest(corpus).splits.values() for file in split.table.files]
+    assert len(files) > 3
+    for ranks in (1, 2, 3, len(files) + 5):
+        for file in files:
+            (corpus / file).rename(corpus / "away")
+            refusals = 0
+            for rank in range(ranks):
+                try:
+                    load_manifest(corpus, share=(rank, ranks))
+                except DataError as error:
+                    refusals += 1
+                    assert file in str(error)
+            (corpus / "away").rename(corpus / file)
+            assert refusals == 1
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_damaged_table_is_named(corpus, split):
+    path = corpus / blocks_name(split)
+    whole = path.read_bytes()
+    other = (corpus / blocks_name("validation" if split == "train" else "train")).read_bytes()
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    for content in (b"", whole[:20], whole[:-1], whole[:-116], flipped, other, b"\x93NUMPY\x01\x00" + b"x" * 200):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"{path}.*restore it or write the corpus again") as error:
+            load_manifest(corpus)
+        assert one_line(error)
+    path.unlink()
+    with pytest.raises(DataError, match=f"cannot read {path}.*No such file"):
+        load_manifest(corpus)
+
+
+def test_a_manifest_is_small_beside_its_tables(corpus):
+    """Whatever a block has more of is in a table: millions of blocks are no millions of objects to parse."""
+    values = json.loads((corpus / "manifest.json").read_text())
+    assert values["version"] == 4 and values["splits"]["train"].keys() == {
+        "documents",
+        "tokens",
+        "files",
+        "blocks_xxh3",
+    }
+
+
+def test_the_fingerprint_of_an_old_corpus_is_what_it_was(tmp_path):
+    """Checkpoints name corpora by it; change it only for versions that are not yet written."""
+    write_corpus(tmp_path / "c", numbered_documents([3, 20, 9]), numbered_documents([4], 100), block_tokens=16)
+    written = load_manifest(tmp_path / "c")
+    assert [as_version(written, version).fingerprint for version in (1, 2, 3)] == OLD_FINGERPRINTS
 
 
 def test_an_untouched_corpus_verifies(corpus):

@@ -58,10 +58,39 @@ def test_one_source_is_its_own_stream():
     assert not source.any() and np.array_equal(own, numbers)
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_no_share_is_refused_with_its_key(weight):
-    with pytest.raises(ConfigError, match=r"data\.sources\[1\]\.weight"):
-        Mixture([1.0, weight])
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")], [0.0, 0.0]])
+def test_weights_that_are_no_shares_are_refused_with_their_key(weights):
+    with pytest.raises(ConfigError, match=r"change data\.sources"):
+        Mixture(weights)
+
+
+def test_a_source_of_weight_0_changes_nothing():
+    numbers = np.arange(PERIOD)
+    (source, own), (with_more, own_too) = Mixture([3, 1]).locate(numbers), Mixture([3, 0, 1, 0]).locate(numbers)
+    assert np.array_equal(np.array([0, 2])[source], with_more) and np.array_equal(own, own_too)
+    assert split_counts([1, 0], [3, 9], 8) == [3, 0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(weights=weights_strategy, scale=st.floats(0.001, 1000), data=st.data())
+def test_shares_are_all_that_a_mixture_is(weights, scale, data):
+    """Weights of one proportion are one mixture, and shares are weights of the same."""
+    mixture = Mixture(weights)
+    assert Mixture(mixture.shares).shares == mixture.shares
+    doubled = Mixture([2 * weight for weight in weights])
+    assert doubled.shares == mixture.shares
+    numbers = np.array(data.draw(st.lists(st.integers(0, 10**12), min_size=1, max_size=20)))
+    for other in (Mixture(mixture.shares), doubled):
+        assert all(np.array_equal(a, b) for a, b in zip(other.locate(numbers), mixture.locate(numbers), strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(weights=weights_strategy, number=st.integers(0, 3 * PERIOD))
+def test_places_and_counts_are_those_of_the_sequences(weights, number):
+    mixture = Mixture(weights)
+    source, own = mixture.locate(np.arange(number + 1))
+    assert mixture.taken(number).tolist() == np.bincount(source[:-1], minlength=len(weights)).tolist()
+    assert mixture.place(int(source[-1]), int(own[-1])) == number
 
 
 @settings(max_examples=60, deadline=None)

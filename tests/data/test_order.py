@@ -5,13 +5,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from based_megatron.data.order import Permutation, shuffled
+from based_megatron.data.order import Permutation, number_of, shuffled, shuffled_together
 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 5000), key=st.text(max_size=8))
 def test_permutation_is_a_bijection(size, key):
     assert np.array_equal(np.sort(Permutation(size, key)(np.arange(size))), np.arange(size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 3000), key=st.text(max_size=8))
+def test_the_inverse_leads_back(size, key):
+    permutation, places = Permutation(size, key), np.arange(size)
+    assert np.array_equal(permutation.inverse(permutation(places)), places)
+    assert np.array_equal(permutation(permutation.inverse(places)), places)
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 300), number=st.integers(0, 10**5))
+def test_the_place_of_a_sequence_in_an_epoch_is_found(size, number):
+    (sequence,) = shuffled(np.array([number]), size, 3, "source").tolist()
+    assert number_of(sequence, number // size, size, 3, "source") == number
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 4095, 4096, 4097])
@@ -57,6 +72,19 @@ def test_a_window_over_an_epoch_boundary_equals_its_parts():
     both = shuffled(np.arange(90, 110), 100, 1, "a")
     parts = [shuffled(np.arange(90, 100), 100, 1, "a"), shuffled(np.arange(100, 110), 100, 1, "a")]
     assert np.array_equal(both, np.concatenate(parts))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    places=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2000)), max_size=30),
+)
+def test_sources_that_are_shuffled_together_are_shuffled_as_alone(sizes, places):
+    places = [(which % len(sizes), number) for which, number in places]
+    which, numbers = np.array(places, np.int64).reshape(-1, 2).T
+    names = [f"source {place}" for place in range(len(sizes))]
+    together = shuffled_together(which, numbers, sizes, 7, names).tolist()
+    assert together == [int(shuffled(np.array([n]), sizes[w], 7, names[w])[0]) for w, n in places]
 
 
 def test_order_does_not_change_between_versions():

@@ -33,7 +33,8 @@ def config(tmp_path) -> PrepConfig:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, but finished units: these are kept (test_prep_units.py)."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".units")
 
 
 def vocabulary(folder: str | Path) -> int:

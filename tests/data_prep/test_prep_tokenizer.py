@@ -4,10 +4,11 @@ import itertools
 import json
 import random
 import shutil
+import time
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from based_megatron.data_prep import tokenizer as tokenizer_module
@@ -84,15 +85,75 @@ def test_a_document_that_spells_the_end_token_goes_on(trained):
     assert np.flatnonzero(ids == trained.eos_id).tolist() == [len(ids) - 1]
 
 
-@pytest.mark.parametrize("pieces_at_a_time", [1, 3, 512])
-def test_pieces_give_the_ids_of_the_whole(trained, monkeypatch, pieces_at_a_time):
+@pytest.mark.parametrize("characters_at_a_time", [1, 200, 1 << 20])
+def test_pieces_give_the_ids_of_the_whole(trained, monkeypatch, characters_at_a_time):
     texts = [text_of(3000, 1), "", "x\n", text_of(10, 2)]
     whole = trained.encode(texts)
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 50)
-    monkeypatch.setattr(tokenizer_module, "PIECES_AT_A_TIME", pieces_at_a_time)
+    monkeypatch.setattr(tokenizer_module, "CHARACTERS_AT_A_TIME", characters_at_a_time)
     assert len(list(cut(texts[0]))) > 20
     for one, other in zip(whole, trained.encode(texts), strict=True):
         assert np.array_equal(one, other)
+
+
+LINES = "def f(x):\n    return x\n\n\nclass A:\n\tb = 'c'\nd\r\ne\u3000\nf don't\nÉté\n"
+CHINESE = "今天天气，很好。“我们”去（公园）！你来？hello，world。don't，I'm。１２，三。"  # noqa: RUF001
+# The patterns by which GPT-2 and GPT-4 split words.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("pattern", [GPT2, GPT4])
+@pytest.mark.parametrize("text", [LINES, CHINESE, LINES + CHINESE])
+def test_lines_and_chinese_are_cut_without_a_change_of_ids(tmp_path, monkeypatch, pattern, text):
+    tokenizer = Tokenizer.from_str(train_tokenizer([text * 20], 400)._json)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = load_tokenizer(str(tmp_path))
+    whole = tokenizer.encode(text * 9, add_special_tokens=False).ids
+    lengths = []
+    encode = encoder._ids
+    monkeypatch.setattr(encoder, "_ids", lambda pieces: lengths.extend(map(len, pieces)) or encode(pieces))
+    for piece_characters in range(1, 40, 3):
+        monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", piece_characters)
+        lengths.clear()
+        assert encoder.encode([text * 9])[0][:-1].tolist() == whole
+        assert max(lengths) < piece_characters + 60 < len(text * 9)
+
+
+def test_text_without_a_place_to_cut_is_cut_all_the_same(trained, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(tokenizer_module, "LONGEST_PIECE", 80)
+    text = "x" * 1000
+    pieces = list(cut(text))
+    assert "".join(pieces) == text and set(map(len, pieces[:-1])) == {80}
+    assert Tokenizer.from_str(trained._json).decode(trained.encode([text])[0].tolist()) == text
+
+
+@pytest.mark.parametrize("sign", ["a", "火", "7", "=", "_", " ", "\n"])
+def test_a_word_without_an_end_does_not_stop_the_training(sign):
+    # Without cuts, 20,000 signs take ten seconds, and 500,000 hours.
+    begun = time.process_time()
+    encoder = train_tokenizer([text_of(500), sign * 500_000], 300)
+    assert encoder.vocab_size == 300 and time.process_time() - begun < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("x" * 511, [511]),
+        ("ab " * 900, [2700]),
+        ("x" * 1025 + "=" * 600 + "7" * 512, [512, 512, 1 + 512, 88 + 512, 0]),
+    ],
+)
+def test_long_words_are_cut_after_512_signs(text, lengths):
+    parts = list(tokenizer_module._without_long_words(text))
+    assert "".join(parts) == text and list(map(len, parts)) == lengths
 
 
 def test_a_tokenizer_that_marks_the_start_of_a_text_gets_whole_documents(tmp_path, monkeypatch):
@@ -104,13 +165,16 @@ def test_a_tokenizer_that_marks_the_start_of_a_text_gets_whole_documents(tmp_pat
     assert encoder.encode(["aa aa aa"])[0].tolist() == [2, 3, 3, 2, 3, 3, 2, 3, 3, 1]
 
 
-def test_cut_loses_nothing_and_cuts_only_before_single_spaces(monkeypatch):
+def test_cut_loses_nothing_and_cuts_only_at_single_spaces_and_lines(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 10)
     text = text_of(500)
     pieces = list(cut(text))
     assert "".join(pieces) == text and len(pieces) > 5
     for left, right in itertools.pairwise(pieces):
-        assert not left[-1].isspace() and right[0] == " " and right[1].isalpha()
+        if right[0] == " ":
+            assert not left[-1].isspace() and right[1].isalpha()
+        else:
+            assert left[-1] == "\n" and not left[-2].isspace() and right[0].isalpha()
 
 
 def test_saved_folder_loads_in_transformers_and_here(trained, tmp_path):
@@ -180,7 +244,7 @@ def test_an_eos_never_comes_from_text_whatever_its_file_says(trained, tmp_path, 
     encoder = load_tokenizer(str(tmp_path))
     (ids,) = encoder.encode([f"before{END_OF_TEXT}after"])
     assert np.flatnonzero(ids == encoder.eos_id).tolist() == [len(ids) - 1]
-    assert encoder._tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == f"before{END_OF_TEXT}after"
+    assert encoder.tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == f"before{END_OF_TEXT}after"
     assert json.loads(encoder._json)["added_tokens"][0]["special"] is special
 
 
@@ -198,4 +262,4 @@ def test_a_trained_tokenizer_ends_documents_with_the_token_asked_for(tmp_path):
     read = load_tokenizer(str(tmp_path))
     for each in (encoder, read):
         assert (each.eos_token, each.eos_id, each.vocab_size) == ("<stop>", 0, 300)
-        assert each._tokenizer.token_to_id(END_OF_TEXT) is None
+        assert each.tokenizer.token_to_id(END_OF_TEXT) is None

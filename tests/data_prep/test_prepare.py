@@ -1,10 +1,14 @@
 """`based prep` as a whole: what it writes, and that it writes all or nothing."""
 
 import dataclasses
+import gzip
+import io
 import json
 import logging
 import os
 import resource
+import sys
+import tempfile
 from collections import Counter
 
 import numpy as np
@@ -17,7 +21,8 @@ from based_megatron.data.manifest import load_manifest
 from based_megatron.data.reader import SequenceReader
 from based_megatron.data_prep.cli import main
 from based_megatron.data_prep.config import PrepConfig
-from based_megatron.data_prep.prepare import is_validation, prepare
+from based_megatron.data_prep.prepare import prepare
+from based_megatron.data_prep.units import is_validation
 from based_megatron.errors import DataError
 
 TEXTS = [f"document {i}: " + " ".join(f"word{i * j % 97}" for j in range(i % 40)) + "\nend" for i in range(200)]
@@ -75,8 +80,8 @@ def test_blocks_and_shards_have_the_sizes_asked_for(config):
 
 def test_no_temporary_is_left(config, tmp_path):
     prepare(config)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "out.units"]
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.new"))
 
 
 def test_same_input_and_seed_give_the_same_bytes(config, tmp_path):
@@ -94,12 +99,38 @@ def test_the_seed_changes_the_order_but_not_the_split(config, tmp_path):
         assert first != second and sorted(first) == sorted(second)
 
 
-@pytest.mark.parametrize("shuffle_tokens", [1, 2000, 10**9])
-def test_any_shuffle_buffer_keeps_every_document(config, shuffle_tokens):
-    manifest = prepare(dataclasses.replace(config, shuffle_tokens=shuffle_tokens))
-    numbers = [record for _, record in documents(manifest, "train")]
-    assert len(set(numbers)) == len(numbers) == manifest.splits["train"].documents
-    assert (numbers == sorted(numbers)) == (shuffle_tokens == 1)
+class Pipe:
+    """Standard input that bytes are piped into."""
+
+    def __init__(self, content: bytes, isatty: bool = False):
+        self.buffer, self.isatty = io.BytesIO(content), lambda: isatty
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_what_is_piped_in_is_read_as_a_file_would_be(config, tmp_path, monkeypatch, compress):
+    expected = prepare(config)
+    monkeypatch.setattr(sys, "stdin", Pipe(compress((tmp_path / "in.jsonl").read_bytes())))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    manifest = prepare(dataclasses.replace(config, inputs=("-",), output=str(tmp_path / "piped")))
+    for split in ("train", "validation"):
+        assert sorted(documents(manifest, split)) == sorted(documents(expected, split))
+    assert SequenceReader(manifest, "train", 1).origins(0)[0][0] == "stdin.jsonl"
+    assert not list(tmp_path.glob("based-prep-*"))
+
+
+def test_plain_text_can_be_piped_in(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Pipe("\n\n".join(TEXTS[:50]).encode()))
+    manifest = prepare(dataclasses.replace(config, inputs=("-",), separator=""))
+    assert sum(split.documents for split in manifest.splits.values()) == 50
+
+
+def test_standard_input_that_nobody_writes_to_is_refused(config, monkeypatch):
+    for inputs, isatty in ((("-",), True), (("-", "-"), False)):
+        monkeypatch.setattr(sys, "stdin", Pipe(b"", isatty))
+        with pytest.raises(DataError, match="something must be piped into it"):
+            prepare(dataclasses.replace(config, inputs=inputs))
+    with pytest.raises(DataError, match="other nodes cannot read the standard input"):
+        prepare(dataclasses.replace(config, inputs=("-",), executor="ray", tasks=2))
 
 
 def test_validation_fraction_is_met(tmp_path):
@@ -161,7 +192,8 @@ def test_what_may_be_skipped_is_a_setting_and_more_is_an_error(config, tmp_path,
 
 
 def nothing_left(tmp_path) -> bool:
-    return sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+    """Whether there is nothing but the input, and units that are finished."""
+    return {path.name for path in tmp_path.iterdir()} <= {"in.jsonl", "out.units"}
 
 
 @pytest.mark.parametrize(
@@ -240,7 +272,7 @@ def test_a_full_disk_while_overwriting_keeps_the_old_corpus(config, tmp_path, mo
     with pytest.raises(DataError, match="No space left on device"):
         prepare(dataclasses.replace(config, overwrite=True))
     assert load_manifest(config.output, check_hashes=True) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "out.units"]
 
 
 def test_an_interrupt_leaves_nothing(config, tmp_path, monkeypatch):
@@ -262,7 +294,9 @@ def test_an_interrupt_leaves_nothing(config, tmp_path, monkeypatch):
         ("block_tokens", 2**40, "--block-tokens 1099511627776 is more .* at most 268435456"),
         ("max_skipped", -1, "--max-skipped is -1"),
         ("shard_blocks", 0, "--shard-blocks"),
-        ("shuffle_tokens", 0, "--shuffle-tokens"),
+        ("tasks", -1, "--tasks is -1"),
+        ("unit_bytes", 0, "--unit-bytes"),
+        ("executor", "ray", "--executor ray cannot tell how many tasks to start: set --tasks"),
         ("train_tokenizer_bytes", 0, "--train-tokenizer-bytes"),
     ],
 )

@@ -7,7 +7,7 @@ from tiny_model import WORDS
 
 from based_megatron.data_prep.tokenizer import train_tokenizer
 from based_megatron.evaluation.contexts import Asked, contains, divided, window_around_answer
-from based_megatron.inference.generate import text_tokenizer
+from based_megatron.inference.source import text_tokenizer
 
 
 @pytest.fixture(scope="module")

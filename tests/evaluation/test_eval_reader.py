@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import VOCABULARY, state_scorer
 
-from based_megatron.evaluation.reader import SHARED_TOKENS, Reader, common_length, shared_starts, stages
+from based_megatron.evaluation.reader import ScoringReader
+from based_megatron.inference.reader import SHARED_TOKENS, common_length, shared_starts, stages
 from based_megatron.parallel.sequence.plan import whole_sequence
 
 EXACT = 1e-10
@@ -71,7 +72,7 @@ def readings(pattern: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     expected = torch.stack([forward(row)[-1] for row in rows])
     for name in ("read", "read_shared"):
-        reader = Reader(scorer.engine)
+        reader = ScoringReader(scorer.engine)
         logits, states = getattr(reader, name)(rows)
         found[name] = float((logits - expected).abs().max())
         found[f"{name} positions"] = states.position_B.tolist()
@@ -113,12 +114,12 @@ def prefix_readings() -> dict[str, Any]:
     expected = [alone(*pair) for pair in zip(rows, continuations, strict=True)]
     found: dict[str, Any] = {}
     for name in ("read", "read_shared"):
-        reader = Reader(scorer.engine)
+        reader = ScoringReader(scorer.engine)
         logits, states = getattr(reader, name)(rows)
         scores = reader.score(continuations, logits, states)
         found[name] = float((logits - torch.stack([last for last, _ in expected])).abs().max())
         found[f"{name} scores"] = max(abs(s.log_likelihood - e) for s, (_, e) in zip(scores, expected, strict=True))
-    reader = Reader(scorer.engine)
+    reader = ScoringReader(scorer.engine)
     logits, _ = reader.read_shared(rows[1:3])
     found["shared start"] = float((logits - torch.stack([last for last, _ in expected[1:3]])).abs().max())
     assert reader.computed_tokens == len(rows[1]) + len(rows[2]) - 30, "the start is longer than the prefix"

@@ -10,9 +10,10 @@ from tiny_model import loaded, write_tiny
 from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.errors import BasedError, CheckpointError, ConfigError, DataError
 from based_megatron.evaluation.cli import EvalConfig
-from based_megatron.evaluation.models import cut_before, read_source, tokenizer_of
+from based_megatron.evaluation.models import cut_before
 from based_megatron.evaluation.run import evaluate, prepared
 from based_megatron.evaluation.tasks import chosen_tasks
+from based_megatron.inference.source import read_source, tokenizer_of
 from support.runs import start_command
 
 LIMIT = 6

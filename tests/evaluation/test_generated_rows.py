@@ -30,7 +30,7 @@ from based_megatron.evaluation.generated.tasks import (
     score_rows,
 )
 from based_megatron.evaluation.tasks import GENERATED
-from based_megatron.inference.generate import text_tokenizer
+from based_megatron.inference.source import text_tokenizer
 
 SIZES = (1500, 3000)
 """A token of this tokenizer is little more than a character."""

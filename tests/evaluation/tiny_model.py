@@ -12,9 +12,10 @@ from based_megatron.config.schema import DataConfig, ModelConfig
 from based_megatron.convert.huggingface import export_huggingface, hf_model
 from based_megatron.convert.layout import our_shapes
 from based_megatron.data_prep.tokenizer import train_tokenizer
-from based_megatron.evaluation.models import LanguageModel, language_model, read_source, tokenizer_of, training_model
+from based_megatron.evaluation.models import LanguageModel, language_model
 from based_megatron.evaluation.scorer import AttentionScorer, StateScorer
 from based_megatron.inference.engine import Engine
+from based_megatron.inference.source import read_source, tokenizer_of, training_model
 from based_megatron.parallel.topology import build_topology
 from support.pool import rank_device
 

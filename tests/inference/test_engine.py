@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from based_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from based_megatron.convert.layout import our_shapes
 from based_megatron.errors import ConfigError
-from based_megatron.inference.engine import STEPS_A_REPLAY, Engine, PromptGraph
+from based_megatron.inference.batching import Request
+from based_megatron.inference.engine import Engine, PromptGraph
+from based_megatron.inference.loop import LONG_RUN_STEPS, STEPS_A_REPLAY
+from based_megatron.inference.sampling import Sampling
+from based_megatron.inference.source import training_model
 from based_megatron.model.based_model import BasedModel
 from based_megatron.model.build import build_model
 from based_megatron.parallel.sequence.plan import whole_sequence
@@ -32,8 +37,8 @@ MODEL = ModelConfig(
     init_std=0.3,
 )
 TOKENS = 14
-NEW_TOKENS = STEPS_A_REPLAY + 4
-"""A replay of many steps and some single ones, on a GPU."""
+NEW_TOKENS = STEPS_A_REPLAY + 5
+"""One from the prompt; on a GPU, a replay of many steps and some single ones."""
 
 
 def build(dtype: torch.dtype = DOUBLE, backend: Any = "reference", **model: Any) -> tuple[BasedModel, Any]:
@@ -169,15 +174,33 @@ def test_rows_may_be_at_different_positions(worker_pool):
     assert worker_pool(1).run(rows_at_different_positions)[0] < 1e-10
 
 
+def greedy(engine: Engine, prompts: Tensor, tokens: int) -> Tensor:
+    """[B, tokens], in as many slots."""
+    loop = engine.loop(len(prompts))
+    loop.start(prompts)
+    loop.prepare(LONG_RUN_STEPS)
+    first = loop.token_B.clone()
+    return torch.cat([first[:, None], loop.advance(tokens - 1)], dim=1)
+
+
+def requested(engine: Engine, prompts: Tensor, tokens: int, slots: int) -> list[list[int]]:
+    """Greedy tokens of `Engine.generate`, by request."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    sampling = Sampling(max_new_tokens=tokens, temperature=0)
+    for update in engine.generate([Request(tuple(row), sampling) for row in prompts.tolist()], slots):
+        rows[update.request] += update.tokens
+    return rows
+
+
 def generated() -> dict[str, Any]:
     model, topology = build(vocab_size=89)
     engine, prompts = Engine(model, piece_tokens=1), some_tokens(tokens=5) % 89
-    found = engine.generate(prompts, NEW_TOKENS)
+    found = greedy(engine, prompts, NEW_TOKENS)
     sequence = prompts
     for _ in range(NEW_TOKENS):
         best = full_logits(model, topology, sequence)[:, -1, :89].argmax(-1)
         sequence = torch.cat([sequence, best[:, None]], dim=1)
-    again, other = engine.generate(prompts, NEW_TOKENS), engine.generate(prompts[:1], NEW_TOKENS)
+    again, other = greedy(engine, prompts, NEW_TOKENS), greedy(engine, prompts[:1], NEW_TOKENS)
     states = model.zero_states(3)
     copy = engine.prefill(prompts, states)[1].clone()
     engine.decode_step(found[:, 0], states)
@@ -186,6 +209,7 @@ def generated() -> dict[str, Any]:
         "expected": sequence[:, 5:].tolist(),
         "again": again.tolist(),
         "alone": other.tolist(),
+        "requested": [requested(engine, prompts, NEW_TOKENS, slots) for slots in (1, 2, 3, 5)],
         "copied": (
             copy.position_B.tolist(),
             error(engine.decode_step(found[:, 0], copy)[:, :89], states_logits(engine, prompts, found)),
@@ -204,6 +228,7 @@ def test_greedy_generation_is_the_repeated_forward(worker_pool):
     (result,) = worker_pool(1).run(generated)
     assert result["found"] == result["expected"] == result["again"]
     assert result["alone"] == result["found"][:1]
+    assert result["requested"] == [result["found"]] * 4, "however many slots there are"
     assert result["copied"][0] == [5, 5, 5] and result["copied"][1] < 1e-12
     # fp64: 2 conv [2, 64], 2 Taylor [4, 15, 8 + 1] with 16 places for buffered keys and values of each of 4 heads, 2 windows of
     # [4, 6, 8] keys and values, and the position; the counts of buffered keys are int32.
@@ -231,16 +256,46 @@ def test_refusals_name_the_key(worker_pool):
         assert key in message
 
 
-def cut_model() -> str:
-    config = Config(model=MODEL, parallel=ParallelConfig(tensor=2))
-    topology = topology_of(config.parallel)
+def refused_layout(**layout: int) -> str:
+    config = Config(model=MODEL, parallel=ParallelConfig(**layout))
     with pytest.raises(ConfigError) as caught:
-        Engine(build_model(config, topology, torch.float32)[0])
+        Engine(build_model(config, topology_of(config.parallel), torch.float32)[0])
     return str(caught.value)
 
 
-def test_a_model_over_several_ranks_is_refused(worker_pool):
-    assert "parallel.tensor" in worker_pool(2).run(cut_model)[0]
+def test_layouts_that_cannot_decode_are_refused(worker_pool):
+    assert "parallel.pipeline" in worker_pool(2).run(refused_layout, pipeline=2)[0]
+    assert "parallel.sequence_parallel" in worker_pool(2).run(refused_layout, tensor=2)[0]
+
+
+def decoded_over_ranks(tensor: int, **model: Any) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """Logits of a prompt in pieces and of steps after it, and tokens of ragged requests, greedy and sampled."""
+    config = dataclasses.replace(MODEL, **model)
+    weights = {
+        name: 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(len(name)), dtype=DOUBLE)
+        for name, shape in our_shapes(config).items()
+    }
+    built = training_model(weights, config, topology_of(ParallelConfig(tensor=tensor)), DOUBLE)
+    built.config.backend = "reference"
+    engine, tokens = Engine(built, piece_tokens=max(4, config.prefix_tokens)), some_tokens() % 89
+    logits = decoded_logits(engine, tokens, 7)[..., : config.vocab_size].cpu()
+    rows = [tokens[i, : 3 + 4 * i].tolist() for i in range(3)]
+    found = []
+    for sampling in (Sampling(max_new_tokens=9, temperature=0), Sampling(max_new_tokens=9, top_p=0.9, seed=3)):
+        texts: list[list[int]] = [[] for _ in rows]
+        for update in engine.generate([Request(tuple(row), sampling) for row in rows], slots=2):
+            texts[update.request] += update.tokens
+        found.append([token for text in texts for token in text])
+    return logits, *found
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"tie_embeddings": False, "vocab_size": 89}, {"prefix_tokens": 5}, {"feature_map": "rebased"}]
+)
+def test_tensor_parallel_ranks_decode_as_one_does(worker_pool, model):
+    (expected,) = worker_pool(1).run(decoded_over_ranks, 1, **model)
+    for logits, *texts in worker_pool(2).run(decoded_over_ranks, 2, **model):
+        assert error(logits, expected[0]) < 1e-10 and tuple(texts) == expected[1:]
 
 
 def prompts_of_one_shape() -> tuple[float, float, str]:

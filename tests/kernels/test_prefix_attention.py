@@ -3,6 +3,8 @@
 Legend: B batch, T tokens, H heads.
 """
 
+import functools
+
 import pytest
 import torch
 from kernel_oracles import DEVICE, assert_same_gradients, document_ids
@@ -100,4 +102,6 @@ def test_the_kernels_in_bf16(square: bool, documents: bool) -> None:
 def test_gradients_of_moments_are_those_of_the_definition() -> None:
     *_, k, v = make_inputs(7)
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3, 3]])
-    assert torch.autograd.gradcheck(lambda k, v: taylor_moments(k, v, document_ids_BT=ids, chunk_tokens=3), (k, v))
+    moments = functools.partial(taylor_moments, document_ids_BT=ids, chunk_tokens=3)
+    # Along random directions: the whole Jacobian has millions of entries.
+    assert torch.autograd.gradcheck(moments, (k, v), fast_mode=True)

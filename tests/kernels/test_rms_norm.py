@@ -61,7 +61,7 @@ def test_either_output_may_go_unused(backend: str, used: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_updates_and_weights_on_an_fp32_residual(backend: str) -> None:
-    """Dtypes stay apart, and only the outputs round (Triton's interpreter cuts off instead: up to one unit, 2^-8)."""
+    """Dtypes stay apart, and only the outputs round."""
     torch.manual_seed(0)
     tensors = some(9, 48), some(9, 48, dtype=torch.bfloat16), some(48, dtype=torch.bfloat16)
     inputs, exact = as_leaves(*tensors), as_leaves(*tensors, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_bf16_updates_and_weights_on_an_fp32_residual(backend: str) -> None:
     wanted = torch.autograd.grad(expected, exact, [x.double() for x in cotangents])
     assert [x.dtype for x in grads] == [x.dtype for x in inputs]
     for got, want in zip([*found, *grads], [*expected, *wanted], strict=True):
-        limit = 1e-6 if got.dtype == torch.float32 else 2**-8
+        limit = 1e-6 if got.dtype == torch.float32 else 2**-9
         assert (got.double() - want).norm() / want.norm() < limit
 
 

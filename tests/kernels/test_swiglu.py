@@ -16,11 +16,11 @@ def oracle(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 2), (5, 48), (3, 2, 70), (2, 4096)])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_values_and_gradients_equal_the_formula(
     backend: str, shape: tuple[int, ...], dtype: torch.dtype, limit: float
 ) -> None:
-    """In bf16 the reference rounds silu(gate) as well, and Triton's interpreter cuts off where a GPU rounds."""
+    """In bf16 the reference rounds silu(gate) as well."""
     torch.manual_seed(shape[-1])
     x = (2 * torch.randn(shape)).to(DEVICE, dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
@@ -30,7 +30,7 @@ def test_values_and_gradients_equal_the_formula(
     (wanted,) = torch.autograd.grad(expected, exact, cotangent.double())
     for got, want in ((found, expected), (grad, wanted)):
         assert got.dtype == dtype and got.shape == want.shape
-        assert (got.double() - want).norm() / want.norm() <= limit
+        assert (got.double() - want).norm() / want.norm() <= limit * (2 if backend == "reference" else 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -179,7 +179,8 @@ def _(trial: Trial, name: str) -> tuple[Run, float]:
 def kill_script(trial: Trial, run: Run) -> None:
     """Kill the batch script of the job that runs."""
     for pid in trial.cluster.machines.pids(trial.nodes(run)[0], "slurm_script"):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a command of its own that ended meanwhile
+            os.kill(pid, signal.SIGKILL)
 
 
 @scenario("the batch script is killed")

@@ -37,7 +37,9 @@ def make_run(tmp_path) -> Callable[..., RunFacts]:
     def make(step: int = 0, **monitor: Any) -> RunFacts:
         tokens_seen = step * TOKENS_PER_STEP
         config, device, tokens = small_config(**monitor), torch.device("cpu"), (2_000_000, 1_999_600)
-        return RunFacts(config, tmp_path, device, 4, step, tokens_seen, "f00d", "a run", *tokens)
+        return RunFacts(
+            config, tmp_path, device, 4, step, tokens_seen, "f00d", "a run", *tokens, ("web: 4M tokens, 2 epochs",)
+        )
 
     return make
 

@@ -64,6 +64,7 @@ def test_table_shows_the_layout_and_the_size(make_run):
     assert "4 = tensor 1 x pipeline 1 x context 1 x data 4, ZeRO 1" in table
     assert "256 sequences x 2048 = 524k tokens" in table
     assert "2M tokens, of which an epoch reads 99.98%" in table
+    assert "reads │ web: 4M tokens, 2 epochs" in table
     assert "10 steps = 5.24M tokens, from step 0" in table
 
 

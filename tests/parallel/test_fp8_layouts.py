@@ -148,10 +148,12 @@ def distance(curves: dict[str, list[float]], name: str) -> float:
     return sum(abs(x - y) for x, y in zip(curves[name], curves["bf16"], strict=True)) / CURVE_STEPS
 
 
+@pytest.mark.slow
 def test_a_curve_in_fp8_stays_beside_that_of_bf16(curves) -> None:
     assert curves["bf16"][-1] < curves["bf16"][0] - 0.5
     assert 1e-4 < distance(curves, "fp8") < 0.02
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_would_show_in_the_curve(curves) -> None:
     assert distance(curves, "saturated") > 0.1

@@ -1,4 +1,4 @@
-"""Every parallel layout does what the single process does: loss, its parts by slice, every gradient, gradient norm, and 10 steps."""
+"""Every parallel layout does what the single process does: loss, its parts by slice, every gradient, gradient norm, and 5 steps."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from based_megatron.config import ParallelConfig
 from support.layouts import GLOBAL_BATCH, Run, build_run, small_config
 from support.oracle import load_oracle, write_oracle
 
-STEPS, CLIP, LR = 10, 0.5, 3e-3
+STEPS, CLIP, LR = 5, 0.5, 3e-3
 
 LAYOUTS = {
     "single": (1, ParallelConfig()),

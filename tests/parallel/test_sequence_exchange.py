@@ -243,8 +243,8 @@ def test_the_kernels_over_slices_are_the_kernels_over_the_whole(worker_pool, let
 @pytest.mark.parametrize(
     ("letter", "state_exchange"),
     [
-        *[("c", "auto"), ("S", "auto"), ("L", "all_gather")],
-        *[pytest.param("L", exchange, marks=pytest.mark.slow) for exchange in ("two_level", "chain")],
+        *[("c", "auto"), ("S", "auto")],
+        *[pytest.param("L", exchange, marks=pytest.mark.slow) for exchange in ("all_gather", "two_level", "chain")],
     ],
 )
 def test_two_ranks_with_kernels(worker_pool, letter, state_exchange):

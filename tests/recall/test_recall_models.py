@@ -283,6 +283,7 @@ def tiny_race(pattern: str) -> list[Any]:
     return race(lambda: RecallModel(point.model, topology, backend="reference", seed=0), data, preset.recipe, 0)
 
 
+@pytest.mark.slow
 def test_attention_learns_the_tiny_task(worker_pool):
     """A few CPU seconds. What it reaches is the ceiling: some queries follow a filler that names their key."""
     (rates,) = worker_pool(1).run(tiny_race, "attention")

@@ -32,7 +32,6 @@ def small_config(
     """
     return Config(
         model=ModelConfig(
-            layer_pattern="cLSA",
             hidden_size=32,
             ffn_hidden_size=48,
             num_heads=4,
@@ -41,16 +40,15 @@ def small_config(
             vocab_size=VOCAB,
             vocab_multiple=1,
             init_std=0.2,
-            **(model or {}),
+            **{"layer_pattern": "cLSA", **(model or {})},
         ),
         data=DataConfig(path="unused", sequence_length_tokens=SEQUENCE_TOKENS),
         parallel=dataclasses.replace(parallel or ParallelConfig(), zero_bucket_elements=10_000),
         optimizer=OptimizerConfig(clip_grad_norm=train.pop("clip_grad_norm", 0.0)),
         # The reference takes fp64, as most of these tests do, on any device.
         train=TrainConfig(
-            precision="fp32",
             global_batch_sequences=GLOBAL_BATCH,
-            **{"micro_batch_sequences": 2, "backend": "reference", **train},
+            **{"micro_batch_sequences": 2, "backend": "reference", "precision": "fp32", **train},
         ),
     )
 

@@ -125,12 +125,12 @@ def keep_what_is_shared() -> None:
 def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
     from based_megatron.parallel.environment import RankInfo
     from based_megatron.parallel.topology import join
-    from support.interpreter import patch_once_a_launch
+    from support.interpreter import patch_interpreter
 
     keep_what_is_shared()
     torch.set_num_threads(1)
     if not on_gpu():
-        patch_once_a_launch()
+        patch_interpreter()
     join(RankInfo(rank, world_size, rank, "127.0.0.1", port), rank_device(rank), timeout_seconds=JOIN_SECONDS)
     while True:
         try:

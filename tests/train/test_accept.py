@@ -1,6 +1,7 @@
 """A start is refused before its ranks join: by memory, by a missing checkpoint, and by `train --dry-run`, which writes nothing."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ def arguments(tmp_path_factory) -> list[str]:
 
 def test_a_dry_run_says_yes_and_writes_nothing(arguments, tmp_path, capsys):
     assert cli.main(["train", *arguments, "--run-dir", str(tmp_path / "run"), "--dry-run"]) == 0
-    assert "this run can start" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    said = capsys.readouterr().out
+    assert "this run can start" in said and not (tmp_path / "run").exists()
+    assert re.search(r"^data: \S+ tokens, [\d.e+]+ epochs$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

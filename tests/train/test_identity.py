@@ -235,3 +235,35 @@ def test_the_lock_is_held_while_a_folder_is_used_and_not_longer(run, tmp_path, e
     except KeyError:
         pass
     assert not lock.exists()
+
+
+A, B = "a" * 32, "b" * 32
+ORDER = "/seed=42/cross_blocks/sequence_length_tokens=2048"
+
+
+def mixed(*weights: float, schedule: tuple[str, ...] = ()) -> dict[str, Any]:
+    sources = [{"path": f"/c{place}", "weight": weight} for place, weight in enumerate(weights)]
+    return {"data.path": "", "data.sources": sources, "data.schedule": schedule}
+
+
+@pytest.mark.parametrize(("jumps", "steps_read"), [([], 10), ([[5, 8]], 13)])
+def test_weights_may_change_from_the_present_on(run, jumps, steps_read):
+    """The past of the order is kept to the sequence; rollbacks have moved it on."""
+    config = run(mixed(0.8, 0.2))
+    read = steps_read * config.train.global_batch_sequences
+    save(config, 10, data_fingerprint=f"{A}*0.8+{B}*0.2{ORDER}", guard={"data_jumps": jumps})
+    then = f"{A}*4+{B}*1"
+    for later in ("", f"@{read}={B}*1", f"@{read}={A}*1@{10**9}={B}*1"):
+        assert identify(config, f"{then}{later}{ORDER}").saved_step == 10
+    assert f"{then} -> {then}@{read - 1}={B}*1)" in refusal(config, f"{then}@{read - 1}={B}*1{ORDER}")
+    tokens = read * config.data.sequence_length_tokens
+    line = refusal(run(mixed(1, 1)), f"{A}*1+{B}*1{ORDER}")
+    assert f"leave those of data.sources at 0.8,0.2, and add --data.schedule {tokens}=1.0,1.0)" in line
+    allowed = run(mixed(1, 1) | {"checkpoint.allow_changed": ["data.sources"]})
+    assert identify(allowed, f"{A}*1+{B}*1{ORDER}").saved_step == 10
+
+
+def test_equal_shares_are_the_same_mixture(run):
+    save(run(mixed(1, 1)), 10, data_fingerprint=f"{A}*1+{B}*1{ORDER}")
+    assert identify(run(mixed(2, 2)), f"{A}*1+{B}*1{ORDER}").saved_step == 10
+    assert f"{A}*1+{B}*1 -> {B}*1+{A}*1" in refusal(run(mixed(1, 1)), f"{B}*1+{A}*1{ORDER}")

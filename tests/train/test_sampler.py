@@ -13,7 +13,7 @@ from based_megatron.model.build import build_model
 from based_megatron.parallel.sequence.plan import whole_sequence
 from based_megatron.parallel.topology import build_topology
 from based_megatron.train.callbacks import sampler
-from based_megatron.train.callbacks.sampler import Sampler, next_token
+from based_megatron.train.callbacks.sampler import Sampler, continuation, next_token, whole_model
 from support.layouts import SEQUENCE_TOKENS, VOCAB, build_run, small_config
 from support.pool import rank_device
 
@@ -75,6 +75,35 @@ def test_a_prefix_ends_with_the_prompt(worker_pool):
     assert worker_pool(2).run(sampled_tokens, ParallelConfig(pipeline=2), prefix_tokens=20) == [expected, expected]
 
 
+def continued(parallel: ParallelConfig, **model: Any) -> tuple[list[list[int]], list[list[int]], bool]:
+    """Continuations of 6 tokens, by repeated whole forward passes too, and whether the engine made them."""
+    run = build_run(small_config(parallel, model=model))
+    trainer: Any = SimpleNamespace(config=run.config, topology=run.topology, step_runner=run.step)
+    expected = []
+    for ids in prompts()[:-1]:
+        row = list(ids)
+        for _ in range(6):
+            row.append(next_token(trainer, row))
+        expected.append(row[len(ids) :])
+    found = [continuation(trainer, ids, 6) for ids in prompts()[:-1]]
+    return found, expected, whole_model(trainer) is not None
+
+
+@pytest.mark.parametrize(
+    ("parallel", "pattern", "by_engine"),
+    [
+        (ParallelConfig(), "cLSc", True),
+        (ParallelConfig(context=2), "cLSc", True),
+        (ParallelConfig(), "cLSA", False),
+        (ParallelConfig(tensor=2), "cLSc", False),
+        (ParallelConfig(zero_stage=3), "cLSc", False),
+    ],
+)
+def test_the_engine_continues_as_whole_forward_passes_do(worker_pool, parallel, pattern, by_engine):
+    for found, expected, was_engine in worker_pool(2).run(continued, parallel, layer_pattern=pattern):
+        assert found == expected and was_engine == by_engine
+
+
 def token_beside_a_loud_row() -> tuple[int, int]:
     """The next token when a row of the vocabulary's padding has the largest logit of all."""
     config = small_config()
@@ -125,8 +154,10 @@ class Recorder:
 
 @pytest.fixture
 def alphabet(monkeypatch):
-    """The next token is the next letter."""
-    monkeypatch.setattr(sampler, "next_token", lambda trainer, ids: ids[-1] + 1)
+    """The next tokens are the next letters."""
+    monkeypatch.setattr(
+        sampler, "continuation", lambda trainer, ids, tokens: [ids[-1] + 1 + place for place in range(tokens)]
+    )
 
 
 def samples(trainer: Recorder, step: int) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """One file per mixer, each the owner of its facts (facts.py), and the registry that finds them by letter."""
 
 from based_megatron.model.mixers.base import Continuation, Mixer, MixerInputs, MixerSubmodules
-from based_megatron.model.mixers.registry import MIXERS, layer_mixers, mixers_of, parameter_owner
+from based_megatron.model.mixers.registry import MIXERS, has_states, layer_mixers, mixers_of, parameter_owner
 
 __all__ = [
     "MIXERS",
@@ -9,6 +9,7 @@ __all__ = [
     "Mixer",
     "MixerInputs",
     "MixerSubmodules",
+    "has_states",
     "layer_mixers",
     "mixers_of",
     "parameter_owner",

@@ -4,6 +4,7 @@ Legend: L tokens of this rank's slice, N rows of a halo in front of it, S = N + 
 parallel rank, F feature dim, V value head dim. Decoding keeps sequences apart: [B, L, D], and [B, D] for one token.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,8 +113,10 @@ class Mixer(MixerFacts, MegatronModule):
         raise NotImplementedError
 
     def zero_state(self, batch: int, device: torch.device) -> Any:
-        """Buffers of `batch` empty sequences. Raises ConfigError if there is no state of constant size."""
-        return self.empty_state(self.config.model, batch, self.config.params_dtype, device)
+        """Buffers of `batch` empty sequences, of this rank's heads or channels. Raises ConfigError if they cannot be of constant size."""
+        model, ranks = self.config.model, self.group.size()
+        share = dataclasses.replace(model, num_heads=model.num_heads // ranks, hidden_size=model.hidden_size // ranks)
+        return self.empty_state(share, batch, self.config.params_dtype, device)
 
     def prefill(self, x: Tensor, state: Any, where: Continuation) -> Tensor:
         """A piece of each prompt, [B, L, D] normed -> the mix, alike; continues from the state and updates it in place."""

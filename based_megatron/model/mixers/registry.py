@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from types import ModuleType
 
+import torch
+
 from based_megatron.config import ModelConfig
 from based_megatron.config.pattern import parse_layer_pattern
 from based_megatron.errors import ConfigError
@@ -63,6 +65,16 @@ def parameter_owner(name: str, layers: tuple[type[Mixer], ...]) -> tuple[type[Mi
         return None
     _, index, part, local = name.split(".", 3)
     return (layers[int(index)], local) if part == "mixer" else None
+
+
+def has_states(model: ModelConfig) -> bool:
+    """Whether every layer has a decoding state of constant size."""
+    try:
+        for mixer in set(layer_mixers(model)):
+            mixer.empty_state(model, 0, torch.float32, torch.device("cpu"))
+    except ConfigError:
+        return False
+    return True
 
 
 @functools.cache

@@ -29,6 +29,8 @@ class RunFacts:
     """Tokens of the training splits of all corpora."""
     tokens_read: int
     """Those of them that an epoch reads."""
+    sources: tuple[str, ...] = ()
+    """What the run reads of each source, from its first step to its last, in words."""
 
 
 class Sink:

@@ -98,6 +98,7 @@ def run_table(run: RunFacts) -> Table:
         "batch": f"{train.global_batch_sequences} sequences x {length} = {human(batch_tokens)} tokens, "
         f"micro batch {train.micro_batch_sequences}",
         "data": f"{human(run.training_tokens)} tokens, of which an epoch reads {run.tokens_read / run.training_tokens:.2%}",
+        "reads": "\n".join(run.sources),
         "run": f"{train.steps} steps = {human(train.steps * batch_tokens)} tokens, from step {run.step}",
         "cost": f"{human(training_flops_per_token(model, length))} FLOPs a token",
         "device": f"{run.device.type}, {_precision(config)}",

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from based_megatron.checkpoint.ranks import all_ranks
 from based_megatron.config import Config
+from based_megatron.config.validate import validated_sequences
 from based_megatron.data.loader import Loader
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.data.recall import training_tokens
@@ -40,7 +41,7 @@ def side_jobs(
     if config.validation.interval_steps and config.validation.recall:
         jobs.append(recall_probe(config, loader, sources, all_ranks(), topology.pipeline.size))
     elif config.validation.interval_steps:
-        batches = loader.validation_batches(config.validation.sequences)
+        batches = loader.validation_batches(validated_sequences(config))
         jobs.append(Validator(read_on_all(batches, all_ranks()), topology.pipeline.size))
     if config.monitor.sample_interval_steps:
         jobs.append(Sampler(Tokenizer.from_file(str(sources.manifests[0].folder / TOKENIZER_NAME))))
@@ -57,7 +58,8 @@ def loggers(
 ) -> list[Callback]:
     """What is written while training. start: (steps done, tokens seen). hosts: of each rank."""
     names, tokens = (identity.run_id, identity.run_name), (training_tokens(sources), sources.tokens_read)
-    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names, *tokens)
+    plan = tuple(map(str, sources.plan(config.train.steps * config.train.global_batch_sequences)))
+    facts = RunFacts(config, Path(config.run_dir), topology.device, topology.world_size, *start, *names, *tokens, plan)
     return [
         Logger(start_sinks(facts) if topology.is_logger else [], hosts),
         Watchdog(hosts, config.monitor.hang_seconds),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from based_megatron.checkpoint.ranks import Ranks
 from based_megatron.config import Config
+from based_megatron.config.validate import validated_sequences
 from based_megatron.data.batch import MicroBatch
 from based_megatron.data.loader import Loader
 from based_megatron.data.probes import ProbeSequences
@@ -96,17 +97,18 @@ class Recall:
 def recall_probe(config: Config, loader: Loader, sources: Sources, ranks: Ranks, pipeline_size: int) -> RecallProbe:
     """The validation that measures recall (collective): rank 0 looks at the data for all. Raises DataError if it is damaged."""
     validation, length = config.validation, config.data.sequence_length_tokens
+    sequences = validated_sequences(config)
     probes = ProbeSequences(sources.manifests[0].vocab_size, length, validation.recall_probe_sequences)
     names = tuple(probe.name for probe in probes.probes)
     window = config.model.window_left
     slices = slices_of(training_tokens(sources), validation.recall_rare_count, window, names)
     limit_tokens, run_dir = validation.recall_counted_tokens, Path(config.run_dir)
-    turns = slices_in_turns(sources, validation.sequences, slices, limit_tokens, run_dir)
+    turns = slices_in_turns(sources, sequences, slices, limit_tokens, run_dir)
     # In turns of one block, so that ranks that wait for rank 0 do not run into the timeout of a collective.
     while (held_out := ranks.on_first(lambda: next(turns))) is None:
         pass
     rows = RecallRows(held_out, probes, slices)
-    batches = read_on_all(loader.validation_batches(validation.sequences, rows), ranks)
+    batches = read_on_all(loader.validation_batches(sequences, rows), ranks)
     return RecallProbe(batches, rows, pipeline_size)
 
 

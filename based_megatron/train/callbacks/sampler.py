@@ -11,6 +11,11 @@ from torch import Tensor
 
 from based_megatron.config.validate import slice_multiple
 from based_megatron.data.batch import MicroBatch
+from based_megatron.inference.batching import Request
+from based_megatron.inference.engine import Engine
+from based_megatron.inference.sampling import Sampling
+from based_megatron.model.based_model import BasedModel
+from based_megatron.model.mixers import has_states
 from based_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 from based_megatron.parallel.sequence.documents import Documents
 from based_megatron.parallel.sequence.slices import even_bounds, slice_of
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Sampler(Callback):
-    """Greedy continuations, by whole forward passes through the training model: slow, and the same code as training."""
+    """Greedy continuations: by the engine where a rank has the whole model, else by whole forward passes, which are slow."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -37,10 +42,32 @@ class Sampler(Callback):
     def _continue(self, trainer: Trainer, prompt: str) -> str:
         monitor, length = trainer.config.monitor, trainer.config.data.sequence_length_tokens
         ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids[: length - 1] or [0]
-        first = len(ids)
-        while len(ids) < min(length, first + monitor.sample_tokens):
-            ids.append(next_token(trainer, ids))
-        return self._tokenizer.decode(ids[first:])
+        return self._tokenizer.decode(continuation(trainer, ids, min(monitor.sample_tokens, length - len(ids))))
+
+
+def continuation(trainer: Trainer, ids: list[int], tokens: int) -> list[int]:
+    """The likeliest tokens after `ids`, one after the other; equal on every rank (collective)."""
+    model = whole_model(trainer)
+    if model is None:
+        found: list[int] = []
+        while len(found) < tokens:
+            found.append(next_token(trainer, ids + found))
+        return found
+    request = Request(tuple(ids), Sampling(max_new_tokens=tokens, temperature=0))
+    updates = Engine(model, graphs=False).generate([request], slots=1)
+    return [token for update in updates for token in update.tokens]
+
+
+def whole_model(trainer: Trainer) -> BasedModel | None:
+    """The model that this rank trains, if the engine can decode it: whole, in weights that it holds, with states of constant size."""
+    config = trainer.config
+    layout = config.parallel
+    # With ZeRO's messages under way during computation, only a forward pass waits for the weights that it reads.
+    is_elsewhere = layout.tensor > 1 or layout.pipeline > 1 or layout.zero_stage == 3 or layout.overlap_zero
+    if is_elsewhere or config.train.precision == "fp8" or not has_states(config.model):
+        return None
+    (model,) = trainer.step_runner.chunks
+    return model
 
 
 def next_token(trainer: Trainer, ids: list[int]) -> int:

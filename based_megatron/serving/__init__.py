@@ -1,0 +1,1 @@
+"""`based serve`: an HTTP server with the completions of OpenAI's interface."""
