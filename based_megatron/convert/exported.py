@@ -21,6 +21,15 @@ def is_export(folder: Path) -> bool:
         return False
 
 
+def exported_length(folder: Path) -> int | None:
+    """Tokens of a training sequence, as an export says; None if it does not. Raises CheckpointError."""
+    try:
+        length = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def read_export(folder: Path, mixers: str = "") -> tuple[dict[str, Tensor], ModelConfig]:
     """State dict, in float32, and config of a Hugging Face export; no code of the folder runs. Raises CheckpointError."""
     try:

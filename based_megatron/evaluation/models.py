@@ -86,5 +86,5 @@ def language_model(
         scorer = StateScorer(state_engine(source, topology, dtype), batch, ranks)
     else:
         model: Any = hf_model(source.weights, source.model)
-        scorer = AttentionScorer(model.to(topology.device, dtype), batch, ranks, source.trained_tokens)
+        scorer = AttentionScorer(model.to(topology.device, dtype), batch, ranks, source.sequence_length_tokens)
     return LanguageModel(scorer, tokenizer, source.model)

@@ -150,7 +150,7 @@ def _check_prompts(config: EvalConfig, tasks: Sequence[Task]) -> None:
 
 def _check_lengths(source: Source, contexts: Sequence[int], read_twice: bool) -> None:
     longest = max(contexts, default=0) * (2 if read_twice else 1)
-    most = None if has_states(source.model) else source.trained_tokens
+    most = None if has_states(source.model) else source.sequence_length_tokens
     if most is not None and longest > most:
         raise ConfigError(
             f"--context {max(contexts)}{' with --read-twice' if read_twice else ''} is longer than the {most} positions that this model's "

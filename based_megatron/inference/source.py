@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from based_megatron.checkpoint.full import read_whole
 from based_megatron.config import ModelConfig
-from based_megatron.convert.exported import is_export, read_export
+from based_megatron.convert.exported import exported_length, is_export, read_export
 from based_megatron.convert.tokenizer import data_folder
 from based_megatron.data_prep.tokenizer import load_tokenizer
 from based_megatron.errors import CheckpointError, ConfigError
@@ -32,15 +32,16 @@ class Source:
     weights: dict[str, Tensor]
     model: ModelConfig
     tokenizer: Path | None
-    trained_tokens: int | None
-    """Tokens of a training sequence; None for an export, which does not say."""
+    sequence_length_tokens: int | None
+    """Of training; None for an export of weights that were not trained here."""
 
 
 def read_source(path: Path, mixers: str = "") -> Source:
     """A Hugging Face export (none of its code runs), a checkpoint, or a run's newest checkpoint. Raises CheckpointError."""
     if is_export(path):
         weights, model = read_export(path, mixers)
-        return Source(weights, model, path if (path / "tokenizer.json").is_file() else None, None)
+        tokenizer = path if (path / "tokenizer.json").is_file() else None
+        return Source(weights, model, tokenizer, exported_length(path))
     try:
         whole = read_whole(path)
     except CheckpointError as error:

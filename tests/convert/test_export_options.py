@@ -17,7 +17,7 @@ from based_megatron.config import Config, to_dict
 from based_megatron.config.schema import DataConfig, ModelConfig
 from based_megatron.convert.checksums import damage
 from based_megatron.convert.cli import main_export, main_import, main_verify
-from based_megatron.convert.exported import read_export
+from based_megatron.convert.exported import exported_length, read_export
 from based_megatron.convert.layout import our_shapes
 from based_megatron.convert.origin import Measured, origin_of
 from based_megatron.convert.released import from_released
@@ -82,6 +82,7 @@ def test_step_tokens_and_lengths_are_in_output_config_tokenizer_and_card(run, tm
     assert "step 40, 30,720 tokens trained" in capsys.readouterr().out
     config = AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert (config.trained_steps, config.trained_tokens, config.max_position_embeddings) == (STEP, TOKENS, 96)
+    assert exported_length(tmp_path / "hf") == 96
     assert AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True).model_max_length == 96
     card = (tmp_path / "hf" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
