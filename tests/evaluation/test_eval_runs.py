@@ -112,7 +112,8 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 
 def test_a_model_without_a_known_tokenizer_asks_for_one(tiny_root):
     source = read_source(tiny_root / "run")
-    assert len(tokenizer_of(source, None, tiny_root)) <= source.model.vocab_size and source.sequence_length_tokens == 2048
+    assert len(tokenizer_of(source, None, tiny_root)) <= source.model.vocab_size
+    assert source.sequence_length_tokens == 2048
     with pytest.raises(BasedError, match="no tokenizer"):
         tokenizer_of(source, tiny_root, tiny_root)
 
