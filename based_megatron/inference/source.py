@@ -33,7 +33,7 @@ class Source:
     model: ModelConfig
     tokenizer: Path | None
     sequence_length_tokens: int | None
-    """Of training; None for an export of weights that were not trained here."""
+    """Tokens of a training sequence; None for an export of weights that were not trained here."""
 
 
 def read_source(path: Path, mixers: str = "") -> Source:
