@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from based_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig
-from based_megatron.config.limits import Range
 from based_megatron.config.validate import check_tensor_parallel
 from based_megatron.convert.huggingface import hf_model
 from based_megatron.convert.layout import check_finite, count_parameters
 from based_megatron.errors import ConfigError
 from based_megatron.inference.attention import AttentionLoop
 from based_megatron.inference.device import device_of
+from based_megatron.inference.flags import DecodingFlags, Precision
 from based_megatron.inference.prefix import load_prefix
 from based_megatron.inference.source import check_tokenizer, read_source, state_engine, tokenizer_of
 from based_megatron.inference.text import TextDecoder
@@ -30,7 +30,6 @@ TIMEOUT_SECONDS = 600
 """A rank waits so long for the others, whose tokens are its own."""
 SMALL_PARAMETERS = 20_000_000
 """A model of fewer takes one thread: on cores that others use too, two wait for each other longer than they compute."""
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,16 @@ class Placement:
     """cpu or cuda; empty for a GPU if there is one."""
     precision: Precision = "auto"
     """Type of weights and activations: auto is bf16 on a GPU and fp32 on a CPU."""
-    slots: Annotated[int, Range(at_least=0, at_most=65_536)] = 0
+    slots: int = 0
     """Sequences that are decoded at once; 0 for 128 on a GPU and 8 on a CPU."""
-    threads: Annotated[int | None, Range(at_least=0, at_most=1024)] = None
+    threads: int | None = None
     """Threads of the CPU in this process from now on; 0 picks: one for a small model, whose products are too short to be shared.
     None changes nothing."""
     reproducible: bool = False
     """See `Batcher`."""
     most_requests: int = 0
     """Requests that there will be at most, where that is known: more slots would stay idle."""
-    remembered_prompts: Annotated[int, Range(at_least=0, at_most=65_536)] = 0
+    remembered_prompts: int = 0
     """Prompts, those read last, whose states are kept: a prompt that starts with one of them goes on from there."""
 
     def slots_on(self, device: torch.device) -> int:
@@ -106,6 +105,16 @@ def load_decoder(
     if prefix is not None:
         loop.prefixes.add(load_prefix(prefix, engine.model, engine.model.zero_states(1)))
     return TextDecoder(loop, text, placement.reproducible)
+
+
+def load_by_flags(
+    path: Path, flags: DecodingFlags, *, most_requests: int = 0, remembered_prompts: int = 0
+) -> TextDecoder:
+    """`load_decoder` as a command line asks for it. most_requests, remembered_prompts: see `Placement`."""
+    placement = Placement(
+        flags.device, flags.precision, flags.slots, flags.threads, flags.reproducible, most_requests, remembered_prompts
+    )
+    return load_decoder(path, placement, tokenizer=flags.tokenizer, prefix=flags.prefix, mixers=flags.mixers)
 
 
 def _joined(info: RankInfo, device: torch.device, model: ModelConfig) -> Topology:

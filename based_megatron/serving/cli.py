@@ -4,12 +4,13 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from based_megatron.config.limits import Range, check_limits, flag
 from based_megatron.errors import ConfigError
+from based_megatron.inference.flags import DecodingFlags
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Limits:
     """Time after which a request ends with what it has: finish_reason "timeout"."""
     body_seconds: Annotated[float, Range(above=0)] = 30.0
     """Time in which a client must have sent the body of its request."""
+    remembered_prompts: Annotated[int, Range(at_least=0, at_most=65_536)] = 32
+    """Prompts, those read last, whose states are kept: a prompt that starts with one of them goes on from there. None with
+    --reproducible."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +56,13 @@ class ServeConfig:
     token_file: Path | None = None
     """File with a secret that clients must send as their API key (Authorization: Bearer)."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
-    tokenizer: Path | None = None
-    """Tokenizer folder or file. Default: that of the export, or of the data folder of the run."""
-    device: str = ""
-    """Device to run on, cpu or cuda. Default: a GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of weights and activations. Default: bf16 on a GPU, fp32 on a CPU."""
-    slots: int = 0
-    """Texts that are decoded at once. Default: 128 on a GPU, 8 on a CPU."""
-    threads: int = 0
-    """Threads on a CPU. Default: one for a model of fewer than 20 million parameters, else those that torch takes."""
-    reproducible: bool = False
-    """Read prompts one by one: a text is then the same bit for bit whatever else is asked. Keeps no states of prompts."""
-    remembered_prompts: int = 32
-    """Prompts, those read last, whose states are kept: a prompt that starts with one of them goes on from there."""
-    prefix: Path | None = None
-    """File of `based generate --save-prefix` with the states of a start that prompts share."""
-    mixers: str = ""
-    """Modules of mixers that an export has and that are not ours, as in model.mixers."""
+    decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = field(default_factory=DecodingFlags)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line and serve until a signal. Raises BasedError for what a user can fix."""
     config = tyro.cli(ServeConfig, args=list(argv), prog="based serve")
-    for settings in (config.address, config.limits):
+    for settings in (config.address, config.limits, config.decoding):
         check_limits(settings, flag)
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:

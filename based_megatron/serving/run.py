@@ -7,9 +7,8 @@ from pathlib import Path
 
 import uvicorn
 
-from based_megatron.config.limits import check_limits, flag
 from based_megatron.errors import ConfigError
-from based_megatron.inference.decoder import Placement, load_decoder
+from based_megatron.inference.decoder import load_by_flags
 from based_megatron.parallel.environment import rank_from_environment
 from based_megatron.parallel.topology import leaving
 from based_megatron.serving.app import build_app
@@ -23,22 +22,12 @@ CONNECTIONS_A_REQUEST = 2
 
 def serve(config: ServeConfig) -> None:
     """Serve until a signal. Raises BasedError for what a user can fix, before the model is loaded where that can be."""
-    placement = Placement(
-        device=config.device,
-        precision=config.precision,
-        slots=config.slots,
-        threads=config.threads,
-        reproducible=config.reproducible,
-        remembered_prompts=0 if config.reproducible else config.remembered_prompts,
-    )
-    check_limits(placement, flag)
     if rank_from_environment().world_size > 1:
         raise ConfigError("based serve runs on one rank: start it without based launch")
     token = None if config.token_file is None else read_token(config.token_file)
     with listening(config.address.host, config.address.port) as bound, leaving():
-        decoder = load_decoder(
-            config.model, placement, tokenizer=config.tokenizer, prefix=config.prefix, mixers=config.mixers
-        )
+        remembered = 0 if config.decoding.reproducible else config.limits.remembered_prompts
+        decoder = load_by_flags(config.model, config.decoding, remembered_prompts=remembered)
         name = config.name or config.model.resolve().name
         worker = Worker(decoder, config.limits.queue)
         host, port = bound.getsockname()[:2]
