@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from based_megatron.data.batches import batches
 from based_megatron.data.manifest import TOKENIZER_NAME
 from based_megatron.errors import DataError
 
@@ -85,7 +86,7 @@ class Encoder:
 
     def _ids(self, pieces: list[str]) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
-        for batch in _batches(pieces):
+        for batch in batches(pieces, len, CHARACTERS_AT_A_TIME):
             encodings = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids.extend(np.array(encoding.ids, self.dtype) for encoding in encodings)
         return ids
@@ -157,20 +158,6 @@ def _without_long_words(text: str) -> Iterator[str]:
         yield text[start : match.end()]
         start = match.end()
     yield text[start:]
-
-
-def _batches(pieces: list[str]) -> Iterator[list[str]]:
-    """Pieces in their order, CHARACTERS_AT_A_TIME together or one that is longer."""
-    batch: list[str] = []
-    characters = 0
-    for piece in pieces:
-        if batch and characters + len(piece) > CHARACTERS_AT_A_TIME:
-            yield batch
-            batch, characters = [], 0
-        batch.append(piece)
-        characters += len(piece)
-    if batch:
-        yield batch
 
 
 def _with_special(tokenizer_json: str, token: str) -> Tokenizer:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from based_megatron.data.batches import batches
 from based_megatron.data_prep.config import PrepConfig
 from based_megatron.data_prep.corpus import Document, DocumentReader, Skips
 from based_megatron.data_prep.output import SPLITS
@@ -107,16 +108,7 @@ def _unit_key(pieces: Sequence[Piece], options: str) -> str:
 
 def groups(pieces: Iterable[Piece], group_bytes: int) -> Iterator[tuple[Piece, ...]]:
     """Pieces in their order, as many together as are not more than group_bytes."""
-    group: list[Piece] = []
-    taken_bytes = 0
-    for piece in pieces:
-        if group and taken_bytes + piece.bytes > group_bytes:
-            yield tuple(group)
-            group, taken_bytes = [], 0
-        group.append(piece)
-        taken_bytes += piece.bytes
-    if group:
-        yield tuple(group)
+    return map(tuple, batches(pieces, lambda piece: piece.bytes, group_bytes))
 
 
 @dataclass(frozen=True)
@@ -154,7 +146,7 @@ class TokenizeUnits:
             reader = DocumentReader(self.config, skips)
             told_bytes = 0
             for number, piece in enumerate(unit.pieces):
-                for batch in _batches(reader.documents(piece)):
+                for batch in batches(reader.documents(piece), lambda document: len(document.text), BATCH_CHARACTERS):
                     ids = self._encoder.encode([document.text for document in batch])
                     for document, tokens in zip(batch, ids, strict=True):
                         writer.add(document, tokens, number)
@@ -222,16 +214,3 @@ def is_held_out(text_xxh3: int, fraction: float) -> bool:
 def is_validation(text: str, fraction: float) -> bool:
     """True if a document of this text belongs to the validation split."""
     return is_held_out(xxhash.xxh3_64_intdigest(text.encode()), fraction)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from based_megatron.data.batches import batches
 from based_megatron.data.sources import Sources
 from based_megatron.data.texts import Document, documents_of_block, tokenizer_of
 
@@ -56,15 +57,8 @@ def find(sources: Sources, text: str, steps: int, global_batch_sequences: int) -
 
 def _decoded(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[tuple[Document, str]]:
     """Documents with their texts, which are decoded many at a time, on all cores."""
-    batch: list[Document] = []
-    tokens = 0
-    for document in documents:
-        batch.append(document)
-        tokens += len(document.tokens)
-        if tokens >= DECODED_TOKENS:
-            yield from zip(batch, tokenizer.decode_batch([entry.tokens.tolist() for entry in batch]), strict=True)
-            batch, tokens = [], 0
-    yield from zip(batch, tokenizer.decode_batch([entry.tokens.tolist() for entry in batch]), strict=True)
+    for batch in batches(documents, lambda document: len(document.tokens), DECODED_TOKENS):
+        yield from zip(batch, tokenizer.decode_batch([entry.tokens.tolist() for entry in batch]), strict=True)
 
 
 def _places(decoded: str, text: str) -> Iterator[int]:
