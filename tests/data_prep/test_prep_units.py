@@ -29,7 +29,6 @@ from based_megatron.data_prep.corpus import Corpus, Skips
 from based_megatron.data_prep.prepare import prepare
 from based_megatron.data_prep.run_files import document_key
 from based_megatron.data_prep.shuffle import WriteShards
-from based_megatron.data_prep.tasks import Tasks
 from based_megatron.data_prep.tokenizer import train_tokenizer
 from based_megatron.data_prep.units import TokenizeUnits, is_validation
 from based_megatron.errors import DataError
@@ -446,33 +445,6 @@ def test_what_was_skipped_is_said_again_of_units_that_are_kept(config, caplog):
     assert "skipped in/bad.txt:1 (undecodable)" in caplog.text
     with pytest.raises(DataError, match=r"1 skipped, more than the 0 of --max-skipped, when in/bad\.txt:1 was"):
         prepare(dataclasses.replace(config, overwrite=True, strict=True))
-
-
-class Killed:
-    """A job that the system ends."""
-
-    def __call__(self, job, tell):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Raises:
-    """A job that fails as a full disk makes it fail, or as a user's error does."""
-
-    def __call__(self, job, tell):
-        raise job
-
-
-def test_the_death_of_a_task_is_one_line():
-    with Tasks(2) as tasks, pytest.raises(DataError, match=r"a task has died \(exit code -9; .*--tasks"):
-        list(tasks.run(Killed(), [1, 2, 3], lambda *_: None))
-    assert not any(process._process.is_alive() for process in tasks._processes)
-
-
-@pytest.mark.parametrize("error", [DataError("a line"), OSError(28, "No space left on device")])
-def test_an_error_of_a_task_is_that_of_the_run(error):
-    with Tasks(2) as tasks, pytest.raises(type(error)) as raised:
-        list(tasks.run(Raises(), [error, error], lambda *_: None))
-    assert raised.value.args == error.args
 
 
 def test_status_tells_how_much_is_finished(config, tmp_path, capsys, monkeypatch):
