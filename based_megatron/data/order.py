@@ -60,26 +60,19 @@ def _network_backwards(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (left << half_bits) | right
 
 
-def shuffled(numbers: np.ndarray, size: int, seed: int, source: str) -> np.ndarray:
-    """Sequence of the source at each place of its endless stream.
-
-    Number n is place n % size of the permutation of epoch n // size.
-
-    Args:
-        numbers: int64 places in the stream of this source.
-        size: sequences of the source, at least 1.
-        seed: data.seed.
-        source: identifies the source (the fingerprint of its manifest).
-    """
-    return shuffled_together(np.zeros_like(numbers), numbers, [size], seed, [source])
-
-
 def shuffled_together(
     which: np.ndarray, numbers: np.ndarray, sizes: Sequence[int], seed: int, sources: Sequence[str]
 ) -> np.ndarray:
-    """Sequences at places in the streams of several sources, in one pass; `shuffled` is this for one.
+    """Sequences at places in the endless streams of several sources, in one pass.
 
-    which: int64 index of the source of each number.
+    Number n of a source is place n % size of its permutation of epoch n // size.
+
+    Args:
+        which: int64 index of the source of each number.
+        numbers: int64 places in the streams of their sources.
+        sizes: sequences of each source, at least 1.
+        seed: data.seed.
+        sources: what identifies each source (the fingerprint of its manifest).
     """
     epochs, places = np.divmod(numbers, np.array(sizes, np.int64)[which])
     pairs = list(zip(which.tolist(), epochs.tolist(), strict=True))
@@ -92,7 +85,7 @@ def shuffled_together(
 
 
 def number_of(sequence: int, epoch: int, size: int, seed: int, source: str) -> int:
-    """Place in the endless stream at which an epoch reads a sequence: the inverse of `shuffled`, with its arguments."""
+    """Place in the endless stream at which an epoch reads a sequence: the inverse of `shuffled_together` for one source."""
     return epoch * size + int(_epoch(size, seed, source, epoch).inverse(np.array([sequence]))[0])
 
 

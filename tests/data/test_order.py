@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from based_megatron.data.order import Permutation, number_of, shuffled, shuffled_together
+from based_megatron.data.order import Permutation, number_of, shuffled_together
+
+
+def shuffled(numbers: np.ndarray, size: int, seed: int, source: str) -> np.ndarray:
+    """The sequences of a single source."""
+    return shuffled_together(np.zeros_like(numbers), numbers, [size], seed, [source])
 
 
 @settings(max_examples=60, deadline=None)
